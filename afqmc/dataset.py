@@ -1,0 +1,161 @@
+"""AFQMC's pairs: JSON lines -> Pair rows -> splits -> batches of token ids.
+
+Format (CLUE, arXiv 2004.05986): {"sentence1": "...", "sentence2": "...", "label": "0" or "1"}; test.json has an id
+and no label. Text stays text until a batch is made: one call of the fast tokenizer per batch.
+"""
+
+import json
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from sklearn.model_selection import train_test_split
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerFast
+
+from afqmc.config import ROOT, Config, UserError
+from common.seed import epoch_generator
+
+LABELS = ("0", "1")  # 1: the two sentences mean the same
+SORT_WINDOW = 100  # batches among which lengths are sorted: shuffles well, leaves 3 % padding on AFQMC
+
+
+class Pair(NamedTuple):
+    """One row: two sentences, the label (None where the file has none), the row's line number and id."""
+
+    sentence1: str
+    sentence2: str
+    label: int | None
+    line: int
+    id: object = None
+
+    @property
+    def key(self) -> frozenset:
+        """The pair without its order: equal for (a, b) and (b, a)."""
+        return frozenset((self.sentence1, self.sentence2))
+
+
+def parse_pair(line: bytes, number: int, labelled: bool) -> Pair:
+    """One JSON line as a Pair. Raises ValueError saying what is wrong with it."""
+    row = json.loads(line.decode("utf-8-sig"))
+    if not isinstance(row, dict):
+        raise ValueError(f"expected a JSON object, found {line.decode().strip()[:40]}")
+    for name in ("sentence1", "sentence2"):
+        if not isinstance(row.get(name), str) or not row[name].strip():
+            raise ValueError(f"{name} is {row.get(name)!r}, expected a non-empty string")
+    label = None
+    if labelled:
+        if str(row.get("label")) not in LABELS:
+            raise ValueError(f'label is {row.get("label")!r}, expected "0" or "1"')
+        label = int(row["label"])
+    return Pair(row["sentence1"].strip(), row["sentence2"].strip(), label, number, row.get("id"))
+
+
+def read_pairs(path: Path, labelled: bool = True) -> list[Pair]:
+    """All pairs of a JSON-lines file; blank lines are skipped.
+
+    Raises UserError naming file and line for a malformed line, a label outside {0, 1}, a missing or empty sentence.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} not found: `python afqmc/download.py` gets AFQMC, --sample needs no download")
+    pairs = []
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    pairs.append(parse_pair(line, number, labelled))
+                except ValueError as error:  # JSON and UTF-8 errors are ValueErrors too
+                    raise UserError(f"{path}, line {number}: {error}") from error
+    if not pairs:
+        raise UserError(f"{path} holds no pair")
+    return pairs
+
+
+def split_pairs(pairs: list[Pair], fraction: float, seed: int) -> tuple[list[Pair], list[Pair]]:
+    """Training and validation split, stratified by label; equal and swapped pairs stay on one side.
+
+    Raises ValueError when there are too few pairs of a label to have it on both sides.
+    """
+    groups: dict[frozenset, list[Pair]] = {}
+    for pair in pairs:
+        groups.setdefault(pair.key, []).append(pair)
+    labels = [members[0].label for members in groups.values()]
+    split = train_test_split(list(groups.values()), test_size=fraction, random_state=seed, stratify=labels)
+    return tuple([pair for members in side for pair in members] for side in split)
+
+
+def load_splits(config: Config) -> dict[str, list[Pair]]:
+    """train and validation from train.json, and test from dev.json where that is present."""
+    folder = ROOT / config.data_dir
+    pairs = read_pairs(folder / "train.json")
+    try:
+        train, validation = split_pairs(pairs, config.validation_fraction, config.split_seed)
+    except ValueError as error:
+        raise UserError(f"{folder / 'train.json'}: its {len(pairs)} pairs cannot be split: {error}") from error
+    splits = {"train": train, "validation": validation}
+    if (folder / "dev.json").exists():
+        splits["test"] = read_pairs(folder / "dev.json")
+    return splits
+
+
+def token_lengths(pairs: list[Pair], tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
+    """(N,) tokens of each pair with its special tokens, before truncation; 1,000 pairs at a time."""
+    lengths = []
+    for start in range(0, len(pairs), 1000):
+        first, second = zip(*(pair[:2] for pair in pairs[start : start + 1000]))
+        encoded = tokenizer(list(first), list(second), return_attention_mask=False, return_token_type_ids=False)
+        lengths += map(len, encoded["input_ids"])
+    return np.array(lengths, dtype=np.int64)
+
+
+def collate(pairs: list[Pair], tokenizer: PreTrainedTokenizerFast, max_length: int) -> dict[str, torch.Tensor]:
+    """A batch, padded to its own longest pair: [CLS] a [SEP] b [SEP], each (B, T), and labels (B,) where known.
+
+    Holds whatever the tokenizer gives its model, so BERT gets token_type_ids. A pair that is too long loses tokens
+    from the end of its longer side.
+    """
+    first, second = zip(*(pair[:2] for pair in pairs))
+    batch = tokenizer(
+        list(first), list(second), truncation="longest_first", max_length=max_length, padding=True, return_tensors="pt"
+    )
+    if pairs[0].label is not None:
+        batch["labels"] = torch.tensor([pair.label for pair in pairs])
+    return dict(batch)
+
+
+def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """The row indices of each batch of one epoch, a pure function of its arguments.
+
+    Shuffle, sort by length inside windows of SORT_WINDOW batches, cut into batches, shuffle the batches: every row
+    comes once, and the rows of a batch are nearly of one length.
+    """
+    generator = epoch_generator(seed, epoch)
+    order = torch.randperm(len(lengths), generator=generator).numpy()
+    window = batch_size * SORT_WINDOW
+    order = np.concatenate(
+        [part[np.argsort(lengths[part], kind="stable")] for part in np.split(order, range(window, len(order), window))]
+    )
+    batches = np.split(order, range(batch_size, len(order), batch_size))
+    return [batches[index].tolist() for index in torch.randperm(len(batches), generator=generator)]
+
+
+def sorted_batches(lengths: np.ndarray, batch_size: int) -> list[list[int]]:
+    """Batches for evaluation: all rows, longest first, so that memory runs out at once or never."""
+    order = np.argsort(-lengths, kind="stable")
+    return [batch.tolist() for batch in np.split(order, range(batch_size, len(order), batch_size))]
+
+
+def make_loader(
+    pairs: list[Pair], batches: Iterable[list[int]], tokenizer: PreTrainedTokenizerFast, config: Config
+) -> DataLoader:
+    """Batches in the given order, tokenised as they are needed; pinned where a GPU will take them."""
+    return DataLoader(
+        pairs,
+        batch_sampler=batches,
+        collate_fn=partial(collate, tokenizer=tokenizer, max_length=config.max_length),
+        num_workers=config.num_workers,
+        pin_memory=torch.cuda.is_available(),
+    )

@@ -1,0 +1,103 @@
+"""Fetch the model's weights and AFQMC in advance; training itself never uses the network. Safe to run twice.
+
+    python afqmc/download.py                                  # the config's model, and AFQMC into afqmc/data
+    python afqmc/download.py --model hfl/chinese-roberta-wwm-ext
+
+Weights go to the Hugging Face cache (HF_HOME moves it, HF_ENDPOINT names a mirror), data into data_dir.
+"""
+
+import os
+import shutil
+import sys
+import urllib.request
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+if not __package__:  # run as a script: import from the repository root, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from huggingface_hub import snapshot_download
+from tqdm import tqdm
+
+from afqmc.config import ROOT, Config, UserError, run_script
+from afqmc.dataset import read_pairs
+from afqmc.model import build_model, load_tokenizer
+
+DATA_URL = "https://storage.googleapis.com/cluebenchmark/tasks/afqmc_public.zip"
+ROWS = {"train.json": 34_334, "dev.json": 4_316, "test.json": 3_861}  # CLUE, arXiv 2004.05986, table 1
+WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # the first that the model has; never both
+
+
+def fetch_weights(config: Config) -> Path:
+    """The folder in the hub's cache that holds tokenizer, config and weights, complete and loadable."""
+    try:
+        folder = Path(snapshot_download(config.model, allow_patterns=["*.json", "*.txt", "*.model"]))
+        for pattern in WEIGHTS:
+            folder = Path(snapshot_download(config.model, allow_patterns=[pattern]))
+            if any(folder.glob(pattern)):
+                break
+    except (OSError, ValueError) as error:  # the hub's own errors are one or the other
+        raise UserError(f"model {config.model} could not be fetched: {error}") from error
+    checked = replace(config, init="pretrained")
+    build_model(checked, load_tokenizer(checked))  # raises where a file or a weight is missing
+    return folder
+
+
+def fetch_archive(target: Path) -> None:
+    """Download the data set's zip file to target, with a progress bar."""
+    partial = target.with_name(target.name + ".tmp")
+    try:
+        with urllib.request.urlopen(DATA_URL, timeout=60) as response, open(partial, "wb") as file:
+            size = int(response.headers.get("Content-Length", 0)) or None
+            with tqdm.wrapattr(response, "read", total=size, desc=target.name) as stream:
+                shutil.copyfileobj(stream, file)
+        if size and partial.stat().st_size != size:
+            raise UserError(f"{DATA_URL} broke off at {partial.stat().st_size} of {size} bytes: run this again")
+        os.replace(partial, target)
+    except OSError as error:
+        raise UserError(f"{DATA_URL} could not be fetched: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def check_rows(folder: Path) -> str:
+    """Read every file, so that a damaged one is found now; the number of pairs in each."""
+    counts = {name: len(read_pairs(folder / name, labelled=name != "test.json")) for name in ROWS}
+    for name, count in counts.items():
+        if count != ROWS[name]:
+            raise UserError(f"{folder / name} has {count} pairs, AFQMC has {ROWS[name]}: delete it and run this again")
+    return ", ".join(f"{name} {count:,}" for name, count in counts.items())
+
+
+def fetch_data(folder: Path) -> str:
+    """Put AFQMC's three files into folder, unless they are there; files that are there are only checked."""
+    if not all((folder / name).exists() for name in ROWS):
+        folder.mkdir(parents=True, exist_ok=True)
+        archive = folder / "afqmc_public.zip"
+        fetch_archive(archive)
+        try:
+            with zipfile.ZipFile(archive) as zipped:
+                members = {Path(member).name: member for member in zipped.namelist()}
+                for name in ROWS:
+                    if not (folder / name).exists():
+                        (folder / f"{name}.tmp").write_bytes(zipped.read(members[name]))  # read checks the CRC
+                        os.replace(folder / f"{name}.tmp", folder / name)
+        except (zipfile.BadZipFile, KeyError) as error:
+            raise UserError(f"{DATA_URL} gave a damaged archive: {error}") from error
+        finally:
+            archive.unlink()
+    return check_rows(folder)
+
+
+def main(config: Config) -> None:
+    if (ROOT / config.model).is_dir():
+        print(f"weights: {config.model} is a folder on this machine, nothing to fetch")
+    else:
+        print(f"weights: {config.model} is complete in {fetch_weights(config)}")
+    counts = fetch_data(ROOT / config.data_dir)
+    print(f"data: {counts} pairs in {ROOT / config.data_dir}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main, __doc__))

@@ -1,0 +1,292 @@
+"""The run folder: opened, resumed or refused, written so that a kill or a full disk costs nothing already saved.
+
+    config.json    the config, package versions, device, git commit
+    metrics.jsonl  one line per logged step and per evaluation
+    last.pt        everything needed to go on
+    best/          the best model so far, in the format its users load
+    results.json   written last: its presence means that the run is finished
+"""
+
+import json
+import math
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError
+
+try:
+    import fcntl
+    import resource
+except ImportError:  # Windows
+    fcntl = resource = None
+    import msvcrt
+
+PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "scikit-learn")
+CHECKPOINT_KEYS = {"config", "best", "metrics_bytes", "state"}
+
+
+class RunError(Exception):
+    """What is wrong with a run folder, in one line."""
+
+
+@dataclass
+class Best:
+    """The best score so far, its epoch and step, and how many evaluations since then were no better."""
+
+    direction: Literal["max", "min"]
+    patience: int  # evaluations without an improvement after which to stop; 0: never
+    score: float | None = None
+    epoch: int = 0
+    step: int = 0
+    stale_evaluations: int = 0
+
+    def update(self, score: float, epoch: int, step: int) -> bool:
+        """Take one evaluation's score; true if it is the best so far. A tie keeps the earlier one."""
+        if math.isnan(score):
+            raise RunError(f"the validation score of epoch {epoch} is not a number; best/ keeps the model before it")
+        better = self.score is None or (score > self.score if self.direction == "max" else score < self.score)
+        if better:
+            self.score, self.epoch, self.step, self.stale_evaluations = score, epoch, step, 0
+        else:
+            self.stale_evaluations += 1
+        return better
+
+    @property
+    def exhausted(self) -> bool:
+        return 0 < self.patience <= self.stale_evaluations
+
+
+class StopSignal:
+    """Notes SIGINT and SIGTERM so that the loop can save first; a second one ends the process at once."""
+
+    def __enter__(self):
+        self.number = 0
+        self.previous = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def note(self, number, frame):
+        self.number = number
+        signal.signal(number, signal.SIG_DFL)
+
+    def __exit__(self, *exception):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+
+def environment(device: str) -> dict:
+    """Package versions, device and git commit (None outside a checkout), to be kept beside the config."""
+    root = Path(__file__).resolve().parents[1]
+    try:
+        git = subprocess.run(["git", "rev-parse", "--verify", "HEAD"], cwd=root, capture_output=True, text=True)
+        commit = git.stdout.strip() or None
+    except FileNotFoundError:  # git is not installed
+        commit = None
+    versions = {name: metadata.version(name) for name in PACKAGES}
+    return {"python": platform.python_version(), **versions, "device": device, "git_commit": commit}
+
+
+def peak_memory_bytes(device_type: str) -> int | None:
+    """Peak of the tensors on the GPU, or of this process's resident memory; None on Windows without a GPU."""
+    if device_type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    if resource is None:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def flush(path: Path) -> None:
+    """Wait until the disk holds a file, or a folder's list of names (which Windows cannot be asked for)."""
+    if path.is_dir() and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let write fill a temporary file, flush it and rename it to path: path is the old file or the new, never half."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        write(temporary)
+        flush(temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # RuntimeError: torch.save on a full disk
+        temporary.unlink(missing_ok=True)
+        raise RunError(f"could not write {path} ({error}); what was there is unchanged") from error
+    flush(path.parent)
+
+
+def write_json(path: Path, value: dict) -> None:
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object of a run folder. Raises RunError when the file is missing, damaged or not an object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise RunError(f"{path} holds no JSON object")
+    return value
+
+
+def check_config(path: Path, config: dict) -> None:
+    """Refuse to go on in a run folder whose run has another config, naming the fields that differ."""
+    saved = read_json(path / "config.json").get("config")
+    if not isinstance(saved, dict):
+        raise RunError(f"{path / 'config.json'} is not a run's config")
+    differing = [
+        f"{name} {saved.get(name, 'absent')!r} there, {config.get(name, 'absent')!r} here"
+        for name in sorted(saved.keys() | config.keys())
+        if saved.get(name, "absent") != config.get(name, "absent")
+    ]
+    if differing:
+        raise RunError(f"{path} holds a run with another config: {'; '.join(differing)}. Give another --run_dir")
+
+
+def run_results(path: Path, config: dict) -> dict | None:
+    """The results of a finished run, None where there is no run yet or an unfinished one; writes nothing.
+
+    Raises RunError where path holds another config's run, or something that is no run.
+    """
+    if not path.exists():
+        return None
+    if not path.is_dir():
+        raise RunError(f"{path} is a file, not a run folder")
+    if not (path / "config.json").exists():
+        foreign = sorted(entry.name for entry in path.iterdir() if entry.name not in (".lock", "config.json.tmp"))
+        if foreign:
+            raise RunError(f"{path} is no run folder: it holds {foreign[0]} and no config.json. Give another --run_dir")
+        return None
+    check_config(path, config)
+    return read_json(path / "results.json") if (path / "results.json").exists() else None
+
+
+def best_folder(path: Path) -> Path:
+    """The folder of the best model, for reading; best.old where a kill came between the two renames of a swap."""
+    for folder in (path / "best", path / "best.old"):
+        if folder.is_dir():
+            return folder
+    raise RunError(f"{path} holds no trained model: train first, or name a run that was with --run_dir")
+
+
+class Run:
+    """A run folder held by this process: created or reopened, locked until close or the end of the process.
+
+    config: the JSON-able fields that define the run, without run_dir. Raises RunError as run_results does, and where
+    another process holds the lock.
+    """
+
+    def __init__(self, path: Path, config: dict, info: dict):
+        self.path, self.config = path, json.loads(json.dumps(config))
+        run_results(path, self.config)
+        path.mkdir(parents=True, exist_ok=True)
+        self.lock_file = open(path / ".lock", "a", encoding="utf-8")  # noqa: SIM115 - stays open: it is the lock
+        self._lock()
+        run_results(path, self.config)  # again: another process may have begun a run before the lock was ours
+        if not (path / "config.json").exists():
+            write_json(path / "config.json", {"config": self.config, "environment": info})
+        self._mend_best()
+
+    def _lock(self) -> None:
+        # A POSIX record lock: the kernel drops it with this process, and forked loader workers do not inherit it.
+        try:
+            if fcntl:
+                fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            else:
+                msvcrt.locking(self.lock_file.fileno(), msvcrt.LK_NBLCK, 1)
+        except OSError as error:
+            self.lock_file.close()
+            message = f"another process is working in {self.path}: wait for it, or give another --run_dir"
+            raise RunError(message) from error
+
+    def _mend_best(self) -> None:
+        best, old = self.path / "best", self.path / "best.old"
+        if old.exists() and not best.exists():
+            old.rename(best)
+        for leftover in (old, self.path / "best.tmp"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    def load_last(self, best: Best) -> dict | None:
+        """The state of last.pt, or None before the first save; cuts metrics.jsonl back to it and fills best.
+
+        Raises RunError for a file that is damaged, foreign or of another config: never a silent fresh start.
+        """
+        path, metrics = self.path / "last.pt", self.path / "metrics.jsonl"
+        if not path.exists():
+            metrics.write_bytes(b"")
+            return None
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch.load has no error of its own: zip, pickle, EOF, Runtime ... all mean this
+            message = f"{path} is damaged or no checkpoint ({type(error).__name__}); delete it to train from the start"
+            raise RunError(message) from error
+        if not isinstance(saved, dict) or saved.keys() != CHECKPOINT_KEYS or saved["config"] != self.config:
+            raise RunError(f"{path} is not a checkpoint of this run; delete it to train from the start")
+        if not metrics.exists() or metrics.stat().st_size < saved["metrics_bytes"]:
+            raise RunError(f"{metrics} is shorter than last.pt says: restore it, or delete last.pt to start again")
+        os.truncate(metrics, saved["metrics_bytes"])
+        best.__dict__.update(saved["best"])
+        return saved["state"]
+
+    def save_last(self, state: dict, best: Best) -> None:
+        """Write last.pt: tensors and plain values only, so that it loads with weights_only."""
+        metrics = self.path / "metrics.jsonl"
+        flush(metrics)
+        content = {
+            "config": self.config,
+            "best": asdict(best),
+            "metrics_bytes": metrics.stat().st_size,
+            "state": state,
+        }
+        write_atomically(self.path / "last.pt", lambda temporary: torch.save(content, temporary))
+
+    def save_best(self, write: Callable[[Path], None]) -> None:
+        """Let write fill a new folder, then swap it in for best/."""
+        best, old, temporary = (self.path / name for name in ("best", "best.old", "best.tmp"))
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        try:
+            write(temporary)
+            for file in temporary.rglob("*"):
+                flush(file)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise RunError(f"could not write {best} ({error}); what was there is unchanged") from error
+        if best.exists():
+            best.rename(old)
+        temporary.rename(best)
+        flush(self.path)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def log(self, record: dict) -> None:
+        """Append one line to metrics.jsonl; a number that is not finite (a skipped step's norm) becomes null."""
+        record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        with open(self.path / "metrics.jsonl", "a", encoding="utf-8", newline="\n") as file:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+    def history(self) -> list[dict]:
+        """The lines of metrics.jsonl."""
+        with open(self.path / "metrics.jsonl", encoding="utf-8") as file:
+            return [json.loads(line) for line in file]
+
+    def finish(self, results: dict) -> None:
+        """Write results.json: from here on the run is finished."""
+        write_json(self.path / "results.json", results)
+
+    def close(self) -> None:
+        self.lock_file.close()

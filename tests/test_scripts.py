@@ -1,0 +1,277 @@
+"""Each script as its user starts it, and what must hold for every project's copy of the same code."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import MISSING, asdict, fields, replace
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECTS = sorted(path.parent.name for path in ROOT.glob("*/config.py"))
+SCRIPTS = sorted(
+    path.relative_to(ROOT).as_posix()
+    for project in PROJECTS
+    for path in (ROOT / project).glob("*.py")
+    if "__main__" in path.read_text(encoding="utf-8")
+)
+
+
+def start(*words: str, cwd: Path = ROOT) -> subprocess.Popen:
+    environment = os.environ | {"PYTHONUTF8": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "120", "OMP_NUM_THREADS": "1"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, *words], cwd=cwd, env=environment, text=True, encoding="utf-8", **pipes)
+
+
+def call(*words: str, code: int = 0, cwd: Path = ROOT, text: str = "") -> tuple[str, str]:
+    """Run a command to its end: its stdout and stderr."""
+    with start(*words, cwd=cwd) as process:
+        out, err = process.communicate(text)
+    assert process.returncode == code, f"{words}\n{out}\n{err}"
+    return out, err
+
+
+def listing(folder: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*") if "__pycache__" not in path.parts}
+
+
+# What every project's copy must do
+
+
+@pytest.mark.parametrize("project", PROJECTS)
+def test_every_field_of_a_config_round_trips_through_its_flag(project):
+    config = import_module(f"{project}.config")
+    for preset in (config.Config(), config.SAMPLE):
+        flags = [f"--{name}={value}" for name, value in asdict(preset).items()]
+        assert config.load_config(flags)[0] == preset
+    changed = {"batch_size": 3, "learning_rate": 0.5, "seed": 9, "amp": "off", "deterministic": True}
+    found = config.load_config(["--sample", *(f"--{name}={value}" for name, value in changed.items())])[0]
+    assert found == replace(config.SAMPLE, **changed)
+    for field in fields(config.Config):
+        assert field.metadata.get("help") and field.default is not MISSING, field.name
+
+
+@pytest.mark.parametrize("project", PROJECTS)
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--batchsize", "3"], ["--batchsize"]),
+        (["--batch", "3"], ["--batch"]),  # no abbreviations: they change their meaning when a field is added
+        (["stray"], ["stray"]),
+        (["--batch_size", "many"], ["--batch_size", "int", "many"]),
+        (["--batch_size", "0"], ["--batch_size", "at least 1"]),
+        (["--learning_rate", "nan"], ["--learning_rate", "nan"]),
+        (["--amp", "fp8"], ["--amp", "auto", "bf16", "fp16", "off"]),
+        (["--epochs"], ["--epochs"]),
+        (["--deterministic", "perhaps"], ["--deterministic", "perhaps"]),
+    ],
+)
+def test_a_wrong_flag_ends_with_one_line_that_names_it(project, flags, words, capsys):
+    with pytest.raises(SystemExit) as error:
+        import_module(f"{project}.config").load_config(["--sample", *flags])
+    assert error.value.code == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_names_every_field_from_any_folder(script, tmp_path):
+    out, _ = call(str(ROOT / script), "--help", cwd=tmp_path)
+    config = import_module(f"{script.split('/')[0]}.config")
+    assert all(f"--{field.name}" in out for field in fields(config.Config))
+    assert "(default: " in out and not list(tmp_path.iterdir())
+
+
+def test_projects_import_nothing_of_each_other_and_define_no_class_in_scripts():
+    for project in PROJECTS:
+        for path in (ROOT / project).rglob("*.py"):
+            text = path.read_text(encoding="utf-8")
+            others = [other for other in PROJECTS if other != project]
+            assert not any(f"from {other}" in text or f"import {other}" in text for other in others), path
+            assert "__main__" not in text or "\nclass " not in text, path
+
+
+# afqmc
+
+SHORT = ("--sample", "--max_steps", "6", "--batch_size", "16", "--logging_steps", "1", "--save_steps", "2")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A finished short run, started from a folder that is not the repository's."""
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    out, err = call(str(ROOT / "afqmc/train.py"), *SHORT, "--run_dir", "run", cwd=elsewhere)
+    assert "error" not in err and "step 6/6 |" in out
+    assert out.splitlines()[-1].startswith("done | validation f1_macro ")
+    return elsewhere / "run"
+
+
+def test_a_run_holds_what_the_readme_says(trained):
+    names = {path.relative_to(trained).as_posix() for path in trained.rglob("*") if path.is_file()}
+    assert names >= {"config.json", "metrics.jsonl", "last.pt", "results.json", "report.md"}
+    assert names >= {f"best/{name}" for name in ("model.safetensors", "config.json", "tokenizer.json")}
+    assert names >= {f"predictions/{split}_predictions.jsonl" for split in ("validation", "test")}
+    results = json.loads((trained / "results.json").read_text(encoding="utf-8"))
+    expected = {"metric", "best", "split", "epoch", "step", "seconds", "tokens_per_second", "peak_memory_bytes", "test"}
+    assert results.keys() >= expected
+    assert str(ROOT) not in (trained / "config.json").read_text(encoding="utf-8")
+
+
+def test_a_finished_run_says_so_and_changes_nothing(trained):
+    before = listing(trained)
+    out, _ = call("-m", "afqmc.train", *SHORT, "--run_dir", str(trained))
+    assert out.startswith("finished before\ndone | validation f1_macro ")
+    assert listing(trained) == before
+    _, err = call("afqmc/train.py", *SHORT, "--seed", "1", "--run_dir", str(trained), code=1)
+    assert "another config: seed 42 there, 1 here" in err and err.count("\n") == 1
+    assert listing(trained) == before
+
+
+def test_evaluate_repeats_the_report_from_the_run_alone(trained):
+    report = (trained / "report.md").read_text(encoding="utf-8")
+    (trained / "report.md").unlink()
+    out, _ = call(str(ROOT / "afqmc/evaluate.py"), "--run_dir", "run", cwd=trained.parent)
+    assert out.strip() == report.strip()
+    assert (trained / "report.md").read_text(encoding="utf-8") == report
+
+
+def test_predict_answers_every_line_in_order_and_names_the_bad_ones(trained):
+    rows = [json.loads(line) for line in (ROOT / "afqmc/sample/dev.json").read_text(encoding="utf-8").splitlines()]
+    lines = [json.dumps({"id": 5, **rows[0]}), "", "not json", json.dumps(rows[1]), '{"sentence1": "甲"}']
+    text = "\n".join(lines)
+    out, err = call("afqmc/predict.py", "--run_dir", str(trained), text=text, code=1)
+    answers = [json.loads(line) for line in out.splitlines()]
+    assert [sorted(answer) for answer in answers] == [
+        ["id", "label", "probability"],
+        ["error"],
+        ["label", "probability"],
+        ["error"],
+    ]
+    assert "line 3: Expecting value" in err and "line 5: sentence2 is None" in err and "Traceback" not in err
+    saved = (trained / "predictions" / "test_predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    for answer, line in zip((answers[0], answers[2]), saved):
+        row = json.loads(line)
+        assert answer["label"] == row["predicted"]
+        assert answer["probability"] == pytest.approx(row["probability"], abs=1e-5)
+
+
+def test_predict_reads_a_file_and_takes_a_threshold(trained):
+    flags = ("--run_dir", str(trained), "--input", "afqmc/sample/test.json", "--eval_batch_size", "4")
+    out, err = call("afqmc/predict.py", *flags, "--threshold", "0")
+    answers = [json.loads(line) for line in out.splitlines()]
+    assert [answer["id"] for answer in answers] == list(range(100))  # more than one block
+    assert {answer["label"] for answer in answers} == {"1"} and not err
+    _, err = call("afqmc/predict.py", *flags, "--threshold", "50", code=1)
+    assert err == "error: threshold 50.0 is out of range: from 0 to 1\n"
+
+
+def test_check_reads_everything_and_writes_nothing(tmp_path):
+    out, _ = call(str(ROOT / "afqmc/train.py"), "--sample", "--check", "--run_dir", "run", cwd=tmp_path)
+    assert "| train | 2250 | 31." in out and "torch " in out and "check passed" in out
+    assert not list(tmp_path.iterdir())
+
+
+def test_eda_prints_every_section():
+    out, _ = call("afqmc/eda.py", "--sample")
+    for words in ("balanced class weights", "recommended max_length", "repeated swapped", "sentences in both", "####"):
+        assert words in out
+
+
+def test_bench_prints_its_table():
+    out, _ = call("afqmc/bench.py", "--sample", "--pairs", "8", "--rounds", "1", "--layers", "1", "--batch_size", "4")
+    assert "| ours | " in out and "| padded to max_length | " in out and "threads" in out
+    assert ("not run (accelerate is not installed)" in out) != ("| Trainer, random | " in out.replace("not run", ""))
+
+
+def test_download_says_what_it_cannot_get(tmp_path):
+    flags = ("--data_dir", str(tmp_path / "data"), "--model", "no/such-model")
+    _, err = call("afqmc/download.py", *flags, code=1)
+    assert "model no/such-model could not be fetched" in err.splitlines()[-1]
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize(
+    "script, flags, words",
+    [
+        ("train.py", [], ["afqmc/data/train.json not found", "download.py", "--sample"]),
+        ("train.py", ["--model", "no/such"], ["model no/such is not on this machine", "download.py --model no/such"]),
+        ("eda.py", ["--sample", "--data_dir", "none"], ["none/train.json not found"]),
+        ("evaluate.py", ["--run_dir", "none"], ["none/config.json cannot be read"]),
+        ("evaluate.py", ["--sample", "--seed", "77"], ["holds no trained model", "--run_dir"]),
+        ("predict.py", ["--sample", "--seed", "77"], ["holds no trained model", "--run_dir"]),
+    ],
+)
+def test_what_is_missing_is_said_and_nothing_is_written(script, flags, words, tmp_path, monkeypatch, capsys):
+    from afqmc import config
+
+    if not flags:  # data is looked for after the tokenizer, which the sample has
+        flags = ["--model", "afqmc/sample/model", "--init", "random"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [script, *flags])
+    before = listing(ROOT / "afqmc")
+    settings = {"trained": True} if script != "train.py" else {}
+    own = {"predict.py": {"input": {"default": "-"}, "threshold": {"default": None}}}.get(script, {})
+    main = import_module(f"afqmc.{script.removesuffix('.py')}").main
+    assert config.run_script(main, "", **settings, **own) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and all(word in err for word in words), err
+    assert not list(tmp_path.iterdir()) and listing(ROOT / "afqmc") == before
+
+
+def wait_for_lines(process: subprocess.Popen, path: Path, count: int) -> None:
+    """Until metrics.jsonl has count lines, or the process is over."""
+    while process.poll() is None:
+        if path.exists() and path.read_bytes().count(b"\n") >= count:
+            return
+        time.sleep(0.002)
+
+
+def final_weights(run: Path) -> dict[str, torch.Tensor]:
+    return torch.load(run / "last.pt", weights_only=True)["state"]["model"]
+
+
+def kill_and_resume(folder: Path, kills: int, seed: int) -> None:
+    """Kill -9 one run at random lines of its metrics, resume each time, compare with a run never stopped."""
+    flags = ("afqmc/train.py", "--sample", "--max_steps", "30", "--batch_size", "16", "--logging_steps", "1")
+    flags += ("--save_steps", "3", "--fgm_epsilon", "1")
+    call(*flags, "--run_dir", str(folder / "whole"))
+    generator, killed = random.Random(seed), 0
+    print(f"kills drawn from seed {seed}")
+    for line in sorted(generator.sample(range(1, 30), kills)):
+        with start(*flags, "--run_dir", str(folder / "killed")) as process:
+            wait_for_lines(process, folder / "killed" / "metrics.jsonl", line)
+            process.kill()
+            process.communicate()
+            killed += process.returncode != 0
+    out, _ = call(*flags, "--run_dir", str(folder / "killed"))
+    assert killed == kills and out.splitlines()[-1].startswith("done | ")
+    whole, resumed = final_weights(folder / "whole"), final_weights(folder / "killed")
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    for name in ("best/model.safetensors", "report.md", "predictions/test_predictions.jsonl"):
+        assert (folder / "whole" / name).read_bytes() == (folder / "killed" / name).read_bytes(), name
+
+
+def test_kill_9_costs_nothing(tmp_path):
+    kill_and_resume(tmp_path, kills=int(os.environ.get("KILLS", "2")), seed=int(os.environ.get("KILL_SEED", "0")))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows cannot send SIGTERM to a process that could note it")
+def test_sigterm_saves_and_says_how_to_go_on(tmp_path):
+    flags = ("afqmc/train.py", *SHORT, "--max_steps", "60", "--save_steps", "1000", "--run_dir", str(tmp_path / "run"))
+    with start(*flags) as process:
+        wait_for_lines(process, tmp_path / "run" / "metrics.jsonl", 2)
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM and "Traceback" not in err
+    stopped = int(out.splitlines()[-1].split()[3])
+    assert out.splitlines()[-1] == f"stopped at step {stopped} of 60: the same command goes on from here"
+    out, _ = call(*flags)
+    assert f"resuming from step {stopped} of 60" in out

@@ -43,9 +43,9 @@ from transformers import (
 
 from afqmc.config import Config, run_script
 from afqmc.dataset import Pair, collate, epoch_batches, load_splits, token_lengths
-from afqmc.evaluate import table
+from afqmc.eda import table
 from afqmc.model import PairClassifier, autocast_dtype, class_weights, load_tokenizer, pick_device
-from afqmc.train import accumulate_gradients, make_optimizer, update
+from afqmc.train import accumulate_gradients, clip_gradient, make_optimizer, update
 from common.checkpoint import environment, peak_memory_bytes
 from common.seed import seed_everything
 
@@ -78,7 +78,8 @@ def run_ours(
     for step in range(steps):
         micro_batches = [next(loader) for _ in batches[step * k : (step + 1) * k]]
         accumulate_gradients(model, micro_batches, weights, scaler, config, step)
-        update(model, optimizer, scheduler, scaler, config)
+        clip_gradient(model, optimizer, scaler, config)
+        update(optimizer, scheduler, scaler)
         tokens += sum(int(batch["attention_mask"].sum()) for batch in micro_batches)
         padded += sum(batch["attention_mask"].numel() for batch in micro_batches)
     synchronize()

@@ -71,6 +71,9 @@ class Config:
         for name, least in at_least.items():
             if not least <= getattr(self, name) < float("inf"):
                 raise ValueError(f"argument --{name}: {getattr(self, name)} is out of range: at least {least}")
+        for name in ("split_seed", "seed"):
+            if getattr(self, name) >= 2**32:
+                raise ValueError(f"argument --{name}: {getattr(self, name)} is out of range: below 2**32")
         for name in ("validation_fraction", "label_smoothing", "warmup_ratio", "dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"argument --{name}: {getattr(self, name)} is out of range: from 0 to below 1")
@@ -96,7 +99,7 @@ SAMPLE = replace(
     data_dir="afqmc/sample",
     learning_rate=1e-3,
     gradient_accumulation_steps=1,
-    epochs=8,
+    epochs=12,
     fgm_epsilon=0.0,
     amp="off",
     logging_steps=20,
@@ -128,17 +131,32 @@ def run_path(config: Config) -> Path:
     return ROOT / "afqmc" / "runs" / f"{model}-{digest}"
 
 
-def portable(path: str, must_exist: bool) -> str:
-    """A path as a config keeps it: relative to the repository inside it, absolute outside.
+def portable(path: str | Path, must_exist: bool = False) -> str:
+    """A path of the command line as a config keeps it: relative to the repository inside it, absolute outside.
 
-    A relative path is looked for in the current folder first, then in the repository. Where must_exist finds
-    nothing, the text stays as it is: it is a name on the hub, or it is reported when it is read.
+    A relative path is one of the current folder. Where must_exist finds nothing there, the text stays as it is: a
+    folder of the repository, a name on the hub, or what is reported when it is read.
     """
-    full = Path(path).expanduser().absolute()
+    full = Path(path).expanduser().resolve()
     if must_exist and not full.exists():
-        return path
-    full = full.resolve()
+        return str(path)
     return full.relative_to(ROOT).as_posix() if full.is_relative_to(ROOT) else str(full)
+
+
+def saved_config(path: Path) -> dict:
+    """The fields of a run's config.json. Raises RunError where they are not exactly this version's."""
+    saved, expected = read_json(path).get("config"), run_config(Config())
+    if not isinstance(saved, dict):
+        raise RunError(f"{path} is not a run's config")
+    for name in sorted(saved.keys() | expected.keys()):
+        if name not in saved or name not in expected or type(saved[name]) is not type(expected[name]):
+            value = saved.get(name, "missing")
+            raise RunError(f"{path}: {name} is {value!r}, which this version does not write: train again")
+    try:
+        Config(**saved)
+    except ValueError as error:
+        raise RunError(f"{path}: {error}") from error
+    return saved
 
 
 def load_config(
@@ -147,7 +165,7 @@ def load_config(
     """The config of a command line, and the values of the script's own flags (name -> add_argument's settings).
 
     trained: where --run_dir names a run, its saved config gives the defaults, and only what does not define a
-    run (data_dir, eval_batch_size, num_workers, amp) may be changed. Exits with status 2 on a wrong flag or value.
+    run (ANY_RUN) may be changed. Exits with status 2 on a wrong flag or value.
     """
     parser = ConfigParser(Config, description=description, allow_abbrev=False, formatter_class=HelpFormatter)
     parser.add_argument("--sample", action="store_true", help="tiny offline preset")
@@ -158,7 +176,7 @@ def load_config(
     if given.sample:
         parser.set_defaults(**asdict(SAMPLE))
     if trained and given.run_dir:
-        saved = read_json(ROOT / portable(given.run_dir, must_exist=False) / "config.json").get("config", {})
+        saved = saved_config(ROOT / portable(given.run_dir) / "config.json")
         parser.set_defaults(**saved)
     try:
         config, arguments, unknown = parser.parse_args_into_dataclasses(
@@ -168,8 +186,9 @@ def load_config(
         parser.error(str(error))
     if unknown:
         parser.error(f"unknown argument {unknown[0]}")
-    paths = {name: portable(getattr(config, name), must_exist=True) for name in ("model", "data_dir")}
-    config = replace(config, **paths, run_dir=config.run_dir and portable(config.run_dir, must_exist=False))
+    for name, must_exist in (("model", True), ("data_dir", True), ("run_dir", False)):
+        if (value := getattr(config, name)) != parser.get_default(name):
+            config = replace(config, **{name: portable(value, must_exist)})
     for name, value in saved.items():
         if name not in ANY_RUN and getattr(config, name) != value:
             parser.error(f"argument --{name}: {given.run_dir} was trained with {value!r}, which is fixed")
@@ -189,8 +208,10 @@ def run_script(main: Callable, description: str, trained: bool = False, **flags:
         config, arguments = load_config(None, description, trained, **flags)
         return main(config, **{name: getattr(arguments, name) for name in flags}) or 0
     except torch.OutOfMemoryError:
-        message = "out of GPU memory: lower batch_size (and raise gradient_accumulation_steps), lower max_length, "
-        message += "or set gradient_checkpointing"
+        message = "out of GPU memory: lower eval_batch_size"
+        if not trained:
+            message += " (in evaluation), or batch_size (and raise gradient_accumulation_steps), or max_length, "
+            message += "or set gradient_checkpointing"
     except (UserError, RunError, OSError) as error:
         message = " ".join(str(error).split())
     except KeyboardInterrupt:

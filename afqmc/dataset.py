@@ -4,7 +4,9 @@ Format (CLUE, arXiv 2004.05986): {"sentence1": "...", "sentence2": "...", "label
 and no label. Text stays text until a batch is made: one call of the fast tokenizer per batch.
 """
 
+import hashlib
 import json
+import signal
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -40,12 +42,20 @@ class Pair(NamedTuple):
 
 def parse_pair(line: bytes, number: int, labelled: bool) -> Pair:
     """One JSON line as a Pair. Raises ValueError saying what is wrong with it."""
-    row = json.loads(line.decode("utf-8-sig"))
+    text = line.decode("utf-8-sig").strip()
+    try:
+        row = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"expected a JSON object, found {text[:40]!r} ({error})") from error
     if not isinstance(row, dict):
-        raise ValueError(f"expected a JSON object, found {line.decode().strip()[:40]}")
+        raise ValueError(f"expected a JSON object, found {text[:40]!r}")
     for name in ("sentence1", "sentence2"):
         if not isinstance(row.get(name), str) or not row[name].strip():
             raise ValueError(f"{name} is {row.get(name)!r}, expected a non-empty string")
+        row[name].encode()  # JSON can hold half a surrogate pair, which is no text: UnicodeEncodeError is a ValueError
+    if not isinstance(row.get("id"), str | int | None):
+        raise ValueError(f"id is {row['id']!r}, expected a number or a string")
+    str(row.get("id")).encode()
     label = None
     if labelled:
         if str(row.get("label")) not in LABELS:
@@ -77,14 +87,23 @@ def read_pairs(path: Path, labelled: bool = True) -> list[Pair]:
 def split_pairs(pairs: list[Pair], fraction: float, seed: int) -> tuple[list[Pair], list[Pair]]:
     """Training and validation split, stratified by label; equal and swapped pairs stay on one side.
 
-    Raises ValueError when there are too few pairs of a label to have it on both sides.
+    Raises ValueError when there are too few pairs of a label to have both labels on both sides.
     """
     groups: dict[frozenset, list[Pair]] = {}
     for pair in pairs:
         groups.setdefault(pair.key, []).append(pair)
     labels = [members[0].label for members in groups.values()]
     split = train_test_split(list(groups.values()), test_size=fraction, random_state=seed, stratify=labels)
-    return tuple([pair for members in side for pair in members] for side in split)
+    train, validation = ([pair for members in side for pair in members] for side in split)
+    if not {pair.label for pair in train} == {pair.label for pair in validation} == {0, 1}:
+        raise ValueError("it would have a label on one side only")
+    return train, validation
+
+
+def fingerprint(splits: dict[str, list[Pair]]) -> str:
+    """SHA-256 of all pairs and where they are: equal only for the same rows in the same splits."""
+    rows = {name: [pair[:4] for pair in pairs] for name, pairs in splits.items()}
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 def load_splits(config: Config) -> dict[str, list[Pair]]:
@@ -106,7 +125,7 @@ def token_lengths(pairs: list[Pair], tokenizer: PreTrainedTokenizerFast) -> np.n
     lengths = []
     for start in range(0, len(pairs), 1000):
         first, second = zip(*(pair[:2] for pair in pairs[start : start + 1000]))
-        encoded = tokenizer(list(first), list(second), return_attention_mask=False, return_token_type_ids=False)
+        encoded = tokenizer(list(first), list(second), verbose=False)  # verbose warns of lengths that will be cut
         lengths += map(len, encoded["input_ids"])
     return np.array(lengths, dtype=np.int64)
 
@@ -148,6 +167,12 @@ def sorted_batches(lengths: np.ndarray, batch_size: int) -> list[list[int]]:
     return [batch.tolist() for batch in np.split(order, range(batch_size, len(order), batch_size))]
 
 
+def leave_signals_to_the_loop(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal: a loader worker must live until the loop has saved."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def make_loader(
     pairs: list[Pair], batches: Iterable[list[int]], tokenizer: PreTrainedTokenizerFast, config: Config
 ) -> DataLoader:
@@ -157,5 +182,6 @@ def make_loader(
         batch_sampler=batches,
         collate_fn=partial(collate, tokenizer=tokenizer, max_length=config.max_length),
         num_workers=config.num_workers,
+        worker_init_fn=leave_signals_to_the_loop,
         pin_memory=torch.cuda.is_available(),
     )

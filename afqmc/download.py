@@ -50,7 +50,7 @@ def fetch_archive(target: Path) -> None:
     try:
         with urllib.request.urlopen(DATA_URL, timeout=60) as response, open(partial, "wb") as file:
             size = int(response.headers.get("Content-Length", 0)) or None
-            with tqdm.wrapattr(response, "read", total=size, desc=target.name) as stream:
+            with tqdm.wrapattr(response, "read", total=size, desc=target.name, disable=None) as stream:
                 shutil.copyfileobj(stream, file)
         if size and partial.stat().st_size != size:
             raise UserError(f"{DATA_URL} broke off at {partial.stat().st_size} of {size} bytes: run this again")
@@ -61,33 +61,34 @@ def fetch_archive(target: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def check_rows(folder: Path) -> str:
-    """Read every file, so that a damaged one is found now; the number of pairs in each."""
-    counts = {name: len(read_pairs(folder / name, labelled=name != "test.json")) for name in ROWS}
-    for name, count in counts.items():
-        if count != ROWS[name]:
-            raise UserError(f"{folder / name} has {count} pairs, AFQMC has {ROWS[name]}: delete it and run this again")
-    return ", ".join(f"{name} {count:,}" for name, count in counts.items())
+def check_rows(path: Path) -> None:
+    """Read a file, so that a damaged one is found now, and one that is not AFQMC's."""
+    count = len(read_pairs(path, labelled=path.name != "test.json"))
+    if count != ROWS[path.name]:
+        raise UserError(f"{path} has {count} pairs, AFQMC has {ROWS[path.name]}: give another --data_dir")
 
 
-def fetch_data(folder: Path) -> str:
-    """Put AFQMC's three files into folder, unless they are there; files that are there are only checked."""
-    if not all((folder / name).exists() for name in ROWS):
-        folder.mkdir(parents=True, exist_ok=True)
-        archive = folder / "afqmc_public.zip"
-        fetch_archive(archive)
-        try:
-            with zipfile.ZipFile(archive) as zipped:
-                members = {Path(member).name: member for member in zipped.namelist()}
-                for name in ROWS:
-                    if not (folder / name).exists():
-                        (folder / f"{name}.tmp").write_bytes(zipped.read(members[name]))  # read checks the CRC
-                        os.replace(folder / f"{name}.tmp", folder / name)
-        except (zipfile.BadZipFile, KeyError) as error:
-            raise UserError(f"{DATA_URL} gave a damaged archive: {error}") from error
-        finally:
-            archive.unlink()
-    return check_rows(folder)
+def fetch_data(folder: Path) -> None:
+    """Put AFQMC's three files into folder; those that are there are only checked, before anything is written."""
+    missing = [name for name in ROWS if not (folder / name).exists()]
+    for name in ROWS.keys() - missing:
+        check_rows(folder / name)
+    if not missing:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    archive = folder / "afqmc_public.zip"
+    fetch_archive(archive)
+    try:
+        with zipfile.ZipFile(archive) as zipped:
+            members = {Path(member).name: member for member in zipped.namelist()}
+            for name in missing:
+                (folder / f"{name}.tmp").write_bytes(zipped.read(members[name]))  # read checks the CRC
+                os.replace(folder / f"{name}.tmp", folder / name)
+                check_rows(folder / name)
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise UserError(f"{DATA_URL} gave a damaged archive: {error}") from error
+    finally:
+        archive.unlink()
 
 
 def main(config: Config) -> None:
@@ -95,8 +96,9 @@ def main(config: Config) -> None:
         print(f"weights: {config.model} is a folder on this machine, nothing to fetch")
     else:
         print(f"weights: {config.model} is complete in {fetch_weights(config)}")
-    counts = fetch_data(ROOT / config.data_dir)
-    print(f"data: {counts} pairs in {ROOT / config.data_dir}")
+    fetch_data(ROOT / config.data_dir)
+    counts = ", ".join(f"{name} {count:,}" for name, count in ROWS.items())
+    print(f"data: {counts} pairs, complete in {ROOT / config.data_dir}")
 
 
 if __name__ == "__main__":

@@ -16,10 +16,29 @@ from transformers import PreTrainedTokenizerFast
 
 from afqmc.config import ROOT, Config, run_script
 from afqmc.dataset import LABELS, Pair, read_pairs, token_lengths
-from afqmc.evaluate import table
 from afqmc.model import class_weights, load_tokenizer
 
 PERCENTILES = (50, 95, 99, 100)
+
+
+def table(header: list[str], rows: list[list]) -> list[str]:
+    """A Markdown table, floats with four decimals."""
+    cells = [header, ["---"] * len(header)]
+    cells += [[f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
+    return ["| " + " | ".join(row) + " |" for row in cells] + [""]
+
+
+def print_summary(splits: dict[str, list[Pair]], tokenizer: PreTrainedTokenizerFast, config: Config) -> None:
+    """The table of what is trained on: rows, label shares, lengths in tokens."""
+    rows = []
+    for name, pairs in splits.items():
+        lengths = token_lengths(pairs, tokenizer)
+        percentiles = np.percentile(lengths, (50, 95, 99, 100)).astype(int).tolist()
+        share = sum(pair.label for pair in pairs) / len(pairs)
+        rows.append([name, len(pairs), f"{share:.1%}", *percentiles, int((lengths > config.max_length).sum())])
+    header = ["split", "rows", "label 1", "tokens p50", "p95", "p99", "max", f"cut to {config.max_length}"]
+    print("\n".join(table(header, rows)[:-1]))
+    print("rows dropped: 0 (blank lines are skipped, a bad row ends the run)")
 
 
 def histogram(lengths: np.ndarray, bins: int = 12, width: int = 50) -> list[str]:
@@ -40,7 +59,7 @@ def length_rows(name: str, pairs: list[Pair], tokens: np.ndarray) -> list[list]:
 
 def recommended_max_length(tokens: np.ndarray) -> int:
     """The 99th percentile of the tokens, rounded up to a multiple of 8: cuts at most one pair in a hundred."""
-    return int(np.ceil(np.percentile(tokens, 99) / 8) * 8)
+    return int(np.ceil(np.percentile(tokens, 99, method="inverted_cdf") / 8) * 8)
 
 
 def repetitions(pairs: list[Pair]) -> dict[str, int]:
@@ -103,8 +122,12 @@ def main(config: Config) -> None:
         rows.append([name, len(files[name]), *(f"{counts[i]} ({counts[i] / len(files[name]):.1%})" for i in (0, 1))])
     rows += [["test", len(files["test"]), "-", "-"]] if "test" in files else []
     print("\n".join(table(["file", "rows", *(f"label {name}" for name in LABELS)], rows)))
-    weights = class_weights("balanced", [pair.label for pair in files["train"]])
-    print(f"balanced class weights of train: {', '.join(f'{weight:.4f}' for weight in weights.tolist())}\n")
+    labels = [pair.label for pair in files["train"]]
+    if len(set(labels)) == len(LABELS):
+        weights = class_weights("balanced", labels)
+        print(f"balanced class weights of train: {', '.join(f'{weight:.4f}' for weight in weights.tolist())}\n")
+    else:
+        print("train has one label only: no class weights, and nothing to learn\n")
     print_lengths(files, tokenizer, config)
     counts = {name: repetitions(files[name]) for name in files}
     header = ["rows", *files]

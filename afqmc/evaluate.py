@@ -15,8 +15,9 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from afqmc.config import Config, run_path, run_script
-from afqmc.dataset import LABELS, Pair, load_splits, make_loader, sorted_batches, token_lengths
+from afqmc.config import Config, run_path, run_script, saved_config
+from afqmc.dataset import LABELS, Pair, fingerprint, load_splits, make_loader, sorted_batches, token_lengths
+from afqmc.eda import table
 from afqmc.model import (
     PairClassifier,
     autocast_dtype,
@@ -26,7 +27,7 @@ from afqmc.model import (
     pair_loss,
     pick_device,
 )
-from common.checkpoint import Run, best_folder, read_json
+from common.checkpoint import Run, RunError, best_folder, read_json, write_text
 from common.metrics import classification_metrics
 
 
@@ -92,56 +93,66 @@ def evaluate_run(
     """Scores of the best model on every split but train; writes predictions/ and report.md into the run."""
     folder = best_folder(run.path)
     model = load_model(folder).to(device)
-    threshold = read_json(folder / "threshold.json")["threshold"]
+    threshold = read_threshold(folder)
     weights = class_weights(config.class_weights, [pair.label for pair in splits["train"]])
     scores: dict = {"threshold": threshold}
+    history = [record for record in run.history() if record["event"] == "evaluation"]
     (run.path / "predictions").mkdir(exist_ok=True)
     for name in [name for name in splits if name != "train"]:
         logits = predict_logits(model, splits[name], tokenizer, config, device)
         scores[name] = score_split(logits, splits[name], threshold, weights, config)
-        with open(run.path / "predictions" / f"{name}_predictions.jsonl", "w", encoding="utf-8", newline="\n") as file:
-            for pair, probability in zip(splits[name], probabilities(logits).tolist()):
-                row = {"line": pair.line, "sentence1": pair.sentence1, "sentence2": pair.sentence2}
-                row |= {"label": LABELS[pair.label], "predicted": LABELS[probability >= threshold]}
-                file.write(json.dumps(row | {"probability": round(probability, 6)}, ensure_ascii=False) + "\n")
+        lines = []
+        for pair, probability in zip(splits[name], probabilities(logits).tolist()):
+            row = {"line": pair.line, "sentence1": pair.sentence1, "sentence2": pair.sentence2}
+            row |= {"label": LABELS[pair.label], "predicted": LABELS[probability >= threshold]}
+            lines.append(json.dumps(row | {"probability": round(probability, 6)}, ensure_ascii=False) + "\n")
+        write_text(run.path / "predictions" / f"{name}_predictions.jsonl", "".join(lines))
     truncated = float((token_lengths(splits["train"], tokenizer) > config.max_length).mean())
-    text = report(scores, splits, run.history(), truncated, config)
-    (run.path / "report.md").write_text(text, encoding="utf-8", newline="\n")
+    write_text(run.path / "report.md", report(scores, splits, history, truncated, config))
     return scores
 
 
-def table(header: list[str], rows: list[list]) -> list[str]:
-    """A Markdown table, floats with four decimals."""
-    cells = [header, ["---"] * len(header)]
-    cells += [[f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
-    return ["| " + " | ".join(row) + " |" for row in cells] + [""]
+def read_threshold(folder: Path) -> float:
+    """The threshold that was tuned with the model in a best folder."""
+    threshold = read_json(folder / "threshold.json").get("threshold")
+    if not isinstance(threshold, float) or not 0 <= threshold <= 1:
+        raise RunError(f"{folder / 'threshold.json'}: threshold is {threshold!r}, expected a number from 0 to 1")
+    return threshold
+
+
+def check_data(run: Run, splits: dict[str, list[Pair]], config: Config) -> None:
+    """Refuse to go on with, or to score, other rows than a run began with: training rows would be test rows."""
+    if run.environment.get("data_sha256") != fingerprint(splits):
+        raise RunError(f"{config.data_dir} no longer holds the rows that {run.path} began with. Give another --run_dir")
 
 
 def report(scores: dict, splits: dict[str, list[Pair]], history: list[dict], truncated: float, config: Config) -> str:
-    """The readable evaluation; its detail is of the test split, or of validation where there is no test."""
+    """The readable evaluation; its detail is of the test split, or of validation where there is no test.
+
+    history: the evaluations of metrics.jsonl. truncated: the share of training pairs that max_length cuts.
+    """
     threshold, detail = scores["threshold"], "test" if "test" in scores else "validation"
     names = [name for name in splits if name != "train"]
     lines = [f"# {config.model} on {config.data_dir}", ""]
     lines += ["The epoch and the tuned threshold were chosen on validation, so its own row at that threshold flatters."]
     if detail == "test":
-        known = {pair.key for pair in splits["train"]}
+        known = {pair.key for pair in splits["train"] + splits["validation"]}
         seen = sum(pair.key in known for pair in splits["test"])
-        lines += [f"Nothing was chosen on test; {seen} of its {len(splits['test'])} pairs also occur in training.", ""]
+        lines += [f"Nothing was chosen on test; {seen} of its {len(splits['test'])} pairs are also in train.json.", ""]
     else:
         lines += ["There is no test split (no dev.json): no figure below is an unbiased estimate.", ""]
     columns = ["f1_macro", "accuracy", "f1_weighted"]
     rows = [
         [name, label, *(scores[name][key][column] for column in columns), scores[name]["loss"]]
         for name in names
-        for label, key in (("0.5", "at_half"), (f"{threshold:.4f} (tuned on validation)", "at_threshold"))
+        for label, key in (("0.5", "at_half"), (f"{threshold:.4f}, tuned on validation", "at_threshold"))
     ]
     lines += table(["split", "threshold", *columns, "loss"], rows)
-    for label, key in (("0.5", "at_half"), (f"{threshold:.4f}", "at_threshold")):
+    for label, key in [("0.5", "at_half"), (f"{threshold:.4f}", "at_threshold")][: 1 if threshold == 0.5 else 2]:
         lines += [f"## {detail}, threshold {label}", "", *class_tables(scores[detail][key])]
-    evaluations = [record for record in history if record["event"] == "evaluation"]
     columns = ["epoch", "step", "train_loss", "loss", "f1_macro", "accuracy"]
-    lines += ["## Epochs (validation)", "", *table(columns, [[r[c] for c in columns] for r in evaluations])]
-    lines += ["## Hints", "", *(f"- {hint}" for hint in hints(scores, detail, evaluations, truncated, config)), ""]
+    lines += ["## Epochs (validation)", "", *table(columns, [[r[c] for c in columns] for r in history])]
+    lines += ["## Hints", "", *(f"- {hint}" for hint in hints(scores, history, truncated, config)), ""]
     return "\n".join(lines)
 
 
@@ -160,42 +171,46 @@ def class_tables(metrics: dict) -> list[str]:
     return lines
 
 
-def hints(scores: dict, detail: str, evaluations: list[dict], truncated: float, config: Config) -> list[str]:
-    """What the figures suggest to try next; each hint holds the figures that brought it up."""
+def hints(scores: dict, history: list[dict], truncated: float, config: Config) -> list[str]:
+    """What training and validation suggest to try next, never test; each hint holds the figures that brought it up."""
     found = []
-    metrics = scores[detail]["at_half"]
-    (_, false_positives), (false_negatives, _) = metrics["confusion_matrix"]
+    (_, false_positives), (false_negatives, _) = scores["validation"]["at_half"]["confusion_matrix"]
     for more, less, names, direction in (
         (false_positives, false_negatives, ("false positives", "negatives"), "higher"),
         (false_negatives, false_positives, ("false negatives", "positives"), "lower"),
     ):
-        if more > 1.5 * less:
+        if (more - less) ** 2 > 4 * (more + less):  # two standard deviations from balance (McNemar's statistic)
             tuned = scores["threshold"]
             found.append(
-                f"At .5 there are more {names[0]} ({more}) than {names[1]} ({less}): a {direction} threshold balances "
-                f"them; the one tuned on validation for macro-F1 is {tuned:.4f}."
+                f"At .5 validation has more {names[0]} ({more}) than {names[1]} ({less}): a {direction} threshold "
+                f"balances them; the one tuned there for macro-F1 is {tuned:.4f}."
             )
-    best = (min if config.metric == "loss" else max)(evaluations, key=lambda record: record[config.metric])
-    last = evaluations[-1]
-    if len(evaluations) > 1 and best is last:
-        found.append(f"The last epoch ({last['epoch']}) was the best: more epochs may help.")
-    if last["loss"] > 1.2 * min(record["loss"] for record in evaluations) and last["train_loss"] < last["loss"]:
-        found.append(
-            f"The validation loss rose to {last['loss']:.4f} while the training loss fell to {last['train_loss']:.4f}: "
-            "overfitting; fewer epochs, more dropout, label smoothing or FGM may help."
-        )
-    if max(record["f1_macro"] for record in evaluations) < 0.5:
-        found.append("Macro-F1 stays below .5, little more than one label for all: try another learning rate.")
     if truncated > 0.01:
         found.append(f"{truncated:.1%} of the training pairs are longer than max_length {config.max_length}.")
+    if not history:  # stopped before the first evaluation was saved
+        return found or ["Nothing stands out."]
+    best = (min if config.metric == "loss" else max)(history, key=lambda record: record[config.metric])
+    lowest, last = min(history, key=lambda record: record["loss"]), history[-1]
+    if len(history) > 1 and best is last:
+        found.append(f"The last epoch ({last['epoch']}) was the best: more epochs may help.")
+    if last["loss"] > 1.2 * lowest["loss"] and last["train_loss"] < lowest["train_loss"]:
+        found.append(
+            f"Since epoch {lowest['epoch']} the validation loss rose from {lowest['loss']:.4f} to {last['loss']:.4f} "
+            f"while the training loss fell from {lowest['train_loss']:.4f} to {last['train_loss']:.4f}: overfitting; "
+            "fewer epochs, more dropout, label smoothing or FGM may help."
+        )
+    if (highest := max(record["f1_macro"] for record in history)) < 0.5:
+        found.append(f"Macro-F1 stays at {highest:.4f}, little more than one label for all: try another learning rate.")
     return found or ["Nothing stands out."]
 
 
 def main(config: Config) -> None:
     path = run_path(config)
-    best_folder(path)  # before the lock: where there is no run, none is made
-    run = Run(path, read_json(path / "config.json")["config"], {})
-    evaluate_run(run, load_splits(config), load_tokenizer(config), config, pick_device())
+    tokenizer = load_tokenizer(config, best_folder(path))  # before the lock: where there is no run, none is made
+    splits = load_splits(config)
+    run = Run(path, saved_config(path / "config.json"), {})
+    check_data(run, splits, config)
+    evaluate_run(run, splits, tokenizer, config, pick_device())
     print((path / "report.md").read_text(encoding="utf-8"))
     run.close()
 

@@ -3,9 +3,11 @@
 B batch, T tokens, D hidden
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,6 +22,7 @@ from transformers import (
 
 from afqmc.config import ROOT, Config, UserError
 from afqmc.dataset import LABELS
+from common.checkpoint import write_json
 
 # The heads of AutoModelForSequenceClassification. "pooler": the encoder's pooled [CLS], dropout, one Linear.
 # Otherwise the activation between the two Linears that stand on the last layer's [CLS].
@@ -91,27 +94,40 @@ class PairClassifier(nn.Module):
 
 
 def model_source(config: Config) -> str:
-    """What from_pretrained takes: an absolute folder, or a name on the hub."""
-    return str(ROOT / config.model) if (ROOT / config.model).is_dir() else config.model
-
-
-def refuse_source(config: Config, error: Exception, hint: str = "") -> UserError:
+    """What from_pretrained takes: an absolute folder, or a name on the hub that this machine's cache has."""
     if (ROOT / config.model).is_dir():
-        return UserError(f"{config.model} does not load: {error}{hint}")
-    return UserError(
-        f"model {config.model} is not on this machine: `python afqmc/download.py --model {config.model}` gets it, "
-        "--sample needs no download"
-    )
-
-
-def load_tokenizer(config: Config) -> PreTrainedTokenizerFast:
-    """The model's fast tokenizer, from this machine only. Raises UserError."""
+        return str(ROOT / config.model)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_source(config), local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise refuse_source(config, error) from error
+        cached = try_to_load_from_cache(config.model, "config.json")
+    except ValueError:  # no name that the hub could have: a mistyped path
+        cached = None
+    if not isinstance(cached, str):
+        raise UserError(
+            f"model {config.model} is not on this machine: `python afqmc/download.py --model {config.model}` gets it, "
+            "--sample needs no download"
+        )
+    return config.model
+
+
+def load_part(source: str | Path, what: str, load: Callable, **settings):
+    """Call one of transformers' from_pretrained on this machine's files; UserError with the source and the cause."""
+    try:
+        return load(source, local_files_only=True, **settings)
+    except Exception as error:  # no common base: OSError, ValueError, KeyError, SafetensorError, UnpicklingError ...
+        raise UserError(f"the {what} of {source} does not load: {type(error).__name__}: {error}") from error
+
+
+def load_tokenizer(config: Config, folder: Path | None = None) -> PreTrainedTokenizerFast:
+    """The fast tokenizer of a run's best folder, or else of the config's model, from this machine only.
+
+    Raises UserError.
+    """
+    source = folder or model_source(config)
+    tokenizer = load_part(source, "tokenizer", AutoTokenizer.from_pretrained)
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # what transformers makes up where there are no files
+        raise UserError(f"{source} holds no tokenizer: tokenizer.json or vocab.txt is missing")
     if not tokenizer.is_fast or tokenizer.pad_token is None:
-        raise UserError(f"{config.model}: needs a fast tokenizer with a padding token")
+        raise UserError(f"{source}: needs a fast tokenizer with a padding token")
     tokenizer.model_max_length = config.max_length  # so that pipeline(..., truncation=True) cuts where training did
     return tokenizer
 
@@ -119,14 +135,13 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerFast:
 def build_model(config: Config, tokenizer: PreTrainedTokenizerFast) -> PairClassifier:
     """Encoder with its weights (init "pretrained") or new ones (init "random"), and a new head. Raises UserError."""
     source = model_source(config)
-    try:
-        model_config = AutoConfig.from_pretrained(source, local_files_only=True, num_labels=len(LABELS))
-    except (OSError, ValueError) as error:
-        raise refuse_source(config, error) from error
+    model_config = load_part(source, "config", AutoConfig.from_pretrained, num_labels=len(LABELS))
     if model_config.model_type not in HEADS:
         raise UserError(f"{config.model} is a {model_config.model_type} model; supported are {', '.join(HEADS)}")
     if len(tokenizer) > model_config.vocab_size:
         raise UserError(f"{config.model}: {len(tokenizer)} tokens do not fit {model_config.vocab_size} embeddings")
+    if "token_type_ids" in tokenizer.model_input_names and model_config.type_vocab_size < 2:
+        raise UserError(f"{config.model}: its tokenizer gives token types, its encoder has embeddings for one")
     first_position = model_config.pad_token_id + 1 if model_config.model_type in WITHOUT_POOLER else 0
     if config.max_length + first_position > model_config.max_position_embeddings:
         raise UserError(f"max_length {config.max_length} is more than the positions that {config.model} has")
@@ -138,27 +153,31 @@ def build_model(config: Config, tokenizer: PreTrainedTokenizerFast) -> PairClass
             setattr(model_config, name, config.dropout)
     options = {"add_pooling_layer": False} if model_config.model_type in WITHOUT_POOLER else {}
     if config.init == "random":
-        encoder = AutoModel.from_config(model_config, dtype=torch.float32, **options)
+        encoder = load_part(source, "shape", new_encoder, config=model_config, **options)
     else:
         encoder = load_encoder(config, source, model_config, options)
     if config.gradient_checkpointing:
-        encoder.gradient_checkpointing_enable({"use_reentrant": False})
+        # transformers renamed it within 5.x and warns of the old name
+        enable = getattr(encoder, "activation_checkpointing_enable", None) or encoder.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     return PairClassifier(encoder, config.dropout)
+
+
+def new_encoder(source: str, local_files_only: bool, config, **options) -> PreTrainedModel:
+    return AutoModel.from_config(config, dtype=torch.float32, **options)
 
 
 def load_encoder(config: Config, source: str, model_config, options: dict) -> PreTrainedModel:
     """Pretrained weights, every one of them: only a pooler that the checkpoint lacks may start anew, and is named."""
-    try:
-        encoder, info = AutoModel.from_pretrained(
-            source,
-            config=model_config,
-            local_files_only=True,
-            dtype=torch.float32,  # the default is the checkpoint's own type
-            output_loading_info=True,
-            **options,
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise refuse_source(config, error, " (--init random trains its shape from new weights)") from error
+    encoder, info = load_part(
+        source,
+        "pretrained encoder (--init random would train its shape from new weights)",
+        AutoModel.from_pretrained,
+        config=model_config,
+        dtype=torch.float32,  # the default is the checkpoint's own type
+        output_loading_info=True,
+        **options,
+    )
     missing = set(info["missing_keys"])
     new_pooler = {name for name in missing if name.startswith("pooler.")}
     wrong = sorted(missing - new_pooler) + sorted(str(key) for key in info["mismatched_keys"])
@@ -169,12 +188,13 @@ def load_encoder(config: Config, source: str, model_config, options: dict) -> Pr
     return encoder
 
 
-def save_model(model: PairClassifier, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write what AutoModelForSequenceClassification.from_pretrained and pipeline load."""
+def save_model(model: PairClassifier, tokenizer: PreTrainedTokenizerFast, threshold: float, folder: Path) -> None:
+    """Write what AutoModelForSequenceClassification.from_pretrained and pipeline load, and the threshold beside it."""
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     model.config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    write_json(folder / "threshold.json", {"threshold": threshold})
 
 
 def load_model(folder: Path) -> PairClassifier:
@@ -204,11 +224,14 @@ def class_weights(setting: str, labels: list[int]) -> Tensor | None:
 def pair_loss(logits: Tensor, labels: Tensor, weights: Tensor | None, config: Config) -> Tensor:
     """Loss of each pair, (B,), from logits (B, 2) and labels (B,), in fp32: the caller sums and divides.
 
-    Cross-entropy as in torch.nn.functional.cross_entropy, a pair of class c times weights[c]; focal multiplies it by
-    (1 - p)^gamma, p the probability of the true label (arXiv 1708.02002, eq. 5).
+    Cross-entropy with label smoothing; a pair of label c counts weights[c] times (torch's own weight argument would
+    weigh the smoothed part by the other label's weight); focal multiplies by (1 - p)^gamma, p the probability of the
+    true label (arXiv 1708.02002, eq. 5).
     """
     logits = logits.float()
-    loss = F.cross_entropy(logits, labels, weights, reduction="none", label_smoothing=config.label_smoothing)
+    loss = F.cross_entropy(logits, labels, reduction="none", label_smoothing=config.label_smoothing)
+    if weights is not None:
+        loss = loss * weights[labels]
     if config.loss == "focal":
         rest = logits.softmax(dim=1).gather(1, 1 - labels[:, None]).squeeze(1)  # 1 - p without cancellation
         loss = loss * rest.clamp_min(torch.finfo(rest.dtype).tiny) ** config.focal_gamma
@@ -223,8 +246,9 @@ def fgm_perturbation(gradient: Tensor, epsilon: float) -> Tensor | None:
     """
     if not torch.isfinite(gradient).all():
         return None
-    norm = gradient.flatten(1).norm(dim=1)  # (B,)
-    return epsilon * gradient / norm.clamp_min(torch.finfo(norm.dtype).tiny)[:, None, None]
+    tiny = torch.finfo(gradient.dtype).tiny
+    gradient = gradient / gradient.abs().amax(dim=(1, 2), keepdim=True).clamp_min(tiny)  # squares must not underflow
+    return epsilon * gradient / gradient.flatten(1).norm(dim=1).clamp_min(tiny)[:, None, None]
 
 
 def pick_device() -> torch.device:
@@ -232,7 +256,7 @@ def pick_device() -> torch.device:
 
 
 def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:
-    """The type that autocast computes in, None for no autocast. Raises UserError where the device has not got it."""
+    """The type that autocast computes in, None for no autocast. Raises UserError for fp16 on a CPU."""
     if device.type == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:

@@ -5,6 +5,7 @@
 
 Out: the line's id where it has one, label ("1": the same meaning), probability (of label 1). Blank lines are skipped.
 A bad line is reported on stderr with its number, gives {"error": ...} in its place, and makes the exit status 1.
+Lines are answered in blocks of 8 x eval_batch_size, the last block at the end of the input.
 """
 
 import json
@@ -19,9 +20,9 @@ if not __package__:  # run as a script: import from the repository root, not fro
 
 from afqmc.config import Config, UserError, run_path, run_script
 from afqmc.dataset import LABELS, Pair, parse_pair
-from afqmc.evaluate import predict_logits, probabilities
+from afqmc.evaluate import predict_logits, probabilities, read_threshold
 from afqmc.model import load_model, load_tokenizer, pick_device
-from common.checkpoint import best_folder, read_json
+from common.checkpoint import best_folder
 
 
 def read_lines(stream: BinaryIO) -> Iterator[Pair | str]:
@@ -37,11 +38,11 @@ def read_lines(stream: BinaryIO) -> Iterator[Pair | str]:
 def main(config: Config, input: str, threshold: float | None) -> int:
     folder = best_folder(run_path(config))
     if threshold is None:
-        threshold = read_json(folder / "threshold.json")["threshold"]
+        threshold = read_threshold(folder)
     elif not 0 <= threshold <= 1:
         raise UserError(f"threshold {threshold} is out of range: from 0 to 1")
     device = pick_device()
-    model, tokenizer = load_model(folder).to(device), load_tokenizer(config)
+    model, tokenizer = load_model(folder).to(device), load_tokenizer(config, folder)
     failed = False
     with open(sys.stdin.fileno() if input == "-" else input, "rb", closefd=input != "-") as stream:
         rows = read_lines(stream)

@@ -23,8 +23,9 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, get_linear_schedule_with_warmup
 
 from afqmc.config import Config, UserError, portable, run_config, run_path, run_script
-from afqmc.dataset import Pair, epoch_batches, load_splits, make_loader, token_lengths
-from afqmc.evaluate import evaluate_run, predict_logits, probabilities, score_split, table, tune_threshold
+from afqmc.dataset import Pair, epoch_batches, fingerprint, load_splits, make_loader, token_lengths
+from afqmc.eda import print_summary
+from afqmc.evaluate import check_data, evaluate_run, predict_logits, probabilities, score_split, tune_threshold
 from afqmc.model import (
     PairClassifier,
     autocast_dtype,
@@ -36,21 +37,8 @@ from afqmc.model import (
     pick_device,
     save_model,
 )
-from common.checkpoint import Best, Run, StopSignal, environment, peak_memory_bytes, run_results, write_json
+from common.checkpoint import Best, Run, StopSignal, environment, peak_memory_bytes, run_results
 from common.seed import seed_everything, seed_micro_batch
-
-
-def print_summary(splits: dict[str, list[Pair]], tokenizer: PreTrainedTokenizerFast, config: Config) -> None:
-    """The table of what is trained on: rows, label shares, lengths in tokens."""
-    rows = []
-    for name, pairs in splits.items():
-        lengths = token_lengths(pairs, tokenizer)
-        percentiles = np.percentile(lengths, (50, 95, 99, 100)).astype(int).tolist()
-        share = sum(pair.label for pair in pairs) / len(pairs)
-        rows.append([name, len(pairs), f"{share:.1%}", *percentiles, int((lengths > config.max_length).sum())])
-    header = ["split", "rows", "label 1", "tokens p50", "p95", "p99", "max", f"cut to {config.max_length}"]
-    print("\n".join(table(header, rows)[:-1]))
-    print("rows dropped: 0 (blank lines are skipped, a bad row ends the run)")
 
 
 def make_optimizer(
@@ -103,30 +91,33 @@ def accumulate_gradients(
     return torch.stack(losses).tolist()
 
 
-def refuse_non_finite(losses: list[float], batches: list[list[int]], pairs: list[Pair], step: int) -> None:
-    """End the run, naming the batch, before a loss that is no number reaches the weights."""
-    for micro_step, (loss, rows) in enumerate(zip(losses, batches)):
-        if not math.isfinite(loss):
+def refuse_non_finite(what: str, values: list[float], batches: list[list[int]], pairs: list[Pair], step: int) -> None:
+    """End the run, naming the batch, before a loss or gradient that is no number reaches the weights."""
+    for value, rows in zip(values, batches):
+        if not math.isfinite(value):
             lines = ", ".join(str(pairs[row].line) for row in rows)
             raise UserError(
-                f"the loss is {loss} at step {step}, micro-batch {micro_step}, of train.json lines {lines}; "
-                "best/ is untouched. A lower learning_rate or amp off may help"
+                f"the {what} is {value} at step {step}, in the batch of train.json lines {lines}; best/ is untouched. "
+                "A lower learning_rate or amp off may help"
             )
 
 
-def update(
-    model: PairClassifier, optimizer: Optimizer, scheduler: LRScheduler, scaler: torch.amp.GradScaler, config: Config
+def clip_gradient(
+    model: PairClassifier, optimizer: Optimizer, scaler: torch.amp.GradScaler, config: Config
 ) -> float:
-    """One optimizer step; the gradient's norm before clipping. The schedule moves only if the optimizer did."""
+    """Take the loss scale out of the gradient and clip it; its norm before clipping."""
     scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
+    return torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf).item()
+
+
+def update(optimizer: Optimizer, scheduler: LRScheduler, scaler: torch.amp.GradScaler) -> None:
+    """One optimizer step, unless the scaler found an overflow. The schedule moves only if the optimizer did."""
     scale = scaler.get_scale()
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()
     if scaler.get_scale() >= scale:  # the scaler lowers its scale when it skips a step
         scheduler.step()
-    return norm.item()
 
 
 def validate(
@@ -139,6 +130,8 @@ def validate(
 ) -> dict:
     """Validation scores at .5, which choose the epoch, and the threshold that is best on these rows."""
     logits = predict_logits(model, pairs, tokenizer, config, device)
+    if not torch.isfinite(logits).all():
+        raise UserError("the validation logits are not finite; best/ is untouched. A lower learning_rate may help")
     threshold = tune_threshold(probabilities(logits), np.array([pair.label for pair in pairs]))
     scores = score_split(logits, pairs, threshold, None if weights is None else weights.cpu(), config)
     at_half = {name: scores["at_half"][name] for name in ("f1_macro", "accuracy")}
@@ -146,17 +139,12 @@ def validate(
     return {"loss": scores["loss"], **at_half, **tuned}
 
 
-def write_best(model: PairClassifier, tokenizer: PreTrainedTokenizerFast, threshold: float, folder: Path) -> None:
-    save_model(model, tokenizer, folder)
-    write_json(folder / "threshold.json", {"threshold": threshold})
-
-
 def last_line(results: dict, path: Path) -> str:
     parts = [f"done | {results['split']} {results['metric']} {results['best']:.4f} (epoch {results['epoch']})"]
     if results["test"]:
         half, tuned = (results["test"][key]["f1_macro"] for key in ("at_half", "at_threshold"))
         parts.append(f"test f1_macro {half:.4f} at .5, {tuned:.4f} at the tuned threshold {results['threshold']:.4f}")
-    return " | ".join([*parts, f"{results['seconds']:.0f} s", f"results in {portable(str(path), must_exist=False)}"])
+    return " | ".join([*parts, f"{results['seconds']:.0f} s", f"results in {portable(path)}"])
 
 
 def main(config: Config, check: bool = False) -> int | None:
@@ -185,7 +173,7 @@ def main(config: Config, check: bool = False) -> int | None:
     model = build_model(config, tokenizer).to(device)
     weights = class_weights(config.class_weights, [pair.label for pair in train])
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"{parameters:,} parameters | class weights {'off' if weights is None else weights.tolist()}")
+    print(f"{parameters:,} parameters | class weights {'off' if weights is None else weights.numpy().round(4)}")
     weights = None if weights is None else weights.to(device)
 
     # Optimizer
@@ -195,24 +183,31 @@ def main(config: Config, check: bool = False) -> int | None:
         losses = accumulate_gradients(
             model, list(make_loader(train, batches, tokenizer, config)), weights, scaler, config, step=0
         )
-        refuse_non_finite(losses, batches, train, step=0)
+        refuse_non_finite("loss", losses, batches, train, step=0)
         print(f"check passed | loss of one batch {losses[0] / len(batches[0]):.4f} | nothing was written")
         return None
 
     # Resume
-    run = Run(path, run_config(config), info)
+    run = Run(path, run_config(config), info | {"data_sha256": fingerprint(splits), "autocast": str(dtype)})
+    if run.results:  # another process finished it meanwhile
+        return main(config)
+    check_data(run, splits, config)
+    if (begun := run.environment.get("autocast")) != str(dtype):
+        raise UserError(f"{path} was begun with autocast {begun}, amp {config.amp} means {dtype} on this machine")
     best = Best("min" if config.metric == "loss" else "max", config.patience)
     step = 0
-    totals = dict.fromkeys(("seconds", "train_seconds", "tokens", "window_loss", "window_pairs"), 0.0)
-    totals |= {"epoch_loss": 0.0, "epoch_pairs": 0.0}
+    totals = {"seconds": 0.0, "train_seconds": 0.0, "tokens": 0, "epoch_loss": 0.0, "epoch_pairs": 0}
     stateful = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
     if state := run.load_last(best):
-        for name, part in stateful.items():
-            part.load_state_dict(state[name])
+        try:
+            for name, part in stateful.items():
+                part.load_state_dict(state[name])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise UserError(f"{path / 'last.pt'} does not fit {config.model}: {error}") from error
         step, totals = state["step"], state["totals"]
-        print(f"resuming from step {step} of {total_steps} in {portable(str(path), must_exist=False)}")
+        print(f"resuming from step {step} of {total_steps} in {portable(path)}")
     else:
-        print(f"starting in {portable(str(path), must_exist=False)}")
+        print(f"starting in {portable(path)}")
 
     # Loop
     loader = None
@@ -226,23 +221,24 @@ def main(config: Config, check: bool = False) -> int | None:
             group = batches[position * accumulation : (position + 1) * accumulation]
             micro_batches = [next(loader) for _ in group]
             losses = accumulate_gradients(model, micro_batches, weights, scaler, config, step)
-            refuse_non_finite(losses, group, train, step)
+            refuse_non_finite("loss", losses, group, train, step)
+            grad_norm = clip_gradient(model, optimizer, scaler, config)
+            if not scaler.is_enabled():  # the scaler skips such a step by itself
+                refuse_non_finite("gradient norm", [grad_norm], [[row for rows in group for row in rows]], train, step)
             learning_rate = scheduler.get_last_lr()[0]
-            grad_norm = update(model, optimizer, scheduler, scaler, config)
+            update(optimizer, scheduler, scaler)
             step += 1
             bar.update()
 
             pairs = sum(map(len, group))
             totals["tokens"] += sum(int(batch["attention_mask"].sum()) for batch in micro_batches)
-            for name, amount in (("loss", sum(losses)), ("pairs", pairs)):
-                totals[f"window_{name}"] += amount
-                totals[f"epoch_{name}"] += amount
+            totals["epoch_loss"] += sum(losses)
+            totals["epoch_pairs"] += pairs
             totals["train_seconds"] += time.perf_counter() - began
             if step % config.logging_steps == 0:
                 record = {"event": "step", "step": step, "epoch": round(step / steps_per_epoch, 4)}
-                record |= {"loss": totals["window_loss"] / totals["window_pairs"], "learning_rate": learning_rate}
-                record |= {"grad_norm": grad_norm, "tokens_per_second": totals["tokens"] / totals["train_seconds"]}
-                totals["window_loss"] = totals["window_pairs"] = 0.0
+                record |= {"loss": sum(losses) / pairs, "learning_rate": learning_rate, "grad_norm": grad_norm}
+                record |= {"tokens_per_second": totals["tokens"] / totals["train_seconds"]}
                 run.log(record)
                 bar.write(
                     f"step {step}/{total_steps} | epoch {record['epoch']:.2f} | loss {record['loss']:.4f} | "
@@ -254,21 +250,22 @@ def main(config: Config, check: bool = False) -> int | None:
                 scores = validate(model, splits["validation"], tokenizer, weights, config, device)
                 record = {"event": "evaluation", "epoch": epoch + 1, "step": step}
                 record |= {"train_loss": totals["epoch_loss"] / totals["epoch_pairs"], **scores}
-                totals["epoch_loss"] = totals["epoch_pairs"] = 0.0
+                totals |= {"epoch_loss": 0.0, "epoch_pairs": 0}
                 run.log(record)
                 if better := best.update(scores[config.metric], epoch + 1, step):
-                    run.save_best(partial(write_best, model, tokenizer, scores["threshold"]))
+                    run.save_best(partial(save_model, model, tokenizer, scores["threshold"]))
                 bar.write(
                     f"epoch {epoch + 1} | train loss {record['train_loss']:.4f} | validation loss {scores['loss']:.4f}"
                     f" | f1_macro {scores['f1_macro']:.4f} | accuracy {scores['accuracy']:.4f}{' | best' * better}"
                 )
             totals["seconds"] += time.perf_counter() - began
-            if epoch_ended or step % config.save_steps == 0 or stop.number:
+            stopped = stop.number  # read once: a signal during the save counts at the next step
+            if epoch_ended or step % config.save_steps == 0 or stopped:
                 state = {name: part.state_dict() for name, part in stateful.items()}
                 run.save_last(state | {"step": step, "totals": totals}, best)
-            if stop.number:
+            if stopped:
                 bar.write(f"stopped at step {step} of {total_steps}: the same command goes on from here")
-                return 128 + stop.number
+                return 128 + stopped
 
     # Final evaluation
     scores = evaluate_run(run, splits, tokenizer, config, device)

@@ -7,6 +7,7 @@
     results.json   written last: its presence means that the run is finished
 """
 
+import errno
 import json
 import math
 import os
@@ -67,7 +68,7 @@ class Best:
 
 
 class StopSignal:
-    """Notes SIGINT and SIGTERM so that the loop can save first; a second one ends the process at once."""
+    """Notes SIGINT or SIGTERM so that the loop can save first; a second one ends the process at once."""
 
     def __enter__(self):
         self.number = 0
@@ -76,7 +77,8 @@ class StopSignal:
 
     def note(self, number, frame):
         self.number = number
-        signal.signal(number, signal.SIG_DFL)
+        for again in self.previous:
+            signal.signal(again, signal.SIG_DFL)
 
     def __exit__(self, *exception):
         for number, handler in self.previous.items():
@@ -84,10 +86,11 @@ class StopSignal:
 
 
 def environment(device: str) -> dict:
-    """Package versions, device and git commit (None outside a checkout), to be kept beside the config."""
+    """Package versions, device and git commit (-dirty where files are edited, None outside a checkout)."""
     root = Path(__file__).resolve().parents[1]
     try:
-        git = subprocess.run(["git", "rev-parse", "--verify", "HEAD"], cwd=root, capture_output=True, text=True)
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        git = subprocess.run(command, cwd=root, capture_output=True, text=True)
         commit = git.stdout.strip() or None
     except FileNotFoundError:  # git is not installed
         commit = None
@@ -128,9 +131,12 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     flush(path.parent)
 
 
+def write_text(path: Path, text: str) -> None:
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8", newline="\n"))
+
+
 def write_json(path: Path, value: dict) -> None:
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> dict:
@@ -144,11 +150,21 @@ def read_json(path: Path) -> dict:
     return value
 
 
-def check_config(path: Path, config: dict) -> None:
-    """Refuse to go on in a run folder whose run has another config, naming the fields that differ."""
+def run_results(path: Path, config: dict) -> dict | None:
+    """The results of a finished run, None where there is no run yet or an unfinished one; writes nothing.
+
+    Raises RunError where path holds another config's run, naming the fields that differ, or something that is no run.
+    """
+    if path.exists() and not path.is_dir():
+        raise RunError(f"{path} is a file, not a run folder. Give another --run_dir")
+    if not (path / "config.json").exists():
+        entries = sorted(entry.name for entry in path.iterdir()) if path.exists() else []
+        if foreign := [name for name in entries if name not in (".lock", "config.json.tmp")]:
+            raise RunError(f"{path} is no run folder: it holds {foreign[0]}. Give another --run_dir")
+        return None
     saved = read_json(path / "config.json").get("config")
     if not isinstance(saved, dict):
-        raise RunError(f"{path / 'config.json'} is not a run's config")
+        raise RunError(f"{path / 'config.json'} is not a run's config. Give another --run_dir")
     differing = [
         f"{name} {saved.get(name, 'absent')!r} there, {config.get(name, 'absent')!r} here"
         for name in sorted(saved.keys() | config.keys())
@@ -156,23 +172,6 @@ def check_config(path: Path, config: dict) -> None:
     ]
     if differing:
         raise RunError(f"{path} holds a run with another config: {'; '.join(differing)}. Give another --run_dir")
-
-
-def run_results(path: Path, config: dict) -> dict | None:
-    """The results of a finished run, None where there is no run yet or an unfinished one; writes nothing.
-
-    Raises RunError where path holds another config's run, or something that is no run.
-    """
-    if not path.exists():
-        return None
-    if not path.is_dir():
-        raise RunError(f"{path} is a file, not a run folder")
-    if not (path / "config.json").exists():
-        foreign = sorted(entry.name for entry in path.iterdir() if entry.name not in (".lock", "config.json.tmp"))
-        if foreign:
-            raise RunError(f"{path} is no run folder: it holds {foreign[0]} and no config.json. Give another --run_dir")
-        return None
-    check_config(path, config)
     return read_json(path / "results.json") if (path / "results.json").exists() else None
 
 
@@ -187,38 +186,33 @@ def best_folder(path: Path) -> Path:
 class Run:
     """A run folder held by this process: created or reopened, locked until close or the end of the process.
 
-    config: the JSON-able fields that define the run, without run_dir. Raises RunError as run_results does, and where
-    another process holds the lock.
+    config: the JSON-able fields that define the run, without run_dir. environment: what it was begun in; the attribute
+    of that name is what config.json says. results: those of a finished run. Raises RunError as run_results does, and
+    where another process holds the lock.
     """
 
-    def __init__(self, path: Path, config: dict, info: dict):
+    def __init__(self, path: Path, config: dict, environment: dict):
         self.path, self.config = path, json.loads(json.dumps(config))
         run_results(path, self.config)
         path.mkdir(parents=True, exist_ok=True)
         self.lock_file = open(path / ".lock", "a", encoding="utf-8")  # noqa: SIM115 - stays open: it is the lock
-        self._lock()
-        run_results(path, self.config)  # again: another process may have begun a run before the lock was ours
-        if not (path / "config.json").exists():
-            write_json(path / "config.json", {"config": self.config, "environment": info})
-        self._mend_best()
-
-    def _lock(self) -> None:
-        # A POSIX record lock: the kernel drops it with this process, and forked loader workers do not inherit it.
-        try:
+        try:  # a POSIX record lock: the kernel drops it with this process, and forked loader workers do not inherit it
             if fcntl:
                 fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             else:
                 msvcrt.locking(self.lock_file.fileno(), msvcrt.LK_NBLCK, 1)
         except OSError as error:
-            self.lock_file.close()
-            message = f"another process is working in {self.path}: wait for it, or give another --run_dir"
-            raise RunError(message) from error
-
-    def _mend_best(self) -> None:
-        best, old = self.path / "best", self.path / "best.old"
-        if old.exists() and not best.exists():
+            self.close()
+            reason = "another process is working there" if error.errno in (errno.EACCES, errno.EAGAIN) else error
+            raise RunError(f"{path} cannot be locked: {reason}. Wait for it, or give another --run_dir") from error
+        self.results = run_results(path, self.config)  # again: another process may have been here before the lock
+        if not (path / "config.json").exists():
+            write_json(path / "config.json", {"config": self.config, "environment": environment})
+        self.environment = read_json(path / "config.json").get("environment", {})
+        best, old = path / "best", path / "best.old"
+        if old.exists() and not best.exists():  # killed between the two renames of a swap
             old.rename(best)
-        for leftover in (old, self.path / "best.tmp"):
+        for leftover in (old, path / "best.tmp"):
             shutil.rmtree(leftover, ignore_errors=True)
 
     def load_last(self, best: Best) -> dict | None:
@@ -247,12 +241,8 @@ class Run:
         """Write last.pt: tensors and plain values only, so that it loads with weights_only."""
         metrics = self.path / "metrics.jsonl"
         flush(metrics)
-        content = {
-            "config": self.config,
-            "best": asdict(best),
-            "metrics_bytes": metrics.stat().st_size,
-            "state": state,
-        }
+        content = {"config": self.config, "best": asdict(best), "state": state}
+        content["metrics_bytes"] = metrics.stat().st_size
         write_atomically(self.path / "last.pt", lambda temporary: torch.save(content, temporary))
 
     def save_best(self, write: Callable[[Path], None]) -> None:
@@ -262,7 +252,7 @@ class Run:
         temporary.mkdir()
         try:
             write(temporary)
-            for file in temporary.rglob("*"):
+            for file in (*temporary.rglob("*"), temporary):
                 flush(file)
         except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -281,8 +271,11 @@ class Run:
 
     def history(self) -> list[dict]:
         """The lines of metrics.jsonl."""
-        with open(self.path / "metrics.jsonl", encoding="utf-8") as file:
-            return [json.loads(line) for line in file]
+        path = self.path / "metrics.jsonl"
+        try:
+            return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        except (OSError, ValueError) as error:
+            raise RunError(f"{path} cannot be read: {error}") from error
 
     def finish(self, results: dict) -> None:
         """Write results.json: from here on the run is finished."""

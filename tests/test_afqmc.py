@@ -2,8 +2,10 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,7 @@ from sklearn.utils.class_weight import compute_class_weight
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, pipeline
 
-from afqmc import download, eda, train
+from afqmc import download, eda, evaluate, train
 from afqmc.config import SAMPLE, Config, UserError, load_config, portable, run_config, run_path
 from afqmc.dataset import (
     Pair,
@@ -31,7 +33,16 @@ from afqmc.dataset import (
     split_pairs,
     token_lengths,
 )
-from afqmc.evaluate import evaluate_run, hints, predict_logits, probabilities, report, score_split, tune_threshold
+from afqmc.evaluate import (
+    evaluate_run,
+    hints,
+    predict_logits,
+    probabilities,
+    read_threshold,
+    report,
+    score_split,
+    tune_threshold,
+)
 from afqmc.model import (
     PairClassifier,
     autocast_dtype,
@@ -86,7 +97,10 @@ GOOD = {"sentence1": "怎么还款", "sentence2": "如何还款", "label": "1"}
 @pytest.mark.parametrize(
     "line, message",
     [
-        ('{"sentence1": "甲"', "line 3: Expecting"),
+        ('{"sentence1": "甲"', "line 3: expected a JSON object, found '{\"sentence1\": \"甲\"' (Expecting"),
+        ("[" * 100_000, "line 3: expected a JSON object, found '[[["),
+        ('{"sentence1": "\\ud800", "sentence2": "乙", "label": "0"}', "line 3: 'utf-8' codec can't encode"),
+        (GOOD | {"id": [1]}, "line 3: id is [1], expected a number or a string"),
         ('["甲", "乙", "1"]', "line 3: expected a JSON object, found"),
         (GOOD | {"label": "2"}, "line 3: label is '2', expected \"0\" or \"1\""),
         (GOOD | {"label": True}, "line 3: label is True"),
@@ -130,6 +144,9 @@ def test_missing_empty_and_unsplittable_files_are_named(tmp_path):
         load_splits(config)
     write_lines(tmp_path / "train.json", [GOOD])
     with pytest.raises(UserError, match="its 1 pairs cannot be split"):
+        load_splits(config)
+    write_lines(tmp_path / "train.json", [GOOD | {"sentence1": str(i), "label": str(int(i < 2))} for i in range(100)])
+    with pytest.raises(UserError, match="its 100 pairs cannot be split: it would have a label on one side only"):
         load_splits(config)
 
 
@@ -196,8 +213,7 @@ def test_loader_workers_change_nothing(tokenizer, splits):
 
 
 def test_the_sample_is_what_its_script_makes(tmp_path):
-    from afqmc.sample import make_sample
-
+    make_sample = import_module("afqmc.sample.make_sample")
     make_sample.main(tmp_path)
     made = {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert len(made) == 6
@@ -257,7 +273,7 @@ def test_best_loads_in_transformers_with_the_same_logits(tmp_path, tokenizer, sp
     for parameter in model.classifier.parameters():
         torch.nn.init.normal_(parameter)
     (tmp_path / "best").mkdir()
-    save_model(model, tokenizer, tmp_path / "best")
+    save_model(model, tokenizer, 0.5, tmp_path / "best")
     reference, info = AutoModelForSequenceClassification.from_pretrained(tmp_path / "best", output_loading_info=True)
     assert not (info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"])
     assert type(reference).__name__ == reference.config.architectures[0]
@@ -293,18 +309,48 @@ def test_a_missing_weight_is_refused_by_name(tmp_path, tokenizer):
 
 
 def test_models_that_cannot_be_used_are_refused_in_words(tmp_path, tokenizer):
-    with pytest.raises(UserError, match=r"does not load: .*--init random"):
+    with pytest.raises(UserError, match=r"--init random.*model does not load: OSError: .*no file named"):
         build_model(replace(SAMPLE, init="pretrained"), tokenizer)  # the sample's folder has no weights
     with pytest.raises(UserError, match=r"not on this machine: `python afqmc/download\.py --model no/such`.*--sample"):
         load_tokenizer(replace(SAMPLE, model="no/such"))
     with pytest.raises(UserError, match="max_length 129 is more than the positions"):
         build_model(replace(SAMPLE, max_length=129), tokenizer)
+    with pytest.raises(UserError, match=r"not on this machine"):
+        load_tokenizer(replace(SAMPLE, model="../a/mistyped path"))
     AutoConfig.for_model("gpt2").save_pretrained(tmp_path / "gpt2")
     with pytest.raises(UserError, match="is a gpt2 model; supported are bert"):
         build_model(replace(SAMPLE, model=str(tmp_path / "gpt2")), tokenizer)
     AutoConfig.for_model("bert", vocab_size=100).save_pretrained(tmp_path / "small")
     with pytest.raises(UserError, match="tokens do not fit 100 embeddings"):
         build_model(replace(SAMPLE, model=str(tmp_path / "small")), tokenizer)
+    with pytest.raises(UserError, match=r"small holds no tokenizer: tokenizer\.json or vocab\.txt is missing"):
+        load_tokenizer(replace(SAMPLE, model=str(tmp_path / "small")))
+    AutoConfig.for_model("bert", type_vocab_size=1).save_pretrained(tmp_path / "untyped")
+    with pytest.raises(UserError, match="its tokenizer gives token types"):
+        build_model(replace(SAMPLE, model=str(tmp_path / "untyped")), tokenizer)
+    for name, text in (("config.json", "[]"), ("config.json", '{"model_type": "bert", "hidden_size": "x"}')):
+        (tmp_path / "small" / name).write_text(text, encoding="utf-8")
+        with pytest.raises(UserError, match=r"of .*small does not load"):
+            build_model(replace(SAMPLE, model=str(tmp_path / "small")), tokenizer)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "tokenizer.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(UserError, match=r"tokenizer of .*broken does not load"):
+        load_tokenizer(SAMPLE, tmp_path / "broken")
+
+
+def test_a_damaged_best_folder_is_refused_by_name(tmp_path, tokenizer):
+    save_model(tiny_model(), tokenizer, 0.25, tmp_path)
+    assert read_threshold(tmp_path) == 0.25
+    (tmp_path / "threshold.json").write_text('{"threshold": "abc"}', encoding="utf-8")
+    with pytest.raises(RunError, match=r"threshold\.json: threshold is 'abc'"):
+        read_threshold(tmp_path)
+    content = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match="does not load"):
+        load_model(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="holds no tokenizer"):
+        load_tokenizer(SAMPLE, tmp_path)
 
 
 def test_token_types_reach_the_model(tokenizer, splits):
@@ -357,6 +403,8 @@ def test_the_loss_by_hand():
     assert focal.tolist() == pytest.approx([-2 * 0.25**2 * math.log(0.75), -2 * 0.75**2 * math.log(0.25)])
     torch.testing.assert_close(pair_loss(logits, labels, None, replace(config, loss="focal", focal_gamma=0.0)), loss)
     smooth = pair_loss(logits, labels, None, replace(config, label_smoothing=0.2))
+    torch.testing.assert_close(smooth, F.cross_entropy(logits, labels, reduction="none", label_smoothing=0.2))
+    torch.testing.assert_close(pair_loss(logits, labels, weights, replace(config, label_smoothing=0.2)), 2 * smooth)
     assert smooth[0].item() == pytest.approx(-0.9 * math.log(0.75) - 0.1 * math.log(0.25))
 
 
@@ -397,6 +445,16 @@ def test_class_weights_reach_the_trained_loss(tokenizer, splits):
         torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=1e-6)
 
 
+def test_gradient_checkpointing_changes_no_gradient(tokenizer, splits):
+    batch = collate(splits["train"][:8], tokenizer, 64)
+    plain, saving = (build_model(replace(SAMPLE, gradient_checkpointing=on), tokenizer) for on in (False, True))
+    saving.load_state_dict(plain.state_dict())
+    layers = [model.encoder.encoder.layer[0] for model in (plain, saving)]
+    assert [layer.gradient_checkpointing for layer in layers] == [False, True]
+    (_, expected), (_, found) = (gradients(model, [batch], fgm_epsilon=1.0) for model in (plain, saving))  # dropout on
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 @pytest.mark.parametrize("epsilon", [0.0, 1.0])
 def test_micro_batches_give_the_gradient_of_one_batch(tokenizer, splits, epsilon):
     model, weights = tiny_model(**NO_DROPOUT), torch.tensor([0.7, 1.6])
@@ -412,11 +470,11 @@ def test_micro_batches_give_the_gradient_of_one_batch(tokenizer, splits, epsilon
 
 
 def test_the_perturbation_has_length_epsilon_for_each_example_whatever_the_scale():
-    gradient = torch.randn(5, 7, 3) * torch.logspace(-6, 2, 5)[:, None, None]
+    gradient = torch.randn(5, 7, 3) * torch.logspace(-30, 2, 5)[:, None, None]
     r = fgm_perturbation(gradient, 0.8)
     torch.testing.assert_close(r.flatten(1).norm(dim=1), torch.full((5,), 0.8))
     torch.testing.assert_close(fgm_perturbation(gradient * 65536, 0.8), r)
-    torch.testing.assert_close(F.cosine_similarity(r.flatten(1), gradient.flatten(1)), torch.ones(5))
+    torch.testing.assert_close(r[2:], 0.8 * gradient[2:] / gradient[2:].flatten(1).norm(dim=1)[:, None, None])
     gradient[2] = 0
     assert torch.equal(fgm_perturbation(gradient, 0.8)[2], torch.zeros(7, 3))
     gradient[3, 0, 0] = float("inf")
@@ -481,7 +539,8 @@ def test_the_schedule_counts_optimizer_steps_and_waits_for_a_skipped_one():
         for p in model.parameters():
             p.grad = torch.full_like(p, gradient) * scaler.get_scale()
         scaler.scale(torch.ones(()))  # as the loop's backward would have
-        train.update(model, optimizer, scheduler, scaler, SAMPLE)
+        train.clip_gradient(model, optimizer, scaler, SAMPLE)
+        train.update(optimizer, scheduler, scaler)
         rates.append(scheduler.get_last_lr()[0])
         if gradient != 1.0:
             assert torch.equal(next(model.parameters()), before)
@@ -499,7 +558,8 @@ def test_the_gradient_is_clipped_and_its_norm_reported():
     )
     for p in model.parameters():
         p.grad = torch.ones_like(p)
-    norm = train.update(model, optimizer, scheduler, scaler, SAMPLE)
+    norm = train.clip_gradient(model, optimizer, scaler, SAMPLE)
+    train.update(optimizer, scheduler, scaler)
     assert norm == pytest.approx(sum(p.numel() for p in model.parameters()) ** 0.5, rel=1e-4)
     assert seen["norm"].item() == pytest.approx(1.0, rel=1e-3)
 
@@ -510,14 +570,58 @@ def test_one_batch_overfits(tokenizer, splits):
     optimizer, scheduler, scaler = train.make_optimizer(model, 200, SAMPLE)
     for step in range(100):
         (loss,) = train.accumulate_gradients(model, [batch], None, scaler, SAMPLE, step)
-        train.update(model, optimizer, scheduler, scaler, SAMPLE)
+        train.clip_gradient(model, optimizer, scaler, SAMPLE)
+        train.update(optimizer, scheduler, scaler)
     assert loss / 16 < 0.01
 
 
 def test_a_loss_that_is_no_number_names_its_batch(splits):
     lines = [splits["train"][row].line for row in (3, 4)]
-    with pytest.raises(UserError, match=rf"loss is nan at step 7, micro-batch 1, .* lines {lines[0]}, {lines[1]};"):
-        train.refuse_non_finite([0.5, float("nan")], [[1, 2], [3, 4]], splits["train"], step=7)
+    with pytest.raises(UserError, match=rf"the loss is nan at step 7, in the batch .* lines {lines[0]}, {lines[1]};"):
+        train.refuse_non_finite("loss", [0.5, float("nan")], [[1, 2], [3, 4]], splits["train"], step=7)
+
+
+def test_a_gradient_that_is_no_number_never_reaches_the_weights(tmp_path, small_data):
+    config = replace(SAMPLE, run_dir=str(tmp_path / "run"), data_dir=small_data, fgm_epsilon=1e30, save_steps=1)
+    for _ in range(2):  # and the same again: nothing of it was saved
+        with pytest.raises(UserError, match=r"the gradient norm is nan at step 0, in the batch of train\.json"):
+            train.main(config)
+    assert not (tmp_path / "run" / "last.pt").exists()
+
+
+def test_a_run_refuses_other_rows_another_precision_and_another_shape(tmp_path, splits, small_data, monkeypatch):
+    shutil.copytree(small_data, tmp_path / "data")
+    shutil.copytree("afqmc/sample/model", tmp_path / "model")
+    places = {"data_dir": str(tmp_path / "data"), "model": str(tmp_path / "model")}
+    config = replace(SAMPLE, run_dir=str(tmp_path / "run"), max_steps=3, save_steps=1, amp="auto", **places)
+    monkeypatch.setattr(train, "accumulate_gradients", interrupted(train.accumulate_gradients))
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(config)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+        with pytest.raises(UserError, match=r"begun with autocast None, amp auto means torch\.bfloat16"):
+            train.main(config)
+    shape = json.loads((tmp_path / "model" / "config.json").read_text(encoding="utf-8"))
+    write_lines(tmp_path / "model" / "config.json", [shape | {"intermediate_size": 64}])
+    with pytest.raises(UserError, match=r"last\.pt does not fit"):
+        train.main(config)
+    write_lines(tmp_path / "model" / "config.json", [shape])
+    lines = (tmp_path / "data" / "train.json").read_text(encoding="utf-8").splitlines()
+    write_lines(tmp_path / "data" / "train.json", lines[1:])
+    with pytest.raises(RunError, match="no longer holds the rows"):
+        train.main(config)
+    write_lines(tmp_path / "data" / "train.json", lines)
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    train.main(config)
+    write_lines(tmp_path / "data" / "train.json", lines[1:])
+    before = (tmp_path / "run" / "report.md").read_bytes()
+    with pytest.raises(RunError, match="no longer holds the rows"):
+        evaluate.main(config)
+    assert (tmp_path / "run" / "report.md").read_bytes() == before
 
 
 @pytest.fixture(scope="module")
@@ -626,34 +730,38 @@ def made_up_scores(logits: torch.Tensor, pairs: list[Pair], threshold: float) ->
 
 
 def test_the_report_holds_the_confusion_matrix_and_follows_the_figures():
-    pairs = [Pair(f"a{i}", f"b{i}", int(i < 4), i) for i in range(12)]
-    p = np.array([0.9, 0.8, 0.7, 0.3] + [0.6] * 5 + [0.1] * 3)  # 3 true positives, 5 false ones, 1 false negative
+    pairs = [Pair(f"a{i}", f"b{i}", int(i < 4), i) for i in range(15)]
+    p = np.array([0.9, 0.8, 0.7, 0.3] + [0.6] * 8 + [0.1] * 3)  # 3 true positives, 8 false ones, 1 false negative
     logits = torch.tensor(np.stack([np.log(1 - p), np.log(p)], axis=1))
     scores = made_up_scores(logits, pairs, 0.65)
     epoch = {"event": "evaluation", "epoch": 1, "step": 9, "train_loss": 0.1, "loss": 0.9, "f1_macro": 0.6}
-    history = [epoch | {"accuracy": 0.5}, epoch | {"epoch": 2, "step": 18, "loss": 1.2, "accuracy": 0.5}]
+    history = [epoch | {"accuracy": 0.5}]
+    history.append(history[0] | {"epoch": 2, "step": 18, "train_loss": 0.05, "loss": 1.2})
     text = report(scores, {"train": pairs, "validation": pairs}, history, 0.03, SAMPLE)
-    assert "| true 0 | 3 | 5 | 0.3750 |" in text
+    assert "| true 0 | 3 | 8 | 0.2727 |" in text
     assert "| true 1 | 1 | 3 | 0.7500 |" in text
-    assert "| precision | 0.7500 | 0.3750 |  |" in text
-    assert "5 false positives (41.7%) and 1 false negatives (8.3%) of all rows." in text
+    assert "| precision | 0.7500 | 0.2727 |  |" in text
+    assert "8 false positives (53.3%) and 1 false negatives (6.7%) of all rows." in text
     assert "no test split" in text
-    assert "| 2 | 18 | 0.1000 | 1.2000 | 0.6000 | 0.5000 |" in text
-    assert "more false positives (5) than negatives (1): a higher threshold" in text
-    assert "rose to 1.2000 while the training loss fell to 0.1000" in text
+    assert "| 2 | 18 | 0.0500 | 1.2000 | 0.6000 | 0.5000 |" in text
+    assert "has more false positives (8) than negatives (1): a higher threshold" in text
+    assert "rose from 0.9000 to 1.2000 while the training loss fell from 0.1000 to 0.0500" in text
     assert "3.0% of the training pairs are longer than max_length 64" in text
 
-    calm = made_up_scores(logits[[0, 1, 2, 9, 10, 11]], [pairs[i] for i in (0, 1, 2, 9, 10, 11)], 0.5)
-    assert hints(calm, "validation", [epoch | {"loss": 0.1}], 0.0, SAMPLE) == ["Nothing stands out."]
+    some = [0, 1, 2, 11, 12, 13]  # 3 true positives, 1 false one, 2 true negatives: no reason for a hint
+    calm = made_up_scores(logits[some], [pairs[i] for i in some], 0.5)
+    assert hints(calm, history[:1], 0.0, SAMPLE) == hints(calm, [], 0.0, SAMPLE) == ["Nothing stands out."]
+    rising = [history[0], history[1] | {"train_loss": 0.2}]  # training got worse as well: no overfitting
+    assert not any("overfitting" in hint for hint in hints(calm, rising, 0.0, SAMPLE))
     fewer = made_up_scores(1 - logits, [pair._replace(label=1 - pair.label) for pair in pairs], 0.2)
-    assert any("a lower threshold" in hint for hint in hints(fewer, "validation", history, 0.0, SAMPLE))
+    assert any("a lower threshold" in hint for hint in hints(fewer, history, 0.0, SAMPLE))
 
 
 def test_the_test_split_is_scored_at_validations_threshold(tmp_path, tokenizer, splits):
     config = replace(SAMPLE, run_dir=str(tmp_path / "run"))
     run = Run(tmp_path / "run", run_config(config), {})
     model = tiny_model(3)
-    run.save_best(partial(train.write_best, model, tokenizer, 0.37))
+    run.save_best(partial(save_model, model, tokenizer, 0.37))
     run.log({"event": "evaluation", "epoch": 1, "step": 1, "train_loss": 1, "loss": 1, "f1_macro": 0.6, "accuracy": 1})
     scores = evaluate_run(run, splits, tokenizer, config, CPU)
     p = probabilities(predict_logits(model, splits["test"], tokenizer, config, CPU))
@@ -665,7 +773,7 @@ def test_the_test_split_is_scored_at_validations_threshold(tmp_path, tokenizer, 
     assert [row["probability"] for row in rows] == pytest.approx(p.tolist(), abs=1e-6)
     assert [row["predicted"] for row in rows] == [str(int(x >= 0.37)) for x in p]
     text = (run.path / "report.md").read_text(encoding="utf-8")
-    assert "Nothing was chosen on test; 0 of its 420 pairs also occur in training." in text
+    assert "Nothing was chosen on test; 0 of its 420 pairs are also in train.json." in text
     run.close()
 
 
@@ -695,6 +803,8 @@ def test_a_runs_name_follows_its_config_and_not_its_place(tmp_path, monkeypatch)
     (tmp_path / "mine").mkdir()
     assert load_config(["--data_dir", "mine"])[0].data_dir == str(tmp_path / "mine")
     assert portable("hfl/chinese-macbert-base", must_exist=True) == "hfl/chinese-macbert-base"
+    (tmp_path / "afqmc" / "sample").mkdir(parents=True)  # the preset means the repository's, wherever it is used
+    assert load_config(["--sample"])[0] == SAMPLE
 
 
 def test_a_trained_runs_settings_come_from_its_folder(tmp_path, capsys):
@@ -706,6 +816,19 @@ def test_a_trained_runs_settings_come_from_its_folder(tmp_path, capsys):
         load_config(["--run_dir", str(tmp_path / "run"), "--max_length", "50"], trained=True)
     assert error.value.code == 2
     assert "argument --max_length" in capsys.readouterr().err
+    path = tmp_path / "run" / "config.json"
+    saved = run_config(config)
+    for wrong, message in (
+        ({}, "amp is 'missing'"),
+        ([1], "is not a run's config"),
+        ({name: value for name, value in saved.items() if name != "max_length"}, "max_length is 'missing'"),
+        (saved | {"max_length": None}, "max_length is None"),
+        (saved | {"later": 1}, "later is 1"),
+        (saved | {"max_length": -4}, "max_length: -4 is out of range"),
+    ):
+        path.write_text(json.dumps({"config": wrong}), encoding="utf-8")
+        with pytest.raises(RunError, match=message):
+            load_config(["--run_dir", str(tmp_path / "run")], trained=True)
     with pytest.raises(RunError, match=r"config\.json cannot be read"):
         load_config(["--run_dir", str(tmp_path / "none")], trained=True)
 
@@ -764,7 +887,7 @@ def test_download_puts_checked_data_in_place_twice(tmp_path, archive, capsys):
     config = replace(Config(), model="afqmc/sample/model", data_dir=str(tmp_path / "data"))
     download.main(config)
     first = capsys.readouterr().out
-    assert "train.json 2,500" in first and str(tmp_path / "data") in first
+    assert "train.json 2,500, dev.json 420, test.json 100 pairs" in first and str(tmp_path / "data") in first
     assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["dev.json", "test.json", "train.json"]
     archive.unlink()  # a second run needs no network
     download.main(config)
@@ -772,6 +895,14 @@ def test_download_puts_checked_data_in_place_twice(tmp_path, archive, capsys):
     (tmp_path / "data" / "dev.json").write_text('{"sentence1": "甲"}', encoding="utf-8")
     with pytest.raises(UserError, match=r"dev\.json, line 1: sentence2 is None"):
         download.main(config)
+
+
+def test_download_puts_nothing_beside_files_that_are_not_afqmcs(tmp_path, archive):
+    (tmp_path / "data").mkdir()
+    write_lines(tmp_path / "data" / "train.json", [GOOD])
+    with pytest.raises(UserError, match=r"train\.json has 1 pairs, AFQMC has 2500: give another --data_dir"):
+        download.fetch_data(tmp_path / "data")
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["train.json"]
 
 
 def test_download_leaves_nothing_of_a_damaged_archive(tmp_path, archive):

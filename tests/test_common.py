@@ -295,6 +295,17 @@ def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path):
     new_run(tmp_path / "run").close()
 
 
+def test_a_file_is_no_run_folder_and_a_half_line_no_history(tmp_path):
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
+    with pytest.raises(RunError, match="is a file, not a run folder"):
+        new_run(tmp_path / "file")
+    run = new_run(tmp_path / "run")
+    (run.path / "metrics.jsonl").write_text('{"step": 1}\n{"st', encoding="utf-8")
+    with pytest.raises(RunError, match=r"metrics\.jsonl cannot be read"):
+        run.history()
+    run.close()
+
+
 def test_json_of_a_run_is_strict(tmp_path):
     with pytest.raises(ValueError):
         write_json(tmp_path / "results.json", {"loss": float("nan")})

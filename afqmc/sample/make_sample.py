@@ -2,9 +2,10 @@
 
 The data set has the format of CLUE's AFQMC (do two customer questions about a loan product mean the same?), but every
 sentence in it is original and the product, 纸船贷, is made up. Two sentences of one row get the label "1" if they have
-the same intent, else "0". The intents come equally often under both labels and on both sides, so that neither sentence
-tells the label alone; a model has to compare the two. As real files do, train.json has a few repeated rows (some with
-the sentences swapped), blank lines, typos and masked figures (***).
+the same intent, else "0", and then their intents stand beside each other in INTENTS. The intents come equally often
+under both labels and on both sides, so that neither sentence tells the label alone; a model has to compare the two.
+As real files do, train.json has a few repeated rows (some with the sentences swapped), blank lines, typos and masked
+figures (***).
 
 The model folder holds a BERT's config and tokenizer without weights. Its vocabulary is made for Chinese text in
 general (GB2312 level 1, punctuation, ASCII), so the same tiny model can be trained from scratch on the real AFQMC.
@@ -41,7 +42,7 @@ INTENTS = {
             "{p}额度[太低了|太少了|不够用|只有***元]，能[调高|提高|涨]一点吗",
             "{p}[可以|能]申请提额吗",
             "{p}[能不能|可不可以]多借[点|一些]，额度不够",
-            "{p}的额度[在哪里|怎么|如何]提升",
+            "{p}额度[在哪里|怎么|如何]提升",
         ],
         "say": ["我想[提升|增加|提高]{p}的额度", "想把{p}额度[调高|提高|涨][一点|一些]"],
     },
@@ -99,14 +100,14 @@ INTENTS = {
         ],
     },
 }
-PRODUCTS = ("纸船贷", "纸船贷", "纸船贷", "我的纸船贷", "纸船")
+PRODUCTS = ("纸船贷", "纸船贷", "纸船贷", "纸船")
 OPENERS = {
-    "ask": ("", "", "", "", "", "", "请问", "请问", "你好，", "您好，请问", "问一下，", "客服，"),
-    "say": ("", "", "", "", "", "你好，", "您好，", "客服，"),
+    "ask": ("", "", "", "", "", "", "", "请问", "请问", "你好，", "客服，"),
+    "say": ("", "", "", "", "", "你好，", "客服，"),
 }
 ENDINGS = {
-    "ask": ("", "", "", "", "", "", "？", "？", "?", "，谢谢", "，急", "呢", "啊"),
-    "say": ("", "", "", "", "。", "，怎么弄", "，可以吗", "，行吗？", "，谢谢"),
+    "ask": ("", "", "", "", "", "", "？", "？", "?", "，谢谢", "呢", "啊"),
+    "say": ("", "", "", "", "。", "，可以吗", "，谢谢"),
 }
 LONG_OPENERS = (
     "你好，我是去年朋友推荐来的老用户，最近遇到一个问题，",
@@ -116,7 +117,7 @@ LONG_OPENERS = (
 )
 TYPOS = (("额度", "额渡"), ("还款", "还宽"), ("提前", "题前"), ("逾期", "预期"), ("注销", "注消"), ("手续费", "手续废"),
          ("账单", "帐单"), ("怎么", "怎末"), ("可以", "可已"), ("请问", "清问"))  # fmt: skip
-TYPO_SHARE = 0.03
+TYPO_SHARE = 0.02
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # their ids are 0 to 4
 PUNCTUATION = "，。？！、；：“”‘’（）《》〈〉【】「」…—～·￥％＋"
@@ -140,7 +141,7 @@ CONFIG = {
 }
 
 
-def sentence(rng, intent, long=False):
+def sentence(rng: random.Random, intent: str, long: bool = False) -> str:
     """One wording of an intent, with an opener, an ending and now and then a typo."""
     kind, core = rng.choice([(kind, core) for kind, cores in INTENTS[intent].items() for core in cores])
     if core.startswith("{p}") and rng.random() < 0.4:
@@ -158,7 +159,7 @@ def sentence(rng, intent, long=False):
     return text
 
 
-def labelled_intents(n_rows):
+def labelled_intents(n_rows: int) -> list[tuple[str, str, str]]:
     """n_rows of (label, intent 1, intent 2): the share of ones as set, every intent as often under either label."""
     intents = list(INTENTS)
     neighbours = [(intents[i - 1], intent) for i, intent in enumerate(intents)]  # the first one follows the last one
@@ -168,7 +169,7 @@ def labelled_intents(n_rows):
     return [*itertools.islice(same, n_ones), *itertools.islice(different, n_rows - n_ones)]
 
 
-def make_rows(rng, n_rows, seen, n_long=0):
+def make_rows(rng: random.Random, n_rows: int, seen: set[frozenset], n_long: int = 0) -> list[dict]:
     """n_rows of unlike sentences in random order; `seen` holds the unordered pairs that may not come again."""
     plan = labelled_intents(n_rows)
     rng.shuffle(plan)
@@ -184,7 +185,7 @@ def make_rows(rng, n_rows, seen, n_long=0):
     return rows
 
 
-def repeat_some(rng, rows):
+def repeat_some(rng: random.Random, rows: list[dict]) -> None:
     """Put the REPEATED_ROWS in once more, at random places."""
     again = [{**rows[i], "sentence1": rows[i]["sentence2"], "sentence2": rows[i]["sentence1"]} if swapped else rows[i]
              for i, swapped in REPEATED_ROWS]  # fmt: skip
@@ -192,7 +193,7 @@ def repeat_some(rng, rows):
         rows.insert(rng.randrange(len(rows) + 1), row)
 
 
-def vocabulary(sample_text):
+def vocabulary(sample_text: str) -> list[str]:
     """The tokens in order of their ids."""
     ascii_characters = string.digits + string.ascii_lowercase + string.punctuation  # the tokenizer lower-cases
     cells = itertools.product(range(16, 56), range(1, 95))  # GB2312 level 1 fills rows 16 to 55 but for five cells
@@ -202,17 +203,17 @@ def vocabulary(sample_text):
     return list(dict.fromkeys([*SPECIAL_TOKENS, *filter(str.strip, characters), *continuations]))
 
 
-def write_json(path, value):
+def write_json(path: Path, value: dict) -> None:
     path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8", newline="\n")
 
 
-def write_rows(path, rows, blank_lines_before=()):
+def write_rows(path: Path, rows: list[dict], blank_lines_before: tuple[int, ...] = ()) -> None:
     with path.open("w", encoding="utf-8", newline="\n") as file:
         for number, row in enumerate(rows):
             file.write("\n" * (number in blank_lines_before) + json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def write_model(folder, tokens):
+def write_model(folder: Path, tokens: list[str]) -> None:
     """The config of a tiny BERT and the files of its tokenizer."""
     folder.mkdir(exist_ok=True)
     write_json(folder / "config.json", {**CONFIG, "vocab_size": len(tokens)})
@@ -235,7 +236,7 @@ def write_model(folder, tokens):
     )
 
 
-def main():
+def main(folder: Path = HERE) -> None:
     rng = random.Random(SEED)
     seen = set()
     train = make_rows(rng, TRAIN_ROWS - len(REPEATED_ROWS), seen, LONG_ROWS)
@@ -244,10 +245,11 @@ def main():
     repeat_some(rng, train)
     for number, row in enumerate(test):
         test[number] = {"id": number, "sentence1": row["sentence1"], "sentence2": row["sentence2"]}
-    write_rows(HERE / "train.json", train, BLANK_LINES_BEFORE)
-    write_rows(HERE / "dev.json", dev)
-    write_rows(HERE / "test.json", test)
-    write_model(HERE / "model", vocabulary("".join(row["sentence1"] + row["sentence2"] for row in train + dev + test)))
+    write_rows(folder / "train.json", train, BLANK_LINES_BEFORE)
+    write_rows(folder / "dev.json", dev)
+    write_rows(folder / "test.json", test)
+    text = "".join(row["sentence1"] + row["sentence2"] for row in train + dev + test)
+    write_model(folder / "model", vocabulary(text))
 
 
 if __name__ == "__main__":

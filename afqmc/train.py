@@ -80,7 +80,8 @@ def accumulate_gradients(
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             embeddings = model.embed(input_ids)
             logits = model(embeddings, **inputs)
-        embeddings.retain_grad()
+        if config.fgm_epsilon:
+            embeddings.retain_grad()
         loss = pair_loss(logits, labels, weights, config).sum()
         scaler.scale(loss / pairs).backward()
         losses.append(loss.detach())

@@ -102,6 +102,10 @@ def peak_memory_bytes(device_type: str) -> int | None:
     """Peak of the tensors on the GPU, or of this process's resident memory; None on Windows without a GPU."""
     if device_type == "cuda":
         return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux, whose ru_maxrss also counts the process that started this one
+        line = next(line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
     if resource is None:
         return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -320,3 +320,19 @@ def test_a_signal_is_noted_once_and_handlers_come_back():
         assert stop.number == signal.SIGTERM
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # a second one would end the process
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+PEAK = """
+from common.checkpoint import peak_memory_bytes
+before = peak_memory_bytes("cpu")
+block = bytearray(b"x" * 300_000_000)
+print(before, peak_memory_bytes("cpu"))
+"""
+
+
+@pytest.mark.skipif(checkpoint.resource is None, reason="Windows has no such count without another package")
+def test_peak_memory_is_this_processs_own():
+    ballast = bytearray(b"x" * 1_500_000_000)  # of the process that starts the measured one
+    out = subprocess.run([sys.executable, "-c", PEAK], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    before, after = map(int, out.split())
+    assert after - before > 290_000_000 and after < len(ballast)

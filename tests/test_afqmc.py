@@ -532,7 +532,7 @@ def test_every_parameter_is_optimized_once_and_vectors_do_not_decay():
 
 def test_the_schedule_counts_optimizer_steps_and_waits_for_a_skipped_one():
     model = tiny_model()
-    optimizer, scheduler, _ = train.make_optimizer(model, 100, SAMPLE)
+    optimizer, scheduler, _ = train.make_optimizer(model, 100, replace(SAMPLE, learning_rate=1e-3, warmup_ratio=0.1))
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     rates, before = [], next(model.parameters()).clone()
     for gradient in (float("inf"), 1.0, 1.0):
@@ -567,7 +567,7 @@ def test_the_gradient_is_clipped_and_its_norm_reported():
 def test_one_batch_overfits(tokenizer, splits):
     model = tiny_model(**NO_DROPOUT)
     batch = collate(splits["train"][:16], tokenizer, 64)
-    optimizer, scheduler, scaler = train.make_optimizer(model, 200, SAMPLE)
+    optimizer, scheduler, scaler = train.make_optimizer(model, 200, replace(SAMPLE, learning_rate=1e-3))
     for step in range(100):
         (loss,) = train.accumulate_gradients(model, [batch], None, scaler, SAMPLE, step)
         train.clip_gradient(model, optimizer, scaler, SAMPLE)

@@ -186,7 +186,11 @@ def test_predict_reads_a_file_and_takes_a_threshold(trained):
 
 def test_check_reads_everything_and_writes_nothing(tmp_path):
     out, _ = call(str(ROOT / "afqmc/train.py"), "--sample", "--check", "--run_dir", "run", cwd=tmp_path)
-    assert "| train | 2250 | 31." in out and "torch " in out and "check passed" in out
+    rows = sum(1 for line in (ROOT / "afqmc/sample/train.json").read_text(encoding="utf-8").splitlines() if line)
+    table = [line.strip("| ").split(" | ") for line in out.splitlines() if "% |" in line]
+    counts = {cells[0]: int(cells[1]) for cells in table}
+    assert counts["train"] + counts["validation"] == rows and counts["test"] == 420
+    assert "torch " in out and "check passed" in out
     assert not list(tmp_path.iterdir())
 
 

@@ -184,6 +184,8 @@ def test_a_batch_is_cls_a_sep_b_sep_with_types(tokenizer):
 def test_a_long_pair_loses_tokens_from_its_longer_side(tokenizer):
     batch = collate([Pair("提高额度", "还" * 100, 1, 1)], tokenizer, 16)
     assert tokenizer.decode(batch["input_ids"][0]) == "[CLS] 提 高 额 度 [SEP] " + "还 " * 9 + "[SEP]"
+    batch = collate([Pair("还" * 100, "提高额度", 1, 1)], tokenizer, 16)
+    assert tokenizer.decode(batch["input_ids"][0]) == "[CLS] " + "还 " * 9 + "[SEP] 提 高 额 度 [SEP]"
 
 
 @pytest.mark.parametrize("rows", [1, 32, 1000, 7001])
@@ -679,6 +681,18 @@ def interrupted(function):
         return function(*args, **kwargs)
 
     return call
+
+
+def test_each_epoch_has_an_order_of_its_own(tmp_path, small_data, monkeypatch):
+    orders = []
+
+    def recorded(*args, **kwargs) -> list[list[int]]:
+        orders.append(epoch_batches(*args, **kwargs))
+        return orders[-1]
+
+    monkeypatch.setattr(train, "epoch_batches", recorded)
+    train.main(replace(SAMPLE, run_dir=str(tmp_path / "run"), data_dir=small_data, epochs=3))
+    assert len(orders) == 3 and all(a != b for a, b in zip(orders, orders[1:]))
 
 
 def test_patience_ends_a_run_and_stays_ended(tmp_path, monkeypatch, small_data):

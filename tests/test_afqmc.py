@@ -692,7 +692,8 @@ def test_each_epoch_has_an_order_of_its_own(tmp_path, small_data, monkeypatch):
 
     monkeypatch.setattr(train, "epoch_batches", recorded)
     train.main(replace(SAMPLE, run_dir=str(tmp_path / "run"), data_dir=small_data, epochs=3))
-    assert len(orders) == 3 and all(a != b for a, b in zip(orders, orders[1:]))
+    first, second, third = orders
+    assert first != second != third
 
 
 def test_patience_ends_a_run_and_stays_ended(tmp_path, monkeypatch, small_data):

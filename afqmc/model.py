@@ -126,6 +126,8 @@ def load_tokenizer(config: Config, folder: Path | None = None) -> PreTrainedToke
     tokenizer = load_part(source, "tokenizer", AutoTokenizer.from_pretrained)
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # what transformers makes up where there are no files
         raise UserError(f"{source} holds no tokenizer: tokenizer.json or vocab.txt is missing")
+    for name in ("local_files_only", "is_local"):  # how it was loaded here, which save_pretrained would write down
+        tokenizer.init_kwargs.pop(name, None)
     if not tokenizer.is_fast or tokenizer.pad_token is None:
         raise UserError(f"{source}: needs a fast tokenizer with a padding token")
     tokenizer.model_max_length = config.max_length  # so that pipeline(..., truncation=True) cuts where training did
@@ -193,6 +195,8 @@ def save_model(model: PairClassifier, tokenizer: PreTrainedTokenizerFast, thresh
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     model.config.save_pretrained(folder)
+    tokenizer.backend_tokenizer.no_truncation()  # the last batch's settings are no part of the tokenizer
+    tokenizer.backend_tokenizer.no_padding()
     tokenizer.save_pretrained(folder)
     write_json(folder / "threshold.json", {"threshold": threshold})
 

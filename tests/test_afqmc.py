@@ -796,6 +796,9 @@ def test_best_runs_in_the_pipeline_with_the_same_probabilities(tmp_path, tokeniz
     config = replace(SAMPLE, run_dir=str(tmp_path / "run"), data_dir=small_data, max_steps=3)
     train.main(config)
     best = tmp_path / "run" / "best"
+    saved = json.loads((best / "tokenizer.json").read_text(encoding="utf-8"))
+    assert saved["truncation"] is saved["padding"] is None
+    assert "local_files_only" not in (best / "tokenizer_config.json").read_text(encoding="utf-8")
     classify = pipeline("text-classification", model=str(best), device="cpu", top_k=None)
     pairs = [*splits["test"][:20], Pair("怎么还款" * 20, "提前还清", 1, 0)]  # the last is too long
     answers = classify([{"text": pair.sentence1, "text_pair": pair.sentence2} for pair in pairs], truncation=True)

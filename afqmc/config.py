@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable
@@ -136,12 +137,17 @@ def portable(path: str | Path, must_exist: bool = False) -> str:
     """A path of the command line as a config keeps it: relative to the repository inside it, absolute outside.
 
     A relative path is one of the current folder. Where must_exist finds nothing there, the text stays as it is: a
-    folder of the repository, a name on the hub, or what is reported when it is read.
+    folder of the repository, or a name on the hub.
     """
     full = Path(path).expanduser().resolve()
     if must_exist and not full.exists():
         return str(path)
     return full.relative_to(ROOT).as_posix() if full.is_relative_to(ROOT) else str(full)
+
+
+def shown(path: Path) -> str:
+    """A path as the user can type it: relative inside the current folder, else absolute."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def saved_config(path: Path) -> dict:
@@ -187,9 +193,10 @@ def load_config(
         parser.error(str(error))
     if unknown:
         parser.error(f"unknown argument {unknown[0]}")
-    for name, must_exist in (("model", True), ("data_dir", True), ("run_dir", False)):
+    for name in ("model", "data_dir", "run_dir"):
         if (value := getattr(config, name)) != parser.get_default(name):
-            config = replace(config, **{name: portable(value, must_exist)})
+            elsewhere = name == "model" or (name == "data_dir" and (ROOT / value).exists())
+            config = replace(config, **{name: portable(value, must_exist=elsewhere)})
     for name, value in saved.items():
         if name not in ANY_RUN and getattr(config, name) != value:
             parser.error(f"argument --{name}: {given.run_dir} was trained with {value!r}, which is fixed")
@@ -213,6 +220,9 @@ def run_script(main: Callable, description: str, trained: bool = False, **flags:
         if not trained:
             message += " (in evaluation), or batch_size (and raise gradient_accumulation_steps), or max_length, "
             message += "or set gradient_checkpointing"
+    except BrokenPipeError:  # the reader of stdout, such as head, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (UserError, RunError, OSError) as error:
         message = " ".join(str(error).split())
     except KeyboardInterrupt:

@@ -42,7 +42,10 @@ class Pair(NamedTuple):
 
 def parse_pair(line: bytes, number: int, labelled: bool) -> Pair:
     """One JSON line as a Pair. Raises ValueError saying what is wrong with it."""
-    text = line.decode("utf-8-sig").strip()
+    try:
+        text = line.decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"expected UTF-8, found byte {line[error.start]:#x} ({error.reason})") from error
     try:
         row = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
@@ -70,7 +73,8 @@ def read_pairs(path: Path, labelled: bool = True) -> list[Pair]:
     Raises UserError naming file and line for a malformed line, a label outside {0, 1}, a missing or empty sentence.
     """
     if not path.is_file():
-        raise UserError(f"{path} not found: `python afqmc/download.py` gets AFQMC, --sample needs no download")
+        ways = "--data_dir names your folder, `python afqmc/download.py` gets AFQMC, --sample needs neither"
+        raise UserError(f"{path} not found: {ways}")
     pairs = []
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):

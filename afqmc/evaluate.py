@@ -121,9 +121,9 @@ def read_threshold(folder: Path) -> float:
 
 
 def check_data(run: Run, splits: dict[str, list[Pair]], config: Config) -> None:
-    """Refuse to go on with, or to score, other rows than a run began with: training rows would be test rows."""
+    """Refuse to go on with, or to score, other rows than a run began with: training rows could become test rows."""
     if run.environment.get("data_sha256") != fingerprint(splits):
-        raise RunError(f"{config.data_dir} no longer holds the rows that {run.path} began with. Give another --run_dir")
+        raise RunError(f"{config.data_dir} does not hold the rows that {run.path} was begun with: bring them back")
 
 
 def report(scores: dict, splits: dict[str, list[Pair]], history: list[dict], truncated: float, config: Config) -> str:
@@ -179,7 +179,7 @@ def hints(scores: dict, history: list[dict], truncated: float, config: Config) -
         (false_positives, false_negatives, ("false positives", "negatives"), "higher"),
         (false_negatives, false_positives, ("false negatives", "positives"), "lower"),
     ):
-        if (more - less) ** 2 > 4 * (more + less):  # two standard deviations from balance (McNemar's statistic)
+        if more > less and (more - less) ** 2 > 4 * (more + less):  # two standard deviations (McNemar's statistic)
             tuned = scores["threshold"]
             found.append(
                 f"At .5 validation has more {names[0]} ({more}) than {names[1]} ({less}): a {direction} threshold "
@@ -210,6 +210,8 @@ def main(config: Config) -> None:
     splits = load_splits(config)
     run = Run(path, saved_config(path / "config.json"), {})
     check_data(run, splits, config)
+    if run.results is None:
+        print("the run is not finished: this is its best epoch so far", file=sys.stderr)
     evaluate_run(run, splits, tokenizer, config, pick_device())
     print((path / "report.md").read_text(encoding="utf-8"))
     run.close()

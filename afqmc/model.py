@@ -104,7 +104,7 @@ def model_source(config: Config) -> str:
     if not isinstance(cached, str):
         raise UserError(
             f"model {config.model} is not on this machine: `python afqmc/download.py --model {config.model}` gets it, "
-            "--sample needs no download"
+            "a folder on this machine does as well, --sample needs no download"
         )
     return config.model
 

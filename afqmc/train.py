@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, get_linear_schedule_with_warmup
 
-from afqmc.config import Config, UserError, portable, run_config, run_path, run_script
+from afqmc.config import Config, UserError, run_config, run_path, run_script, shown
 from afqmc.dataset import Pair, epoch_batches, fingerprint, load_splits, make_loader, token_lengths
 from afqmc.eda import print_summary
 from afqmc.evaluate import check_data, evaluate_run, predict_logits, probabilities, score_split, tune_threshold
@@ -145,7 +145,7 @@ def last_line(results: dict, path: Path) -> str:
     if results["test"]:
         half, tuned = (results["test"][key]["f1_macro"] for key in ("at_half", "at_threshold"))
         parts.append(f"test f1_macro {half:.4f} at .5, {tuned:.4f} at the tuned threshold {results['threshold']:.4f}")
-    return " | ".join([*parts, f"{results['seconds']:.0f} s", f"results in {portable(path)}"])
+    return " | ".join([*parts, f"{results['seconds']:.0f} s", f"results in {shown(path)}"])
 
 
 def main(config: Config, check: bool = False) -> int | None:
@@ -206,9 +206,9 @@ def main(config: Config, check: bool = False) -> int | None:
         except (KeyError, RuntimeError, ValueError) as error:
             raise UserError(f"{path / 'last.pt'} does not fit {config.model}: {error}") from error
         step, totals = state["step"], state["totals"]
-        print(f"resuming from step {step} of {total_steps} in {portable(path)}")
+        print(f"resuming from step {step} of {total_steps} in {shown(path)}")
     else:
-        print(f"starting in {portable(path)}")
+        print(f"starting in {shown(path)}")
 
     # Loop
     loader = None

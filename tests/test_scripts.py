@@ -184,6 +184,15 @@ def test_predict_reads_a_file_and_takes_a_threshold(trained):
     assert err == "error: threshold 50.0 is out of range: from 0 to 1\n"
 
 
+@pytest.mark.skipif(os.name == "nt", reason="a closed pipe is another error on Windows")
+def test_a_reader_that_stops_early_gets_no_error_message(trained):
+    with start("afqmc/predict.py", "--run_dir", str(trained), "--input", "afqmc/sample/train.json") as process:
+        process.stdout.readline()
+        process.stdout.close()
+        process.stdin.close()
+        assert process.stderr.read() == ""
+
+
 def test_check_reads_everything_and_writes_nothing(tmp_path):
     out, _ = call(str(ROOT / "afqmc/train.py"), "--sample", "--check", "--run_dir", "run", cwd=tmp_path)
     rows = sum(1 for line in (ROOT / "afqmc/sample/train.json").read_text(encoding="utf-8").splitlines() if line)

@@ -3,7 +3,13 @@
 from collections.abc import Sequence
 
 import numpy as np
-from sklearn.metrics import accuracy_score, confusion_matrix, precision_recall_fscore_support
+from sklearn.metrics import (
+    accuracy_score,
+    average_precision_score,
+    confusion_matrix,
+    precision_recall_fscore_support,
+    roc_auc_score,
+)
 
 
 def classification_metrics(labels: Sequence[int], predictions: Sequence[int], class_names: Sequence[str]) -> dict:
@@ -33,3 +39,28 @@ def classification_metrics(labels: Sequence[int], predictions: Sequence[int], cl
     }
     result["confusion_matrix"] = confusion_matrix(labels, predictions, labels=classes).tolist()
     return result
+
+
+def ranking_metrics(labels: Sequence[int], probabilities: Sequence[float]) -> dict:
+    """Area under the precision-recall curve (average precision) and under the ROC curve, of binary labels (N,).
+
+    None where they are undefined: without a positive, and for the ROC also without a negative.
+    """
+    labels = np.asarray(labels)
+    positives = int(labels.sum())
+    auprc = float(average_precision_score(labels, probabilities)) if positives else None
+    return {"auprc": auprc, "auc": float(roc_auc_score(labels, probabilities)) if 0 < positives < len(labels) else None}
+
+
+def per_label_metrics(labels: np.ndarray, predictions: np.ndarray, label_names: Sequence[str]) -> dict:
+    """Precision, recall, F1 and support of each label's positives, and their macro means.
+
+    labels, predictions: (N, L) of 0 and 1. A label without positives in either has zeros and counts in the means.
+    """
+    columns = precision_recall_fscore_support(labels, predictions, average=None, zero_division=0)
+    result = {
+        name: {"precision": float(p), "recall": float(r), "f1": float(f), "support": int(n)}
+        for name, p, r, f, n in zip(label_names, *columns)
+    }
+    means = {f"{name}_macro": float(column.mean()) for name, column in zip(("precision", "recall", "f1"), columns)}
+    return means | {"per_label": result}

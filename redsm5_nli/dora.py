@@ -1,0 +1,289 @@
+"""DoRA (arXiv 2402.09353) on frozen linear layers, by hand: W' = m * (W + s B A) / ||W + s B A||_row, s = alpha / rank.
+
+N tokens (all leading dimensions), I in, O out, R rank
+"""
+
+import math
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from transformers import PreTrainedModel
+
+from common.checkpoint import write_json
+from redsm5_nli.bidirectional import decoder_layers
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
+ROWS = 256  # rows of W taken to fp32 at a time where only a product of them is needed
+
+optimizer_steps = 0  # of any optimizer in this process: what depends on weights only is formed once per step
+
+
+def count_step(*_) -> None:
+    global optimizer_steps
+    optimizer_steps += 1
+
+
+register_optimizer_step_post_hook(count_step)  # a fused optimizer changes neither _version nor data_ptr of a weight
+
+
+class MergedDoRA(torch.autograd.Function):
+    """y = x W'^T + bias with W' formed in advance: one (N, I, O) product forward and one back, as a frozen layer has.
+
+    The gradients of A and B need no (O, I) product: with the row scale c = m / ||W + s B A||,
+    dB = s c (dy^T (x A^T)), dA = (dy (s c B))^T x; and dm = sum over tokens of dy (y - bias) / m.
+    """
+
+    @staticmethod
+    def forward(ctx, x, A, B, magnitude, bias, weight, low_A, scaled_B, scale):
+        y = F.linear(x, weight, bias)
+        ctx.save_for_backward(x, y, magnitude, bias, weight, low_A, scaled_B, scale)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, y, magnitude, bias, weight, low_A, scaled_B, scale = ctx.saved_tensors
+        dx = dy @ weight if ctx.needs_input_grad[0] else None
+        dy, x = dy.flatten(0, -2), x.flatten(0, -2)  # (N, O), (N, I)
+        dA = (dy @ scaled_B).T @ x
+        dB = scale[:, None] * (dy.T @ (x @ low_A.T))
+        return dx, dA.float(), dB.float(), magnitude_gradient(dy, y, magnitude, bias), *[None] * 5
+
+
+class UnmergedDoRA(torch.autograd.Function):
+    """y = c (x W^T + s drop(x) A^T B^T) + bias: the low-rank term is where the base product starts to accumulate.
+
+    So the sum is rounded once, and a bf16 output follows an update far below the rounding of W itself.
+    """
+
+    @staticmethod
+    def forward(ctx, x, A, B, magnitude, bias, weight, low_A, low_B, scaled_B, scale, c, p):
+        kept = None if p == 0 else torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p)
+        shape, x = x.shape, x.flatten(0, -2)
+        dropped = x if kept is None else x * kept.view_as(x) / (1 - p)
+        u = dropped @ low_A.T  # (N, R)
+        y = torch.addmm(u @ low_B.T, x, weight.T)
+        if c is not None:
+            y.mul_(c)  # c is fp32: the product is rounded once
+        if bias is not None:
+            y.add_(bias)
+        y = y.view(*shape[:-1], -1)
+        ctx.save_for_backward(x, y, u, kept, magnitude, bias, weight, low_A, scaled_B, scale, c)
+        ctx.shape, ctx.p = shape, p
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, y, u, kept, magnitude, bias, weight, low_A, scaled_B, scale, c = ctx.saved_tensors
+        kept = None if kept is None else kept.view_as(x)
+        dy = dy.flatten(0, -2)  # (N, O)
+        v = dy @ scaled_B  # (N, R)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = v @ low_A
+            dx = dx if kept is None else dx * kept / (1 - ctx.p)
+            dx = torch.addmm(dx, dy if c is None else (dy * c).to(dy.dtype), weight).view(ctx.shape)
+        dropped = x if kept is None else x * kept / (1 - ctx.p)
+        dA, dB = v.T @ dropped, scale[:, None] * (dy.T @ u)
+        return dx, dA.float(), dB.float(), magnitude_gradient(dy, y, magnitude, bias), *[None] * 8
+
+
+def magnitude_gradient(dy: Tensor, y: Tensor, magnitude: Tensor | None, bias: Tensor | None) -> Tensor | None:
+    """dm (O,) in fp32 from dy (N, O) and y (..., O): the row of y without bias is m times its derivative.
+
+    A row with m = 0 is a zero row of W: its output stays zero, and so does its gradient here.
+    """
+    if magnitude is None:
+        return None
+    total = (dy * y.flatten(0, -2)).sum(0, dtype=torch.float32)
+    if bias is not None:
+        total = total - bias.float() * dy.sum(0, dtype=torch.float32)
+    return torch.where(magnitude == 0, 0.0, total / magnitude)
+
+
+class DoRALinear(nn.Module):
+    """A frozen nn.Linear with weight W (O, I) and a trained W' = m * (W + s B A) / ||W + s B A||_row, s = alpha / rank.
+
+    At the start B = 0 and m = ||W||_row, so W' = W. The norm is a constant for the gradient (section 4.3), the bias
+    outside the scaling. m, A, B, the norm and m / norm are fp32: in bf16 m / norm would be exactly 1 at first and
+    the magnitude could not be seen. magnitude=False is LoRA (arXiv 2106.09685), W' = W + s B A.
+
+    Two exact ways to compute it (bench.py compares them):
+    merged (needs dropout 0): W' is formed in fp32 and rounded once to W's type, as the forward weights of mixed
+    precision are. In bf16 it costs what a frozen layer costs, and an update below half a step of W's grid is not seen
+    yet in the output, though its gradient is.
+    unmerged (any dropout): c (x W^T + s drop(x) A^T B^T), rounded after the sum; sees the smallest update.
+    merged None takes the first where dropout is 0.
+
+    What depends on weights only is formed once per optimizer step (of any torch optimizer) and serves accumulation,
+    checkpoint recomputation and evaluation; loading a state dict forgets it. Whoever writes to m, A or B by other means
+    calls forget().
+    """
+
+    def __init__(
+        self,
+        base: nn.Linear,
+        rank: int,
+        alpha: float,
+        dropout: float = 0.0,
+        magnitude: bool = True,
+        merged: bool | None = None,
+    ):
+        super().__init__()
+        if merged and dropout:
+            raise ValueError("dropout acts on the low-rank term alone: it needs merged=False")
+        self.base, self.scaling, self.dropout = base.requires_grad_(False), alpha / rank, dropout
+        self.merged = dropout == 0 if merged is None else merged
+        device = base.weight.device
+        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # LoRA's own choice
+        squares = [rows.float().square().sum(1) for rows in base.weight.detach().split(ROWS)]
+        self.register_buffer("weight_squared", torch.cat(squares), persistent=False)  # ||W||^2, (O,)
+        self.lora_magnitude_vector = nn.Parameter(self.weight_squared.sqrt()) if magnitude else None
+        self.register_load_state_dict_post_hook(lambda module, keys: module.forget())
+        self.forget()
+
+    def forget(self) -> None:
+        """Form everything anew at the next call."""
+        self.formed, self.formed_at = None, -1
+
+    def _apply(self, fn, recurse=True):
+        self.forget()
+        return super()._apply(fn, recurse)
+
+    def weight_norm(self) -> Tensor:
+        """||W + s B A|| of each row, (O,) in fp32, without forming an (O, I) matrix.
+
+        ||W + s B A||^2 = ||W||^2 + 2 s <B, W A^T> + s^2 diag(B (A A^T) B^T), row by row.
+        """
+        A, B, s = self.lora_A.detach(), self.lora_B.detach(), self.scaling
+        WA = torch.cat([rows.float() @ A.T for rows in self.base.weight.split(ROWS)])  # (O, R)
+        squared = self.weight_squared + (B * (2 * s * WA + s * s * (B @ (A @ A.T)))).sum(1)
+        # Rounding could leave a negative square, and a zero row must not divide by zero.
+        return squared.clamp_min(torch.finfo(torch.float32).tiny).sqrt()
+
+    def row_scale(self) -> Tensor | None:
+        """c = m / ||W + s B A||, (O,) in fp32; None for LoRA."""
+        return None if self.lora_magnitude_vector is None else self.lora_magnitude_vector.detach() / self.weight_norm()
+
+    def merged_weight(self, c: Tensor | None) -> Tensor:
+        """W' (O, I) in fp32, from row_scale's c."""
+        weight = torch.addmm(self.base.weight.float(), self.lora_B.detach(), self.lora_A.detach(), alpha=self.scaling)
+        return weight if c is None else weight.mul_(c[:, None])
+
+    def form(self) -> tuple:
+        """What a forward and its backward need of the weights, formed once per optimizer step."""
+        if self.formed is None or self.formed_at != optimizer_steps:
+            # An evaluation's inference mode must not leave tensors behind that no later backward may use.
+            with torch.inference_mode(False), torch.no_grad():
+                dtype, c = self.base.weight.dtype, self.row_scale()
+                scale = torch.full_like(self.weight_squared, self.scaling) if c is None else self.scaling * c
+                low_A, scaled_B = self.lora_A.to(dtype), (scale[:, None] * self.lora_B).to(dtype)
+                if self.merged:
+                    self.formed = self.merged_weight(c).to(dtype), low_A, scaled_B, scale
+                else:
+                    low_B = (self.scaling * self.lora_B).to(dtype)
+                    self.formed = self.base.weight, low_A, low_B, scaled_B, scale, c
+            self.formed_at = optimizer_steps
+        return self.formed
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., I) -> (..., O) in W's type."""
+        trained = x, self.lora_A, self.lora_B, self.lora_magnitude_vector, self.base.bias
+        if self.merged:
+            return MergedDoRA.apply(*trained, *self.form())
+        return UnmergedDoRA.apply(*trained, *self.form(), self.dropout if self.training else 0.0)
+
+    def to_linear(self) -> nn.Linear:
+        """A plain nn.Linear with W', formed in fp32 and rounded once; this layer and its base stay as they are."""
+        with torch.no_grad():
+            weight = nn.Parameter(self.merged_weight(self.row_scale()).to(self.base.weight.dtype), requires_grad=False)
+        linear = nn.Linear(self.base.in_features, self.base.out_features, bias=False, device="meta")
+        linear.weight, linear.bias = weight, self.base.bias
+        return linear
+
+
+def add_adapters(
+    model: PreTrainedModel,
+    rank: int,
+    alpha: float,
+    dropout: float = 0.0,
+    magnitude: bool = True,
+    merged: bool | None = None,
+) -> None:
+    """Freeze a text decoder and put an adapter on q, k, v and o of every layer, by exact name, in its decoder alone.
+
+    Raises RuntimeError where a layer lacks one of them as an nn.Linear.
+    """
+    model.requires_grad_(False)
+    for number, layer in enumerate(decoder_layers(model)):
+        attention = getattr(layer, "self_attn", None)
+        for target in TARGETS:
+            base = getattr(attention, target, None)
+            if not isinstance(base, nn.Linear):
+                raise RuntimeError(f"{type(model).__name__} has no linear layers.{number}.self_attn.{target} to adapt")
+            setattr(attention, target, DoRALinear(base, rank, alpha, dropout, magnitude, merged))
+
+
+def adapters(model: nn.Module) -> dict[str, DoRALinear]:
+    """The adapted layers by module name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, DoRALinear)}
+
+
+def merge_adapters(model: nn.Module) -> dict[str, DoRALinear]:
+    """Replace each adapted layer by a plain nn.Linear with W'; what was replaced, for unmerge_adapters."""
+    layers = adapters(model)
+    for name, layer in layers.items():
+        model.set_submodule(name, layer.to_linear())
+    return layers
+
+
+def unmerge_adapters(model: nn.Module, layers: dict[str, DoRALinear]) -> None:
+    """Put the adapted layers back, bit for bit as they were: subtracting the update would leave rounding behind."""
+    for name, layer in layers.items():
+        model.set_submodule(name, layer)
+
+
+def peft_tensors(model: nn.Module, prefix: str) -> dict[str, nn.Parameter]:
+    """What the adapters train, by the names that PEFT gives it in its files."""
+    tensors = {}
+    for name, layer in adapters(model).items():
+        key = f"base_model.model.{prefix}{name}"
+        tensors |= {f"{key}.lora_A.weight": layer.lora_A, f"{key}.lora_B.weight": layer.lora_B}
+        if layer.lora_magnitude_vector is not None:
+            tensors[f"{key}.lora_magnitude_vector"] = layer.lora_magnitude_vector
+    return tensors
+
+
+def save_adapter(model: nn.Module, folder: Path, prefix: str, base: str) -> None:
+    """Write adapter_model.safetensors and adapter_config.json as PEFT reads them for AutoModel.from_pretrained(base).
+
+    prefix: where the text decoder stands in that model, "language_model." in a multimodal one, else "".
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in peft_tensors(model, prefix).items()}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    layers = adapters(model)
+    layer = next(iter(layers.values()))
+    rank = len(layer.lora_A)
+    settings = {"peft_type": "LORA", "task_type": "FEATURE_EXTRACTION", "base_model_name_or_path": base}
+    settings |= {"r": rank, "lora_alpha": layer.scaling * rank, "lora_dropout": layer.dropout, "bias": "none"}
+    settings |= {"use_dora": layer.lora_magnitude_vector is not None, "inference_mode": True}
+    write_json(folder / "adapter_config.json", settings | {"target_modules": [prefix + name for name in layers]})
+
+
+def load_adapter(model: nn.Module, folder: Path, prefix: str) -> None:
+    """Fill a model's adapters with what save_adapter wrote. Raises ValueError where a key or a shape does not fit."""
+    saved, tensors = load_file(folder / "adapter_model.safetensors"), peft_tensors(model, prefix)
+    for name in sorted(saved.keys() | tensors.keys()):
+        found, expected = (list(side[name].shape) if name in side else "missing" for side in (saved, tensors))
+        if found != expected:
+            raise ValueError(f"adapter_model.safetensors: {name} is {found}, expected {expected}")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            tensor.copy_(saved[name])
+    for layer in adapters(model).values():
+        layer.forget()

@@ -1,0 +1,206 @@
+"""The matcher: a frozen decoder made bidirectional, adapters, a pooler and a linear head; its loss and its files.
+
+B batch, C criteria read with one post, T tokens, D hidden
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+
+from common.checkpoint import write_json
+from redsm5_nli.bidirectional import block_masks, make_bidirectional
+from redsm5_nli.config import ROOT, Config, UserError
+from redsm5_nli.criteria import Criterion
+from redsm5_nli.dataset import Encoder
+from redsm5_nli.dora import add_adapters, load_adapter, save_adapter
+from redsm5_nli.poolers import make_pooler
+
+LABELS = ("no", "yes")  # yes: the post shows the criterion
+
+
+class Matcher(nn.Module):
+    """Decoder, pooler, dropout and a linear head with two logits for each (post, criterion)."""
+
+    def __init__(self, decoder: PreTrainedModel, pooler: str, dropout: float):
+        super().__init__()
+        self.decoder = decoder
+        hidden_size = decoder.config.hidden_size
+        self.pooler, self.dropout = make_pooler(pooler, hidden_size), nn.Dropout(dropout)
+        self.head = nn.Linear(hidden_size, len(LABELS))
+        nn.init.normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        segments: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        """(B, T) each -> logits (B, C, 2) in fp32. Without segments C is 1 and all real tokens are pooled.
+
+        With segments (0 the post, 1 to C the criteria, -1 padding) each criterion's own tokens are.
+        """
+        if segments is None:
+            mask, pooled = attention_mask, attention_mask[:, None].bool()
+        else:
+            mask = block_masks(self.decoder, segments, position_ids)
+            numbers = torch.arange(1, int(segments.max()) + 1, device=segments.device)
+            pooled = segments[:, None] == numbers[:, None]  # (B, C, T)
+        output = self.decoder(input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False)
+        return self.head(self.dropout(self.pooler(output.last_hidden_state.float(), pooled)))
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """What a checkpoint needs: the trained parameters. The decoder's own weights never change."""
+        return {name: parameter.detach() for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def load_trained_state(self, state: dict[str, Tensor]) -> None:
+        """Raises RuntimeError where the names or shapes are not those of trained_state."""
+        if state.keys() != self.trained_state().keys():
+            raise RuntimeError("it holds other weights")
+        self.load_state_dict(state, strict=False)
+
+
+def model_source(config: Config) -> str:
+    """What from_pretrained takes: an absolute folder, or a name on the hub that this machine's cache has."""
+    if (ROOT / config.model).is_dir():
+        return str(ROOT / config.model)
+    try:
+        cached = try_to_load_from_cache(config.model, "config.json")
+    except ValueError:  # no name that the hub could have: a mistyped path
+        cached = None
+    if not isinstance(cached, str):
+        raise UserError(
+            f"model {config.model} is not on this machine: `hf download {config.model}` gets it (Gemma asks you to "
+            "accept its terms first), a folder on this machine does as well, --sample needs no download"
+        )
+    return config.model
+
+
+def load_part(source: str | Path, what: str, load: Callable, **settings):
+    """Call one of transformers' from_pretrained on this machine's files; UserError with the source and the cause."""
+    try:
+        return load(source, local_files_only=True, **settings)
+    except Exception as error:  # no common base: OSError, ValueError, KeyError, SafetensorError, UnpicklingError ...
+        raise UserError(f"the {what} of {source} does not load: {type(error).__name__}: {error}") from error
+
+
+def load_tokenizer(config: Config) -> PreTrainedTokenizerFast:
+    """The fast tokenizer of the config's model, from this machine only; it pads and cuts on the right.
+
+    Raises UserError.
+    """
+    source = model_source(config)
+    tokenizer = load_part(source, "tokenizer", AutoTokenizer.from_pretrained)
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # what transformers makes up where there are no files
+        raise UserError(f"{source} holds no tokenizer: tokenizer.json is missing")
+    if not tokenizer.is_fast:
+        raise UserError(f"{source}: needs a fast tokenizer")
+    if tokenizer.pad_token is None:  # Llama; which id fills the masked places does not matter
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    tokenizer.padding_side = tokenizer.truncation_side = "right"
+    return tokenizer
+
+
+def make_encoder(config: Config, criteria: tuple[Criterion, ...]) -> Encoder:
+    """What turns posts and criteria into the ids of the config's model. Raises UserError."""
+    shape = load_part(model_source(config), "config", AutoConfig.from_pretrained).get_text_config()
+    return Encoder(load_tokenizer(config), criteria, config.max_length, config.share_post, shape.vocab_size)
+
+
+def load_decoder(config: Config, dtype: torch.dtype) -> tuple[PreTrainedModel, str]:
+    """The text decoder of the config's model, and the prefix of its names in AutoModel ("language_model." or "").
+
+    A multimodal checkpoint is loaded whole and its text part taken: its own text class would find none of its names
+    there and start at random. Raises UserError where a weight is missing.
+    """
+    source = model_source(config)
+    settings = {"dtype": dtype, "output_loading_info": True}
+    model, info = load_part(source, "decoder", AutoModel.from_pretrained, **settings)
+    if wrong := sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"]):
+        raise UserError(f"{config.model} lacks {len(wrong)} of the decoder's weights, the first is {wrong[0]}")
+    prefix = "language_model." if hasattr(model, "language_model") else ""
+    return (model.language_model if prefix else model), prefix
+
+
+def build_model(config: Config, device: torch.device) -> Matcher:
+    """The frozen decoder, made bidirectional and checked, with new adapters, pooler and head. Raises UserError."""
+    decoder, prefix = load_decoder(config, weights_dtype(config.amp, device))
+    positions = getattr(decoder.config, "max_position_embeddings", config.max_length)
+    if config.max_length > positions:
+        raise UserError(f"max_length {config.max_length} is more than the {positions} positions of {config.model}")
+    decoder.to(device)
+    try:
+        make_bidirectional(decoder)
+        add_adapters(decoder, config.rank, config.alpha, config.adapter_dropout, config.adapter == "dora")
+    except RuntimeError as error:
+        raise UserError(f"{config.model} cannot be used: {error}") from error
+    if config.gradient_checkpointing:
+        # transformers renamed it within 5.x and warns of the old name
+        enable = getattr(decoder, "activation_checkpointing_enable", None) or decoder.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    model = Matcher(decoder, config.pooler, config.dropout).to(device)
+    model.prefix = prefix
+    return model
+
+
+def save_model(model: Matcher, config: Config, criteria: tuple[Criterion, ...], thresholds: dict, folder: Path) -> None:
+    """Write the adapter in PEFT's format, pooler and head, the criteria and the tuned thresholds."""
+    save_adapter(model.decoder, folder, model.prefix, config.model)
+    head = {name: tensor.cpu() for name, tensor in model.trained_state().items() if not name.startswith("decoder.")}
+    save_file(head, folder / "head.safetensors", metadata={"format": "pt"})
+    write_json(folder / "criteria.json", {"criteria": [criterion._asdict() for criterion in criteria]})
+    write_json(folder / "thresholds.json", thresholds)
+
+
+def load_model(config: Config, folder: Path, device: torch.device) -> Matcher:
+    """The matcher that save_model wrote, on its decoder, in evaluation mode. Raises UserError."""
+    model = build_model(config, device)
+    try:
+        load_adapter(model.decoder, folder, model.prefix)
+        head = load_file(folder / "head.safetensors")
+        own = {name for name in model.trained_state() if not name.startswith("decoder.")}
+        if head.keys() != own:
+            raise ValueError(f"head.safetensors holds {sorted(head)}, expected {sorted(own)}")
+        model.load_state_dict(head, strict=False)
+    except Exception as error:  # OSError, SafetensorError, ValueError, RuntimeError: all mean a damaged folder
+        raise UserError(f"{folder} does not load: {error}") from error
+    return model.eval()
+
+
+def class_weights(setting: str, labels: list[int]) -> Tensor | None:
+    """(2,) weights in fp32, None for "off". "balanced": N / (2 N_c) of the training pairs, scikit-learn's formula."""
+    if setting == "off":
+        return None
+    if setting != "balanced":
+        return torch.tensor([float(weight) for weight in setting.split(",")])
+    counts = torch.bincount(torch.tensor(labels), minlength=len(LABELS))
+    return len(labels) / (len(LABELS) * counts)
+
+
+def pair_loss(logits: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
+    """Weighted cross-entropy of each pair, (B, C), from logits (B, C, 2) and labels (B, C), in fp32.
+
+    The caller sums and divides: a pair of label y counts weights[y] times, and weights never enter the divisor.
+    """
+    loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
+    return loss if weights is None else loss * weights[labels]
+
+
+def pick_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def weights_dtype(amp: str, device: torch.device) -> torch.dtype:
+    """The frozen decoder's type, in which it also computes; adapters, pooler and head are fp32 in either."""
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if amp == "bf16" or (amp == "auto" and has_bf16) else torch.float32

@@ -1,0 +1,77 @@
+"""The probability of each criterion for new posts: one text, or a CSV file of them.
+
+    python redsm5_nli/predict.py --run_dir redsm5_nli/runs/... --text "I have not slept properly for weeks."
+    python redsm5_nli/predict.py --run_dir redsm5_nli/runs/... < post.txt
+    python redsm5_nli/predict.py --run_dir redsm5_nli/runs/... --input posts.csv > probabilities.csv
+
+A CSV file has the columns post_id and text; out come post_id, criterion, probability, predicted. The label is yes from
+the run's threshold on, tuned on validation: one for all criteria, or with --thresholds criteria one for each.
+"""
+
+import csv
+import sys
+from pathlib import Path
+from typing import Literal
+
+if not __package__:  # run as a script: import from the repository root, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from common.checkpoint import best_folder, read_json
+from redsm5_nli.config import Config, UserError, run_path, run_script
+from redsm5_nli.criteria import Criterion, parse_criteria
+from redsm5_nli.dataset import Post, read_texts
+from redsm5_nli.evaluate import predict_logits, probabilities, read_thresholds
+from redsm5_nli.model import LABELS, load_model, make_encoder, pick_device
+
+NO_DIAGNOSIS = "This is no diagnosis: a classifier's guess about a text. Speak with a professional about symptoms."
+
+
+def read_input(text: str | None, input: str) -> list[Post]:
+    """The posts to answer for. Raises UserError for a bad file or an empty text."""
+    if text is not None and input != "-":
+        raise UserError("--text and --input are two sources: give one")
+    if input != "-":
+        return [Post(post, text, line, ()) for post, (line, text) in read_texts(Path(input)).items()]
+    if text is None:
+        try:
+            text = sys.stdin.buffer.read().decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise UserError(f"standard input: expected UTF-8, found byte {error.object[error.start]:#x}") from error
+    if not text.strip():
+        raise UserError("the text is empty")
+    return [Post("", text.strip(), 1, ())]
+
+
+def main(config: Config, text: str | None, input: str, thresholds: Literal["global", "criteria"]) -> None:
+    folder = best_folder(run_path(config))
+    criteria = parse_criteria(read_json(folder / "criteria.json").get("criteria"), folder / "criteria.json")
+    tuned = read_thresholds(folder, criteria)
+    posts = read_input(text, input)
+    encoder = make_encoder(config, criteria)
+    model = load_model(config, folder, pick_device())
+    found = probabilities(predict_logits(model, posts, encoder, config)).tolist()
+    limits = [tuned["criteria"][c.id] if thresholds == "criteria" else tuned["global"] for c in criteria]
+    print(NO_DIAGNOSIS, file=sys.stdout if input == "-" else sys.stderr)
+    if input == "-":
+        print_answer(criteria, found[0], limits)
+        return
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(["post_id", "criterion", "probability", "predicted"])
+    for post, row in zip(posts, found):
+        for criterion, p, limit in zip(criteria, row, limits):
+            writer.writerow([post.id, criterion.id, f"{p:.6f}", int(p >= limit)])
+
+
+def print_answer(criteria: tuple[Criterion, ...], found: list[float], limits: list[float]) -> None:
+    width = max(len(criterion.id) for criterion in criteria)
+    for criterion, p, limit in zip(criteria, found, limits):
+        print(f"{criterion.id:<{width}} {p:.4f} {LABELS[p >= limit]}")
+
+
+if __name__ == "__main__":
+    flags = {
+        "text": {"help": "the post itself; without it and --input, standard input is the post"},
+        "input": {"default": "-", "help": "CSV file with the columns post_id and text; -: one post, as above"},
+        "thresholds": {"choices": ["global", "criteria"], "default": "global", "help": "which tuned thresholds decide"},
+    }
+    sys.exit(run_script(main, __doc__, trained=True, **flags))

@@ -61,34 +61,43 @@ class UnmergedDoRA(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, A, B, magnitude, bias, weight, low_A, low_B, scaled_B, scale, c, p):
-        kept = None if p == 0 else torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p)
-        shape, x = x.shape, x.flatten(0, -2)
-        dropped = x if kept is None else x * kept.view_as(x) / (1 - p)
-        u = dropped @ low_A.T  # (N, R)
+        ctx.shape, ctx.p, x = x.shape, p, x.flatten(0, -2)
+        kept = dropout_mask(x, p) if p else None
+        u = dropped(x, kept) @ low_A.T / (1 - p)  # (N, R)
         y = torch.addmm(u @ low_B.T, x, weight.T)
         if c is not None:
             y.mul_(c)  # c is fp32: the product is rounded once
         if bias is not None:
             y.add_(bias)
-        y = y.view(*shape[:-1], -1)
+        y = y.view(*ctx.shape[:-1], -1)
         ctx.save_for_backward(x, y, u, kept, magnitude, bias, weight, low_A, scaled_B, scale, c)
-        ctx.shape, ctx.p = shape, p
         return y
 
     @staticmethod
     def backward(ctx, dy):
         x, y, u, kept, magnitude, bias, weight, low_A, scaled_B, scale, c = ctx.saved_tensors
-        kept = None if kept is None else kept.view_as(x)
         dy = dy.flatten(0, -2)  # (N, O)
-        v = dy @ scaled_B  # (N, R)
+        v = dy @ scaled_B / (1 - ctx.p)  # (N, R)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = v @ low_A
-            dx = dx if kept is None else dx * kept / (1 - ctx.p)
-            dx = torch.addmm(dx, dy if c is None else (dy * c).to(dy.dtype), weight).view(ctx.shape)
-        dropped = x if kept is None else x * kept / (1 - ctx.p)
-        dA, dB = v.T @ dropped, scale[:, None] * (dy.T @ u)
+            base_dy = dy if c is None else (dy * c).to(dy.dtype)
+            dx = torch.addmm(dropped(v @ low_A, kept), base_dy, weight).view(ctx.shape)
+        dA, dB = v.T @ dropped(x, kept), scale[:, None] * (dy.T @ u)
         return dx, dA.float(), dB.float(), magnitude_gradient(dy, y, magnitude, bias), *[None] * 8
+
+
+def dropout_mask(x: Tensor, p: float) -> Tensor:
+    """True with probability 1 - p, in x's shape, for a p in steps of 2^-16.
+
+    Four from each 64 random bits: on a CPU a third of bernoulli_'s time, which was half of the layer's.
+    """
+    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
+    return bits.view(torch.int16)[: x.numel()].view(x.shape) >= round(p * 2**16) - 2**15
+
+
+def dropped(x: Tensor, kept: Tensor | None) -> Tensor:
+    """x where it is kept, 0 elsewhere; 1 / (1 - p) is left to the smaller (N, R) factor."""
+    return x if kept is None else torch.where(kept, x, 0.0)
 
 
 def magnitude_gradient(dy: Tensor, y: Tensor, magnitude: Tensor | None, bias: Tensor | None) -> Tensor | None:
@@ -135,7 +144,8 @@ class DoRALinear(nn.Module):
         super().__init__()
         if merged and dropout:
             raise ValueError("dropout acts on the low-rank term alone: it needs merged=False")
-        self.base, self.scaling, self.dropout = base.requires_grad_(False), alpha / rank, dropout
+        self.base, self.scaling = base.requires_grad_(False), alpha / rank
+        self.dropout = round(dropout * 2**16) / 2**16  # dropout_mask's steps
         self.merged = dropout == 0 if merged is None else merged
         device = base.weight.device
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=device))
@@ -270,7 +280,7 @@ def save_adapter(model: nn.Module, folder: Path, prefix: str, base: str) -> None
     layer = next(iter(layers.values()))
     rank = len(layer.lora_A)
     settings = {"peft_type": "LORA", "task_type": "FEATURE_EXTRACTION", "base_model_name_or_path": base}
-    settings |= {"r": rank, "lora_alpha": layer.scaling * rank, "lora_dropout": layer.dropout, "bias": "none"}
+    settings |= {"r": rank, "lora_alpha": layer.scaling * rank, "lora_dropout": round(layer.dropout, 4), "bias": "none"}
     settings |= {"use_dora": layer.lora_magnitude_vector is not None, "inference_mode": True}
     write_json(folder / "adapter_config.json", settings | {"target_modules": [prefix + name for name in layers]})
 

@@ -27,15 +27,17 @@ from transformers import (
 
 from common.metrics import ranking_metrics
 from redsm5_nli.bidirectional import block_masks, check_bidirectional, make_bidirectional
-from redsm5_nli.config import ROOT, SAMPLE, UserError
+from redsm5_nli.config import ROOT, UserError
+from redsm5_nli.config import SAMPLE as PRESET
 from redsm5_nli.criteria import CRITERIA, load_criteria
 from redsm5_nli.dataset import Encoder, Post, make_examples, post_groups, rarest_criterion, read_posts, split_posts
-from redsm5_nli.dora import DoRALinear, adapters, add_adapters, merge_adapters, unmerge_adapters
+from redsm5_nli.dora import DoRALinear, adapters, add_adapters, dropout_mask, merge_adapters, unmerge_adapters
 from redsm5_nli.evaluate import predict_logits, probabilities, score_split, tune_threshold, tune_thresholds
 from redsm5_nli.model import build_model, class_weights, load_model, make_encoder, pair_loss, save_model
 from redsm5_nli.poolers import make_pooler
 from redsm5_nli.train import accumulate_gradients, make_optimizer, refuse_non_finite
 
+SAMPLE = replace(PRESET, share_post=False, max_length=128, amp="off", pooler="mean", dropout=0.1)
 SHAPE = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
 SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0}
 KINDS = ["sliding_attention", "full_attention", "sliding_attention"]
@@ -210,9 +212,8 @@ def test_dropout_acts_on_the_low_rank_term_alone(magnitude):
     torch.manual_seed(5)
     y = layer(x)
     torch.manual_seed(5)
-    kept = torch.empty(50, 24, dtype=torch.bool).bernoulli_(0.6)
-    assert 0.5 < kept.float().mean() < 0.7
-    expected = textbook(x, layer, x * kept / 0.6)
+    kept = dropout_mask(x, 0.4)
+    expected = textbook(x, layer, x * kept / (1 - layer.dropout))
     torch.testing.assert_close(y, expected, atol=1e-5, rtol=1e-5)
     trained = [x, *(p for p in layer.parameters() if p.requires_grad)]
     found = torch.autograd.grad((y * direction).sum(), trained)
@@ -221,6 +222,19 @@ def test_dropout_acts_on_the_low_rank_term_alone(magnitude):
     torch.testing.assert_close(layer.eval()(x), textbook(x, layer), atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="merged=False"):
         DoRALinear(nn.Linear(4, 4), 2, 4, dropout=0.1, merged=True)
+
+
+@pytest.mark.parametrize("p", [0.05, 0.4, 0.9])
+def test_the_dropout_mask_keeps_each_place_by_itself_with_its_probability(p):
+    torch.manual_seed(0)
+    kept = dropout_mask(torch.empty(301, 401), p).float()
+    n = kept.numel()
+    deviation = (p * (1 - p) / n) ** 0.5
+    assert abs(kept.mean() - (1 - p)) < 4 * deviation
+    for shift in (1, 2, 3, 4, 401):  # neighbours, also those of one random number
+        product = (kept.flatten()[shift:] * kept.flatten()[:-shift]).mean()
+        assert abs(product - (1 - p) ** 2) < 8 * deviation
+    assert not torch.equal(dropout_mask(kept, p), kept.bool())
 
 
 @pytest.mark.parametrize("relative", [1e-3, 1e-4])

@@ -1,5 +1,6 @@
 """Each script as its user starts it, and what must hold for every project's copy of the same code."""
 
+import csv
 import json
 import os
 import random
@@ -97,51 +98,77 @@ def test_projects_import_nothing_of_each_other_and_define_no_class_in_scripts():
             text = path.read_text(encoding="utf-8")
             others = [other for other in PROJECTS if other != project]
             assert not any(f"from {other}" in text or f"import {other}" in text for other in others), path
-            assert "__main__" not in text or "\nclass " not in text, path
+            entry = "__main__" in text and path.parent.name == project
+            assert not entry or "\nclass " not in text, path
 
 
-# afqmc
+# What every project's training, evaluation and resuming must do
 
 SHORT = ("--sample", "--max_steps", "6", "--batch_size", "16", "--logging_steps", "1", "--save_steps", "2")
+BEST = {
+    "afqmc": ("model.safetensors", "config.json", "tokenizer.json", "threshold.json"),
+    "redsm5_nli": ("adapter_model.safetensors", "adapter_config.json", "head.safetensors", "thresholds.json"),
+}
+PREDICTIONS = {"afqmc": "jsonl", "redsm5_nli": "csv"}
+HARD = {"afqmc": ("--fgm_epsilon", "1"), "redsm5_nli": ("--adapter_dropout", "0.1", "--pooler", "attention")}
+
+
+def train_short(project: str, folder: Path) -> Path:
+    """A finished short run, started from a folder that is not the repository's."""
+    out, err = call(str(ROOT / project / "train.py"), *SHORT, "--run_dir", f"run_{project}", cwd=folder)
+    assert "error" not in err and "step 6/6 |" in out
+    assert out.splitlines()[-1].startswith("done | validation f1_macro ")
+    return folder / f"run_{project}"
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
-    """A finished short run, started from a folder that is not the repository's."""
+def runs(tmp_path_factory) -> dict[str, Path]:
+    """A finished short run of each project."""
     elsewhere = tmp_path_factory.mktemp("elsewhere")
-    out, err = call(str(ROOT / "afqmc/train.py"), *SHORT, "--run_dir", "run", cwd=elsewhere)
-    assert "error" not in err and "step 6/6 |" in out
-    assert out.splitlines()[-1].startswith("done | validation f1_macro ")
-    return elsewhere / "run"
+    return {project: train_short(project, elsewhere) for project in PROJECTS}
 
 
-def test_a_run_holds_what_the_readme_says(trained):
-    names = {path.relative_to(trained).as_posix() for path in trained.rglob("*") if path.is_file()}
+@pytest.fixture(scope="module")
+def trained(runs) -> Path:
+    return runs["afqmc"]
+
+
+@pytest.mark.parametrize("project", PROJECTS)
+def test_a_run_holds_what_the_readme_says(project, runs):
+    run = runs[project]
+    names = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
     assert names >= {"config.json", "metrics.jsonl", "last.pt", "results.json", "report.md"}
-    assert names >= {f"best/{name}" for name in ("model.safetensors", "config.json", "tokenizer.json")}
-    assert names >= {f"predictions/{split}_predictions.jsonl" for split in ("validation", "test")}
-    results = json.loads((trained / "results.json").read_text(encoding="utf-8"))
+    assert names >= {f"best/{name}" for name in BEST[project]}
+    assert names >= {f"predictions/{name}_predictions.{PREDICTIONS[project]}" for name in ("validation", "test")}
+    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
     expected = {"metric", "best", "split", "epoch", "step", "seconds", "tokens_per_second", "peak_memory_bytes", "test"}
     assert results.keys() >= expected
-    assert str(ROOT) not in (trained / "config.json").read_text(encoding="utf-8")
+    assert str(ROOT) not in (run / "config.json").read_text(encoding="utf-8")
 
 
-def test_a_finished_run_says_so_and_changes_nothing(trained):
-    before = listing(trained)
-    out, _ = call("-m", "afqmc.train", *SHORT, "--run_dir", str(trained))
+@pytest.mark.parametrize("project", PROJECTS)
+def test_a_finished_run_says_so_and_changes_nothing(project, runs):
+    run = runs[project]
+    before = listing(run)
+    out, _ = call("-m", f"{project}.train", *SHORT, "--run_dir", str(run))
     assert out.startswith("finished before\ndone | validation f1_macro ")
-    assert listing(trained) == before
-    _, err = call("afqmc/train.py", *SHORT, "--seed", "1", "--run_dir", str(trained), code=1)
+    assert listing(run) == before
+    _, err = call(f"{project}/train.py", *SHORT, "--seed", "1", "--run_dir", str(run), code=1)
     assert "another config: seed 42 there, 1 here" in err and err.count("\n") == 1
-    assert listing(trained) == before
+    assert listing(run) == before
 
 
-def test_evaluate_repeats_the_report_from_the_run_alone(trained):
-    report = (trained / "report.md").read_text(encoding="utf-8")
-    (trained / "report.md").unlink()
-    out, _ = call(str(ROOT / "afqmc/evaluate.py"), "--run_dir", "run", cwd=trained.parent)
+@pytest.mark.parametrize("project", PROJECTS)
+def test_evaluate_repeats_the_report_from_the_run_alone(project, runs):
+    run = runs[project]
+    report = (run / "report.md").read_text(encoding="utf-8")
+    (run / "report.md").unlink()
+    out, _ = call(str(ROOT / project / "evaluate.py"), "--run_dir", run.name, cwd=run.parent)
     assert out.strip() == report.strip()
-    assert (trained / "report.md").read_text(encoding="utf-8") == report
+    assert (run / "report.md").read_text(encoding="utf-8") == report
+
+
+# afqmc
 
 
 def test_predict_answers_every_line_in_order_and_names_the_bad_ones(trained):
@@ -250,6 +277,105 @@ def test_what_is_missing_is_said_and_nothing_is_written(script, flags, words, tm
     assert not list(tmp_path.iterdir()) and listing(ROOT / "afqmc") == before
 
 
+# redsm5_nli
+
+
+def test_redsm5_predict_answers_for_a_text_and_for_a_file(runs, tmp_path):
+    run = ("--run_dir", str(runs["redsm5_nli"]))
+    saved = (runs["redsm5_nli"] / "predictions" / "test_predictions.csv").read_text(encoding="utf-8")
+    rows = list(csv.DictReader(saved.splitlines()))
+    assert {row["split"] for row in rows} == {"test"} and rows[0].keys() >= {"post_id", "criterion", "label"}
+    with open(ROOT / "redsm5_nli/sample/redsm5_posts.csv", encoding="utf-8", newline="") as file:
+        posts = [row for row in csv.DictReader(file) if row["post_id"] == rows[0]["post_id"]]
+    probabilities = {row["criterion"]: float(row["probability"]) for row in rows[:9]}
+    for source in (("--text", posts[0]["text"]), ()):
+        out, _ = call("redsm5_nli/predict.py", *run, *source, text="" if source else posts[0]["text"])
+        first, *answers = out.splitlines()
+        assert first.startswith("This is no diagnosis") and len(answers) == 9
+        for line in answers:
+            criterion, p, label = line.split()
+            assert float(p) == pytest.approx(probabilities[criterion], abs=1e-3) and label in ("yes", "no")
+    with open(tmp_path / "posts.csv", "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, ["post_id", "text"])
+        writer.writeheader()
+        writer.writerows([{"post_id": "b", "text": "I slept well."}, {"post_id": "a", "text": posts[0]["text"]}])
+    out, err = call("redsm5_nli/predict.py", *run, "--input", str(tmp_path / "posts.csv"), "--thresholds", "criteria")
+    answers = list(csv.DictReader(out.splitlines()))
+    assert [row["post_id"] for row in answers] == ["b"] * 9 + ["a"] * 9 and err.startswith("This is no diagnosis")
+    for row in answers[9:]:
+        assert float(row["probability"]) == pytest.approx(probabilities[row["criterion"]], abs=1e-4)
+    _, err = call("redsm5_nli/predict.py", *run, "--text", " ", code=1)
+    assert err == "error: the text is empty\n"
+
+
+def test_redsm5_check_reads_everything_and_writes_nothing(tmp_path):
+    flags = ("--sample", "--check", "--run_dir", "run", "--share_post", "true")
+    out, _ = call(str(ROOT / "redsm5_nli/train.py"), *flags, cwd=tmp_path)
+    assert "check passed" in out and "% trained" not in out and "| train | " in out and "rejected" in out
+    assert not list(tmp_path.iterdir())
+
+
+def test_redsm5_cross_validation_tests_every_post_once_and_results_lists_the_folds(tmp_path):
+    flags = ("--sample", "--quick", "--max_steps", "3", "--run_dir", str(tmp_path / "cv"), "--share_post", "true")
+    flags += ("--batch_size", "8")
+    out, _ = call("redsm5_nli/cross_validate.py", *flags)
+    assert out.splitlines()[-1].startswith("done | 2 folds | test f1_macro 0.")
+    folds = [tmp_path / "cv" / f"fold{fold}" for fold in range(2)]
+    tested = [row["post_id"] for fold in folds for row in read_predictions(fold)][::9]
+    with open(ROOT / "redsm5_nli/sample/redsm5_posts.csv", encoding="utf-8", newline="") as file:
+        assert sorted(tested) == sorted(row["post_id"] for row in csv.DictReader(file))
+    scores = [json.loads((fold / "results.json").read_text(encoding="utf-8"))["test"] for fold in folds]
+    mean = sum(score["at_half"]["f1_macro"] for score in scores) / 2
+    report = (tmp_path / "cv" / "cross_validation.md").read_text(encoding="utf-8")
+    assert f"| f1_macro, .5 | {mean:.4f} |" in report and report.splitlines()[2] in out
+    before = listing(tmp_path)
+    again, _ = call("redsm5_nli/cross_validate.py", *flags)
+    assert again.count("finished before") == 2
+    assert set(listing(tmp_path)) == set(before)
+    out, _ = call("redsm5_nli/results.py", "--runs", *map(str, folds))
+    header, _, *rows = [line.strip("| ").split(" | ") for line in out.splitlines()[:-1]]
+    assert header[:2] == ["run", "fold"] and [row[1] for row in sorted(rows)] == ["0", "1"]
+    assert {row[header.index("test f1_macro")] for row in rows} == {f"{s['at_half']['f1_macro']:.4f}" for s in scores}
+    _, err = call("redsm5_nli/results.py", "--runs", str(tmp_path), code=1)
+    assert "config.json cannot be read" in err and err.count("\n") == 1
+
+
+def read_predictions(run: Path) -> list[dict]:
+    text = (run / "predictions" / "test_predictions.csv").read_text(encoding="utf-8")
+    return list(csv.DictReader(text.splitlines()))
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ((), ["model google/gemma-3-1b-it is not on this machine", "hf download google/gemma-3-1b-it", "--sample"]),
+        (("--preset", "gemma-3-4b-it"), ["model google/gemma-3-4b-it is not"]),
+        (("--sample", "--data_dir", "none"), ["none/redsm5_posts.csv not found", "--data_dir", "--sample"]),
+        (("--sample", "--criteria_file", "none.json"), ["none.json not found"]),
+        (("--sample", "--max_length", "16"), ["leaves", "max_length 16"]),
+        (("--sample", "--model", "afqmc/sample/model"), ["afqmc/sample/model", "does not load"]),
+    ],
+)
+def test_redsm5_says_what_is_missing_in_one_line_and_writes_nothing(flags, words, tmp_path):
+    if "--sample" not in flags:  # the data is read first
+        flags = (*flags, "--data_dir", str(ROOT / "redsm5_nli/sample"))
+    _, err = call(str(ROOT / "redsm5_nli/train.py"), *flags, cwd=tmp_path, code=1)
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "Traceback" not in err and all(word in errors[0] for word in words), err
+    assert not list(tmp_path.iterdir())
+
+
+def test_redsm5_bench_prints_its_tables():
+    flags = ("--layers", "1", "--batch", "1", "--length", "8", "--tokens", "8", "--rounds", "1", "--vocab", "64")
+    out, _ = call("redsm5_nli/bench.py", *flags)
+    for words in ("| merged ", "| unmerged ", "| ours, merged ", "threads"):
+        assert words in out
+    assert ("| PEFT DoRA | not run" in out) == (find_spec("peft") is None)
+
+
+# Stopped at any moment
+
+
 def wait_for_lines(process: subprocess.Popen, path: Path, count: int) -> None:
     """Until metrics.jsonl has count lines, or the process is over."""
     while process.poll() is None:
@@ -262,10 +388,9 @@ def final_weights(run: Path) -> dict[str, torch.Tensor]:
     return torch.load(run / "last.pt", weights_only=True)["state"]["model"]
 
 
-def kill_and_resume(folder: Path, kills: int, seed: int) -> None:
+def kill_and_resume(project: str, folder: Path, kills: int, seed: int) -> None:
     """Kill -9 one run at random lines of its metrics, resume each time, compare with a run never stopped."""
-    flags = ("afqmc/train.py", "--sample", "--max_steps", "30", "--batch_size", "16", "--logging_steps", "1")
-    flags += ("--save_steps", "3", "--fgm_epsilon", "1")
+    flags = (f"{project}/train.py", *SHORT, "--max_steps", "30", "--save_steps", "3", *HARD[project])
     call(*flags, "--run_dir", str(folder / "whole"))
     generator, killed = random.Random(seed), 0
     print(f"kills drawn from seed {seed}")
@@ -280,17 +405,20 @@ def kill_and_resume(folder: Path, kills: int, seed: int) -> None:
     whole, resumed = final_weights(folder / "whole"), final_weights(folder / "killed")
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    for name in ("best/model.safetensors", "report.md", "predictions/test_predictions.jsonl"):
+    for name in (f"best/{BEST[project][0]}", "report.md", f"predictions/test_predictions.{PREDICTIONS[project]}"):
         assert (folder / "whole" / name).read_bytes() == (folder / "killed" / name).read_bytes(), name
 
 
-def test_kill_9_costs_nothing(tmp_path):
-    kill_and_resume(tmp_path, kills=int(os.environ.get("KILLS", "2")), seed=int(os.environ.get("KILL_SEED", "0")))
+@pytest.mark.parametrize("project", PROJECTS)
+def test_kill_9_costs_nothing(project, tmp_path):
+    kills, seed = int(os.environ.get("KILLS", "2")), int(os.environ.get("KILL_SEED", "0"))
+    kill_and_resume(project, tmp_path, kills, seed)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows cannot send SIGTERM to a process that could note it")
-def test_sigterm_saves_and_says_how_to_go_on(tmp_path):
-    flags = ("afqmc/train.py", *SHORT, "--max_steps", "60", "--save_steps", "1000", "--num_workers", "1")
+@pytest.mark.parametrize("project", PROJECTS)
+def test_sigterm_saves_and_says_how_to_go_on(project, tmp_path):
+    flags = (f"{project}/train.py", *SHORT, "--max_steps", "60", "--save_steps", "1000", "--num_workers", "1")
     flags += ("--run_dir", str(tmp_path / "run"))
     with start(*flags) as process:
         wait_for_lines(process, tmp_path / "run" / "metrics.jsonl", 2)

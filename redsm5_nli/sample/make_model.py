@@ -36,7 +36,7 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     settings = {"special_tokens": SPECIAL_TOKENS, "initial_alphabet": alphabet, "show_progress": False}
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=1024, **settings))
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=1280, **settings))
     special = [("<bos>", SPECIAL_TOKENS.index("<bos>"))]
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<bos> $A", pair="<bos> $A <bos>:1 $B:1", special_tokens=special
@@ -107,7 +107,7 @@ def main() -> None:
             total += loss.item() / len(batches)
             answers += losses[:, -1].mean().item() / len(batches)
         print(f"epoch {epoch + 1} | loss {total:.4f} | of the answer {answers:.4f}", flush=True)
-    model.save_pretrained(HERE / "model")
+    model.bfloat16().save_pretrained(HERE / "model")  # as Gemma is published
     tokenizer.save_pretrained(HERE / "model")
     (HERE / "model" / "generation_config.json").unlink(missing_ok=True)
 

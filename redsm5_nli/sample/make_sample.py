@@ -282,6 +282,25 @@ WORDINGS = """
 * I study [history|biology] and work in a [shop|hospital|school].
 * The [pool|office] is closed [this week|today|until Monday].
 * My [laptop|jacket|bike] is [red|green|new|old].
+* [Two|Three] years ago we had [apple trees|some plants] behind the [house|school].
+* My [uncle|cousin] made [coffee|pasta] and [bread|soup] when we came [home|in].
+* The sign at the [pool|shop] says it will be open [at seven|at eight|until nine].
+* [Our first|The second|The third] class this year meets in [the hall|the old office].
+* The subject of [the talk|her lecture|the meeting] was [trees|the weather|the budget].
+* My [aunt|mother] lives in [the hills|another town] and works [as a nurse|with computers].
+* The [student|nurse] gave [me|us] [one|two] of [her films|his photos|the plants].
+* [My dog|Our cat] likes [the sun|the door|this window] [a lot|best], if it is [not wet|warm].
+* [This post|My mail] is just about [learning|writing] [a few sentences|one step a day].
+* I called [my boss|the school] about [the sale|my plans|the shift], and nobody was [there|right].
+* The [loud fan|new screen|control] of the [computer|laptop] is [away|a problem|no worry].
+* I hope [the storm|the lecture] will finish [at nine|in a moment], though [it matters little|I am busy].
+* We check each other [twice|now], [the same way|step by step], while [the apple pie|the bread] bakes.
+* [My sister studies|My brother studied] [quietly|in a nice room] and [we did|I wanted] the other thing.
+* We walked through the [trees|door] in [twelve|seven] minutes, [luckily|although] it was [open|wet].
+* I [take|drive] [some coffee|the same bike] to [the meeting|work] and [understand|like] [that kind|my way].
+* [I had|He had] [a touch|one] of [flu|a cold] and stayed [in bed|in], [it happens|such is the world].
+* The trousers [fit|did not fit], [the fridge|one cup] was [untouched|free], and [nobody ran|it was eaten].
+* [It comes|What is coming] [between lunch and dinner|each week] is [a play|a start] for [the body|health].
 """
 
 

@@ -3,8 +3,8 @@
     python redsm5_nli/cross_validate.py --sample --quick          # 2 folds, 3 epochs
     python redsm5_nli/cross_validate.py --folds 5
 
-Each fold is an ordinary run in <run_dir>/fold<i>; cross_validation.json and .md stand beside them. Every post is in one
-test split, and nothing is chosen there.
+Each fold is an ordinary run in fold<i> of the run folder; cross_validation.json and .md stand beside them. Every post
+is in one test split, and nothing is chosen there.
 """
 
 import statistics
@@ -44,6 +44,7 @@ def main(config: Config, quick: bool) -> int | None:
         config = replace(config, folds=QUICK_FOLDS, epochs=QUICK_EPOCHS)
     config = replace(config, folds=config.folds or DEFAULT_FOLDS, fold=0)
     path = run_path(config)
+    path = path if config.run_dir else path.with_name(f"{path.name}-folds")  # path itself may be an ordinary run
     for fold in range(config.folds):
         print(f"fold {fold} of {config.folds}")
         if code := train(replace(config, fold=fold, run_dir=str(path / f"fold{fold}"))):

@@ -197,8 +197,8 @@ def split_posts(posts: list[Post], config: Config) -> dict[str, list[Post]]:
         else:
             in_test = group_folds(posts, SPLIT_FOLDS, config.split_seed) < round(SPLIT_FOLDS * config.test_fraction)
         test, others = ([p for p, chosen in zip(posts, in_test) if chosen == side] for side in (True, False))
-        validation_folds = round(SPLIT_FOLDS * config.validation_fraction / (1 - in_test.mean()))
-        in_validation = group_folds(others, SPLIT_FOLDS, config.split_seed) < validation_folds
+        folds = round(SPLIT_FOLDS * len(others) / len(posts))  # of the same size as the first ones
+        in_validation = group_folds(others, folds, config.split_seed) < round(SPLIT_FOLDS * config.validation_fraction)
     except ValueError as error:
         raise UserError(f"the {len(posts)} posts cannot be split: {error}") from error
     validation, train = ([p for p, chosen in zip(others, in_validation) if chosen == side] for side in (True, False))

@@ -89,7 +89,7 @@ class UnmergedDoRA(torch.autograd.Function):
 def dropout_mask(x: Tensor, p: float) -> Tensor:
     """True with probability 1 - p, in x's shape, for a p in steps of 2^-16.
 
-    Four from each 64 random bits: on a CPU a third of bernoulli_'s time, which was half of the layer's.
+    Four from each 64 random bits: on a CPU a third of bernoulli_'s time, which was a third of the layer's.
     """
     bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
     return bits.view(torch.int16)[: x.numel()].view(x.shape) >= round(p * 2**16) - 2**15

@@ -68,6 +68,7 @@ def tune_threshold(probability: np.ndarray, labels: np.ndarray) -> float:
     f1_different = 2 * true_negatives / np.maximum(2 * n - taken - positives, 1)
     upper, lower = np.concatenate([[1.0], ordered]), np.concatenate([ordered, [0.0]])  # the gap that holds t
     middle = (upper + lower) / 2
+    middle = np.where(middle > lower, middle, upper)  # between neighbours of one rounding
     scores = np.where(upper > lower, f1_same + f1_different, -1.0)
     best = np.flatnonzero(scores >= scores.max() - 1e-12)
     best = best[np.abs(middle[best] - 0.5).argmin()]

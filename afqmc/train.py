@@ -191,6 +191,7 @@ def main(config: Config, check: bool = False) -> int | None:
     # Resume
     run = Run(path, run_config(config), info | {"data_sha256": fingerprint(splits), "autocast": str(dtype)})
     if run.results:  # another process finished it meanwhile
+        run.close()
         return main(config)
     check_data(run, splits, config)
     if (begun := run.environment.get("autocast")) != str(dtype):

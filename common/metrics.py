@@ -57,10 +57,9 @@ def per_label_metrics(labels: np.ndarray, predictions: np.ndarray, label_names: 
 
     labels, predictions: (N, L) of 0 and 1. A label without positives in either has zeros and counts in the means.
     """
-    columns = precision_recall_fscore_support(labels, predictions, average=None, zero_division=0)
-    result = {
-        name: {"precision": float(p), "recall": float(r), "f1": float(f), "support": int(n)}
-        for name, p, r, f, n in zip(label_names, *columns)
-    }
-    means = {f"{name}_macro": float(column.mean()) for name, column in zip(("precision", "recall", "f1"), columns)}
+    names, result = ("precision", "recall", "f1"), {}
+    for name, truth, predicted in zip(label_names, labels.T, predictions.T):  # (N, 1) at once would be read as binary
+        scores = precision_recall_fscore_support(truth, predicted, average="binary", zero_division=0)[:3]
+        result[name] = dict(zip(names, map(float, scores))) | {"support": int(truth.sum())}
+    means = {f"{name}_macro": float(np.mean([row[name] for row in result.values()])) for name in names}
     return means | {"per_label": result}

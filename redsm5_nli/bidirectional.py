@@ -21,6 +21,8 @@ def make_bidirectional(model: PreTrainedModel) -> PreTrainedModel:
     # None mask with a module's own is_causal left true would be causal again, so that is switched as well. The other
     # way, config.use_bidirectional_attention=True, always builds a mask and halves the window that Gemma 3's weights
     # were trained with.
+    if getattr(model.config, "use_bidirectional_attention", None) is True:
+        raise RuntimeError(f"{type(model).__name__} was trained bidirectional, with a window of its own: not supported")
     model.config.is_causal = False
     for module in model.modules():
         if hasattr(module, "is_causal"):
@@ -47,8 +49,8 @@ def check_bidirectional(model: PreTrainedModel) -> None:
     model.eval()
     states = {side: run_layout(model, side, *padding) for side, padding in LAYOUTS.items()}
     model.train(training)
-    # A leak or a shifted position moves the states by their own size; other kernels for other masks by rounding.
-    tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
+    # A leak moves the states by their own size, other kernels for other masks by rounding, which grows over layers.
+    tolerance = 1e-3 if model.dtype == torch.float32 else 0.3
     for side, found in states.items():
         if (found - states["no"]).norm() > tolerance * states["no"].norm():
             raise RuntimeError(f"{name}: padding on the {side} changes the states of the real tokens")

@@ -48,7 +48,7 @@ class Config:
     dropout: float = HfArg(default=0.1, help="dropout before the classifier")
     # The loss: 9.7 % of ReDSM5's pairs are positive.
     class_weights: str = HfArg(default="balanced", help="balanced (N / (2 N_c)), off, or two numbers such as 0.6,5.2")
-    learning_rate: float = HfArg(default=2e-5, help="peak of the schedule; adapters often take 1e-4 to 5e-4 (README)")
+    learning_rate: float = HfArg(default=2e-5, help="peak of the schedule; the sample needs far more (README)")
     weight_decay: float = HfArg(default=0.01, help="AdamW decay, not applied to biases, norms and magnitudes")
     warmup_ratio: float = HfArg(default=0.1, help="share of the steps with a rising learning rate, then linear decay")
     max_grad_norm: float = HfArg(default=1.0, help="gradient clipping; 0: off")
@@ -104,8 +104,9 @@ class Config:
                 )
 
 
-# Larger decoders of the family: --preset gemma-3-4b-it. Memory is estimated (weights, W' of the adapted layers and the
-# activations of a checkpointed batch of 4 x 512), not measured: 1b 4 GB, 4b 13 GB, 12b 32 GB.
+# The family's sizes: --preset gemma-3-4b-it. GPU memory is estimated (weights, W' of the adapted layers, checkpointed
+# activations of one micro-batch), not measured: 1b at 4 x 512 tokens 4 GB, 4b at 4 x 512 13 GB, 12b at 2 x 512 32 GB.
+# The multimodal 4b and 12b are loaded whole into main memory before the text part goes to the GPU.
 PRESETS = {
     "gemma-3-1b-it": Config(),
     "gemma-3-4b-it": replace(Config(), model="google/gemma-3-4b-it"),
@@ -198,8 +199,9 @@ def load_config(
     run (ANY_RUN) may be changed. Exits with status 2 on a wrong flag or value.
     """
     parser = ConfigParser(Config, description=description, allow_abbrev=False, formatter_class=HelpFormatter)
-    parser.add_argument("--sample", action="store_true", help="tiny offline preset")
-    parser.add_argument("--preset", choices=PRESETS, help="settings for another size of decoder (config.py)")
+    presets = parser.add_mutually_exclusive_group()
+    presets.add_argument("--sample", action="store_true", help="tiny offline preset")
+    presets.add_argument("--preset", choices=PRESETS, help="settings for another size of decoder (config.py)")
     for name, settings in flags.items():
         parser.add_argument(f"--{name}", **settings)
     given = parser.parse_known_args(argv)[0]

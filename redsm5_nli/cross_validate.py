@@ -16,7 +16,7 @@ if not __package__:  # run as a script: import from the repository root, not fro
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from common.checkpoint import read_json, write_json, write_text
-from redsm5_nli.config import Config, run_path, run_script, shown
+from redsm5_nli.config import Config, UserError, run_path, run_script, shown
 from redsm5_nli.evaluate import COLUMNS, RULES, table
 from redsm5_nli.train import main as train
 
@@ -40,9 +40,11 @@ def summary(folds: list[dict[str, float]]) -> list[str]:
 
 
 def main(config: Config, quick: bool) -> int | None:
+    if config.fold:
+        raise UserError("--fold chooses one fold: python redsm5_nli/train.py takes it, here all are run")
+    config = replace(config, folds=config.folds or (QUICK_FOLDS if quick else DEFAULT_FOLDS))
     if quick:
-        config = replace(config, folds=QUICK_FOLDS, epochs=QUICK_EPOCHS)
-    config = replace(config, folds=config.folds or DEFAULT_FOLDS, fold=0)
+        config = replace(config, epochs=QUICK_EPOCHS)
     path = run_path(config)
     path = path if config.run_dir else path.with_name(f"{path.name}-folds")  # path itself may be an ordinary run
     for fold in range(config.folds):
@@ -63,5 +65,5 @@ def main(config: Config, quick: bool) -> int | None:
 
 
 if __name__ == "__main__":
-    flag = {"action": "store_true", "help": f"{QUICK_FOLDS} folds, {QUICK_EPOCHS} epochs"}
+    flag = {"action": "store_true", "help": f"{QUICK_EPOCHS} epochs, {QUICK_FOLDS} folds unless --folds is given"}
     sys.exit(run_script(main, __doc__, quick=flag))

@@ -34,7 +34,7 @@ from redsm5_nli.criteria import CRITERIA, SPECIAL_CASE, Criterion
 POSTS_FILES = ("redsm5_posts.csv", "redsm5_full_posts.csv")  # names that the files were seen under
 ANNOTATIONS_FILES = ("redsm5_annotations.csv", "redsm5_annotations_long.csv")
 SYMPTOM_COLUMNS = ("DSM5_symptom", "symptom_label")
-AUTHOR = re.compile(r"(s_\d+_)\d+")  # posts that share the prefix are probably one author's
+AUTHOR = re.compile(r"s_\d+_")  # posts that share the prefix are probably one author's
 SORT_WINDOW = 100  # batches among which lengths are sorted
 SPLIT_FOLDS = 20  # the splits are made of so many folds: their shares come in steps of .05
 
@@ -159,8 +159,8 @@ def post_groups(posts: list[Post]) -> np.ndarray:
     keys: dict[tuple, int] = {}
     edges = []
     for number, post in enumerate(posts):
-        author = AUTHOR.fullmatch(post.id)
-        for key in (("author", author[1] if author else post.id), ("text", " ".join(post.text.split()).casefold())):
+        author = AUTHOR.match(post.id)
+        for key in (("author", author[0] if author else post.id), ("text", " ".join(post.text.split()).casefold())):
             edges.append((number, len(posts) + keys.setdefault(key, len(keys))))
     nodes, (rows, columns) = len(posts) + len(keys), zip(*edges)
     graph = coo_array((np.ones(len(edges)), (rows, columns)), shape=(nodes, nodes))
@@ -249,28 +249,33 @@ class Encoder:
         start = len(tokenizer("")["input_ids"])
         self.segments = [ids[start:] for ids in tokenizer([""] * len(texts), texts)["input_ids"]]
         self.room = max_length - max(map(len, self.segments))  # a shared post's tokens
+        self.counts: dict[str, int] = {}  # tokens of each text seen, before cutting
         if self.room < start + 8:
             longest = max(criteria, key=lambda criterion: len(self.segments[criteria.index(criterion)]))
             raise UserError(f"criterion {longest.id} leaves {self.room} tokens of max_length {max_length} for a post")
 
     def lengths(self, examples: list[Example]) -> tuple[np.ndarray, int]:
         """(N,) tokens of each example after cutting, and how many distinct posts lose their tail."""
-        posts = list({example.post.id: example.post for example in examples}.values())
-        full, highest = {}, max(map(max, self.segments))
-        for start in range(0, len(posts), 1000):
-            encoded = self.tokenizer([post.text for post in posts[start : start + 1000]], verbose=False)["input_ids"]
-            full |= {post.id: len(ids) for post, ids in zip(posts[start:], encoded)}
-            highest = max(highest, *map(max, encoded))
-        if highest >= self.vocab_size:
-            raise UserError(f"the tokenizer gives id {highest}, but the model has {self.vocab_size} embeddings")
+        self.count_tokens({example.post.text: example.post.id for example in examples})
         lengths, cut = [], set()
         for post, criteria in examples:
             added = [len(self.segments[criterion]) for criterion in criteria]
             room = self.room if self.share_post else self.max_length - added[0]
-            if full[post.id] > room:
+            if self.counts[post.text] > room:
                 cut.add(post.id)
-            lengths.append(min(full[post.id], room) + sum(added))
+            lengths.append(min(self.counts[post.text], room) + sum(added))
         return np.array(lengths, dtype=np.int64), len(cut)
+
+    def count_tokens(self, names: dict[str, str]) -> None:
+        """Fill counts for texts, given with the names of their posts; 1,000 at a time."""
+        new = [text for text in names if text not in self.counts]
+        for start in range(0, len(new), 1000):
+            texts = new[start : start + 1000]
+            for text, ids in zip(texts, self.tokenizer(texts, verbose=False)["input_ids"]):
+                if (highest := max(ids, default=0)) >= self.vocab_size:
+                    token = self.tokenizer.convert_ids_to_tokens(highest)
+                    raise UserError(f"post {names[text]}: token {token!r} is not among the model's embeddings")
+                self.counts[text] = len(ids)
 
     def __call__(self, examples: list[Example]) -> dict[str, torch.Tensor]:
         """A batch, padded on the right to its longest: input_ids and attention_mask (B, T), labels (B, C) where known.

@@ -34,29 +34,30 @@ class MergedDoRA(torch.autograd.Function):
     """y = x W'^T + bias with W' formed in advance: one (N, I, O) product forward and one back, as a frozen layer has.
 
     The gradients of A and B need no (O, I) product: with the row scale c = m / ||W + s B A||,
-    dB = s c (dy^T (x A^T)), dA = (dy (s c B))^T x; and dm = sum over tokens of dy (y - bias) / m.
+    dB = s c (dy^T (x A^T)), dA = (dy (s c B))^T x; and dm = sum over tokens of dy x W'^T / m.
     """
 
     @staticmethod
     def forward(ctx, x, A, B, magnitude, bias, weight, low_A, scaled_B, scale):
-        y = F.linear(x, weight, bias)
-        ctx.save_for_backward(x, y, magnitude, bias, weight, low_A, scaled_B, scale)
-        return y
+        y = F.linear(x, weight)
+        ctx.save_for_backward(x, y, magnitude, weight, low_A, scaled_B, scale)
+        return y if bias is None else y + bias
 
     @staticmethod
     def backward(ctx, dy):
-        x, y, magnitude, bias, weight, low_A, scaled_B, scale = ctx.saved_tensors
+        x, y, magnitude, weight, low_A, scaled_B, scale = ctx.saved_tensors
         dx = dy @ weight if ctx.needs_input_grad[0] else None
         dy, x = dy.flatten(0, -2), x.flatten(0, -2)  # (N, O), (N, I)
         dA = (dy @ scaled_B).T @ x
         dB = scale[:, None] * (dy.T @ (x @ low_A.T))
-        return dx, dA.float(), dB.float(), magnitude_gradient(dy, y, magnitude, bias), *[None] * 5
+        return dx, dA.float(), dB.float(), magnitude_gradient(dy, y, magnitude), *[None] * 5
 
 
 class UnmergedDoRA(torch.autograd.Function):
     """y = c (x W^T + s drop(x) A^T B^T) + bias: the low-rank term is where the base product starts to accumulate.
 
-    So the sum is rounded once, and a bf16 output follows an update far below the rounding of W itself.
+    So the sum x W^T + s B A x is rounded once, whatever the size of its parts, and a bf16 output follows an update far
+    below the rounding of W itself. The scaling by c rounds again.
     """
 
     @staticmethod
@@ -67,15 +68,12 @@ class UnmergedDoRA(torch.autograd.Function):
         y = torch.addmm(u @ low_B.T, x, weight.T)
         if c is not None:
             y.mul_(c)  # c is fp32: the product is rounded once
-        if bias is not None:
-            y.add_(bias)
-        y = y.view(*ctx.shape[:-1], -1)
-        ctx.save_for_backward(x, y, u, kept, magnitude, bias, weight, low_A, scaled_B, scale, c)
-        return y
+        ctx.save_for_backward(x, y, u, kept, magnitude, weight, low_A, scaled_B, scale, c)
+        return (y if bias is None else y + bias).view(*ctx.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx, dy):
-        x, y, u, kept, magnitude, bias, weight, low_A, scaled_B, scale, c = ctx.saved_tensors
+        x, y, u, kept, magnitude, weight, low_A, scaled_B, scale, c = ctx.saved_tensors
         dy = dy.flatten(0, -2)  # (N, O)
         v = dy @ scaled_B / (1 - ctx.p)  # (N, R)
         dx = None
@@ -83,7 +81,7 @@ class UnmergedDoRA(torch.autograd.Function):
             base_dy = dy if c is None else (dy * c).to(dy.dtype)
             dx = torch.addmm(dropped(v @ low_A, kept), base_dy, weight).view(ctx.shape)
         dA, dB = v.T @ dropped(x, kept), scale[:, None] * (dy.T @ u)
-        return dx, dA.float(), dB.float(), magnitude_gradient(dy, y, magnitude, bias), *[None] * 8
+        return dx, dA.float(), dB.float(), magnitude_gradient(dy, y, magnitude), *[None] * 8
 
 
 def dropout_mask(x: Tensor, p: float) -> Tensor:
@@ -100,16 +98,14 @@ def dropped(x: Tensor, kept: Tensor | None) -> Tensor:
     return x if kept is None else torch.where(kept, x, 0.0)
 
 
-def magnitude_gradient(dy: Tensor, y: Tensor, magnitude: Tensor | None, bias: Tensor | None) -> Tensor | None:
-    """dm (O,) in fp32 from dy (N, O) and y (..., O): the row of y without bias is m times its derivative.
+def magnitude_gradient(dy: Tensor, y: Tensor, magnitude: Tensor | None) -> Tensor | None:
+    """dm (O,) in fp32 from dy (N, O) and the output before the bias y (..., O), which is m times its derivative.
 
     A row with m = 0 is a zero row of W: its output stays zero, and so does its gradient here.
     """
     if magnitude is None:
         return None
     total = (dy * y.flatten(0, -2)).sum(0, dtype=torch.float32)
-    if bias is not None:
-        total = total - bias.float() * dy.sum(0, dtype=torch.float32)
     return torch.where(magnitude == 0, 0.0, total / magnitude)
 
 
@@ -124,7 +120,8 @@ class DoRALinear(nn.Module):
     merged (needs dropout 0): W' is formed in fp32 and rounded once to W's type, as the forward weights of mixed
     precision are. In bf16 it costs what a frozen layer costs, and an update below half a step of W's grid is not seen
     yet in the output, though its gradient is.
-    unmerged (any dropout): c (x W^T + s drop(x) A^T B^T), rounded after the sum; sees the smallest update.
+    unmerged (any dropout): c (x W^T + s drop(x) A^T B^T), rounded after the sum and after c; sees the smallest update
+    of A and B.
     merged None takes the first where dropout is 0.
 
     What depends on weights only is formed once per optimizer step (of any torch optimizer) and serves accumulation,
@@ -142,11 +139,11 @@ class DoRALinear(nn.Module):
         merged: bool | None = None,
     ):
         super().__init__()
-        if merged and dropout:
-            raise ValueError("dropout acts on the low-rank term alone: it needs merged=False")
         self.base, self.scaling = base.requires_grad_(False), alpha / rank
-        self.dropout = round(dropout * 2**16) / 2**16  # dropout_mask's steps
-        self.merged = dropout == 0 if merged is None else merged
+        self.dropout = int(dropout * 2**16) / 2**16  # dropout_mask's steps
+        if merged and self.dropout:
+            raise ValueError("dropout acts on the low-rank term alone: it needs merged=False")
+        self.merged = self.dropout == 0 if merged is None else merged
         device = base.weight.device
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))

@@ -21,7 +21,17 @@ from common.metrics import classification_metrics, per_label_metrics, ranking_me
 from redsm5_nli.config import ROOT, Config, UserError, run_path, run_script, saved_config
 from redsm5_nli.criteria import Criterion, load_criteria
 from redsm5_nli.dataset import Encoder, Post, fingerprint, load_splits, make_examples, make_loader, sorted_batches
-from redsm5_nli.model import LABELS, Matcher, class_weights, load_model, make_encoder, pair_loss, pick_device
+from redsm5_nli.model import (
+    LABELS,
+    Matcher,
+    build_model,
+    class_weights,
+    load_weights,
+    make_encoder,
+    pair_loss,
+    pick_device,
+    weights_dtype,
+)
 
 
 def table(header: list[str], rows: list[list]) -> list[str]:
@@ -57,7 +67,7 @@ def print_summary(splits: dict[str, list[Post]], kinds: Counter, encoder: Encode
     print("\n".join(table([*header, f"posts cut to {config.max_length}"], rows)[:-1]))
     counts = [[c.id, *numbers] for c, *numbers in zip(encoder.criteria, *per_criterion)]
     print("\n".join(table(["positive pairs", *splits], counts)[:-1]))
-    print(f"annotations: {', '.join(f'{n} {kind}' for kind, n in sorted(kinds.items()))} | rows dropped: 0")
+    print(f"annotations: {', '.join(f'{n} {kind}' for kind, n in sorted(kinds.items()))} | a bad row ends the run")
 
 
 def labels_of(posts: list[Post]) -> np.ndarray:
@@ -100,6 +110,7 @@ def tune_threshold(probability: np.ndarray, labels: np.ndarray) -> float:
     f1_no = 2 * true_negatives / np.maximum(2 * n - taken - positives, 1)
     upper, lower = np.concatenate([[1.0], ordered]), np.concatenate([ordered, [0.0]])  # the gap that holds t
     middle = (upper + lower) / 2
+    middle = np.where(middle > lower, middle, upper)  # between neighbours of one rounding
     scores = np.where(upper > lower, f1_yes + f1_no, -1.0)
     best = np.flatnonzero(scores >= scores.max() - 1e-12)
     best = best[np.abs(middle[best] - 0.5).argmin()]
@@ -128,11 +139,11 @@ def score_split(logits: torch.Tensor, posts: list[Post], thresholds: dict, weigh
 
 
 def evaluate_run(
-    run: Run, splits: dict[str, list[Post]], encoder: Encoder, config: Config, device: torch.device
+    run: Run, model: Matcher, splits: dict[str, list[Post]], encoder: Encoder, config: Config
 ) -> dict:
-    """Scores of the best model on validation and test; writes predictions/ and report.md into the run."""
+    """Scores of the best weights, loaded into model, on validation and test; writes predictions/ and report.md."""
     folder, criteria = best_folder(run.path), encoder.criteria
-    model = load_model(config, folder, device)
+    load_weights(model, folder)
     thresholds = read_thresholds(folder, criteria)
     weights = class_weights(config.class_weights, labels_of(splits["train"]).ravel().tolist())
     scores: dict = {"thresholds": thresholds, "posts_cut": count_cut(splits, encoder)}
@@ -180,6 +191,13 @@ def check_data(run: Run, splits: dict[str, list[Post]], criteria: tuple[Criterio
         )
 
 
+def say_precision(path: Path, config: Config, device: torch.device) -> None:
+    """Tell where this machine or --amp computes in another type than the run was trained in."""
+    trained = read_json(path / "config.json").get("environment", {}).get("dtype")
+    if trained != str(now := weights_dtype(config.amp, device)):
+        print(f"trained in {trained}, now in {now}: probabilities can differ from the run's own", file=sys.stderr)
+
+
 RULES = {"at_half": ".5", "at_global": "one threshold", "at_criteria": "a threshold for each criterion"}
 COLUMNS = ("accuracy", "f1_macro", "f1_positive")
 
@@ -193,11 +211,12 @@ def report(scores: dict, splits: dict[str, list[Post]], history: list[dict], con
     lines += [f"Posts that lost their tail at max_length {config.max_length}: {cut}."]
     lines += ["This is a text classifier and gives no diagnosis.", "", "## All pairs", ""]
     names = ("validation", "test")
-    rows = [
-        [name, rule, *(scores[name][key][column] for column in COLUMNS), scores[name][key]["criteria"]["f1_macro"]]
-        for name in names
-        for key, rule in RULES.items()
-    ]
+    rows = []
+    for name in names:
+        for key, rule in RULES.items():
+            found, tuned_here = scores[name][key], name == "validation" and key != "at_half"
+            columns = [found[column] for column in COLUMNS]
+            rows.append([name, rule + ", tuned here" * tuned_here, *columns, found["criteria"]["f1_macro"]])
     lines += table(["split", "threshold", *COLUMNS, "mean f1 of the criteria"], rows)
     columns = ["auprc", "auc", "loss"]
     lines += table(["split", *columns], [[name, *(scores[name][column] for column in columns)] for name in names])
@@ -225,9 +244,10 @@ def main(config: Config) -> None:
     run = Run(path, saved_config(path / "config.json"), {})
     check_data(run, splits, criteria, config)
     encoder = make_encoder(config, criteria)
+    say_precision(path, config, device)
     if run.results is None:
         print("the run is not finished: this is its best epoch so far", file=sys.stderr)
-    evaluate_run(run, splits, encoder, config, device)
+    evaluate_run(run, build_model(config, device), splits, encoder, config)
     print((path / "report.md").read_text(encoding="utf-8"))
     run.close()
 

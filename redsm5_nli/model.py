@@ -27,9 +27,9 @@ LABELS = ("no", "yes")  # yes: the post shows the criterion
 class Matcher(nn.Module):
     """Decoder, pooler, dropout and a linear head with two logits for each (post, criterion)."""
 
-    def __init__(self, decoder: PreTrainedModel, pooler: str, dropout: float):
+    def __init__(self, decoder: PreTrainedModel, pooler: str, dropout: float, prefix: str = ""):
         super().__init__()
-        self.decoder = decoder
+        self.decoder, self.prefix = decoder, prefix  # of its names in AutoModel of the same checkpoint
         hidden_size = decoder.config.hidden_size
         self.pooler, self.dropout = make_pooler(pooler, hidden_size), nn.Dropout(dropout)
         self.head = nn.Linear(hidden_size, len(LABELS))
@@ -87,6 +87,8 @@ def load_part(source: str | Path, what: str, load: Callable, **settings):
     """Call one of transformers' from_pretrained on this machine's files; UserError with the source and the cause."""
     try:
         return load(source, local_files_only=True, **settings)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # no common base: OSError, ValueError, KeyError, SafetensorError, UnpicklingError ...
         raise UserError(f"the {what} of {source} does not load: {type(error).__name__}: {error}") from error
 
@@ -139,15 +141,15 @@ def build_model(config: Config, device: torch.device) -> Matcher:
     try:
         make_bidirectional(decoder)
         add_adapters(decoder, config.rank, config.alpha, config.adapter_dropout, config.adapter == "dora")
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         raise UserError(f"{config.model} cannot be used: {error}") from error
     if config.gradient_checkpointing:
         # transformers renamed it within 5.x and warns of the old name
         enable = getattr(decoder, "activation_checkpointing_enable", None) or decoder.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    model = Matcher(decoder, config.pooler, config.dropout).to(device)
-    model.prefix = prefix
-    return model
+    return Matcher(decoder, config.pooler, config.dropout, prefix).to(device)
 
 
 def save_model(model: Matcher, config: Config, criteria: tuple[Criterion, ...], thresholds: dict, folder: Path) -> None:
@@ -159,9 +161,8 @@ def save_model(model: Matcher, config: Config, criteria: tuple[Criterion, ...], 
     write_json(folder / "thresholds.json", thresholds)
 
 
-def load_model(config: Config, folder: Path, device: torch.device) -> Matcher:
-    """The matcher that save_model wrote, on its decoder, in evaluation mode. Raises UserError."""
-    model = build_model(config, device)
+def load_weights(model: Matcher, folder: Path) -> None:
+    """Fill what trains with what save_model wrote. Raises UserError."""
     try:
         load_adapter(model.decoder, folder, model.prefix)
         head = load_file(folder / "head.safetensors")
@@ -171,7 +172,6 @@ def load_model(config: Config, folder: Path, device: torch.device) -> Matcher:
         model.load_state_dict(head, strict=False)
     except Exception as error:  # OSError, SafetensorError, ValueError, RuntimeError: all mean a damaged folder
         raise UserError(f"{folder} does not load: {error}") from error
-    return model.eval()
 
 
 def class_weights(setting: str, labels: list[int]) -> Tensor | None:

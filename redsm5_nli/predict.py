@@ -20,8 +20,8 @@ from common.checkpoint import best_folder, read_json
 from redsm5_nli.config import Config, UserError, run_path, run_script
 from redsm5_nli.criteria import Criterion, parse_criteria
 from redsm5_nli.dataset import Post, read_texts
-from redsm5_nli.evaluate import predict_logits, probabilities, read_thresholds
-from redsm5_nli.model import LABELS, load_model, make_encoder, pick_device
+from redsm5_nli.evaluate import predict_logits, probabilities, read_thresholds, say_precision
+from redsm5_nli.model import LABELS, build_model, load_weights, make_encoder, pick_device
 
 NO_DIAGNOSIS = "This is no diagnosis: a classifier's guess about a text. Speak with a professional about symptoms."
 
@@ -43,12 +43,15 @@ def read_input(text: str | None, input: str) -> list[Post]:
 
 
 def main(config: Config, text: str | None, input: str, thresholds: Literal["global", "criteria"]) -> None:
-    folder = best_folder(run_path(config))
+    path, device = run_path(config), pick_device()
+    folder = best_folder(path)
     criteria = parse_criteria(read_json(folder / "criteria.json").get("criteria"), folder / "criteria.json")
     tuned = read_thresholds(folder, criteria)
     posts = read_input(text, input)
     encoder = make_encoder(config, criteria)
-    model = load_model(config, folder, pick_device())
+    say_precision(path, config, device)
+    model = build_model(config, device)
+    load_weights(model, folder)
     found = probabilities(predict_logits(model, posts, encoder, config)).tolist()
     limits = [tuned["criteria"][c.id] if thresholds == "criteria" else tuned["global"] for c in criteria]
     print(NO_DIAGNOSIS, file=sys.stdout if input == "-" else sys.stderr)

@@ -189,6 +189,7 @@ def main(config: Config, check: bool = False) -> int | None:
     # Resume
     run = Run(path, run_config(config), info | {"data_sha256": fingerprint(splits, criteria), "dtype": str(dtype)})
     if run.results:  # another process finished it meanwhile
+        run.close()
         return main(config)
     check_data(run, splits, criteria, config)
     if (begun := run.environment.get("dtype")) != str(dtype):
@@ -268,7 +269,7 @@ def main(config: Config, check: bool = False) -> int | None:
                 return 128 + stopped
 
     # Final evaluation
-    scores = evaluate_run(run, splits, encoder, config, device)
+    scores = evaluate_run(run, model, splits, encoder, config)
     results = {"metric": config.metric, "best": best.score, "split": "validation", "epoch": best.epoch}
     results |= {"step": best.step, "seconds": totals["seconds"], "thresholds": scores["thresholds"]}
     results |= {"tokens_per_second": totals["tokens"] / totals["train_seconds"]}

@@ -25,7 +25,7 @@ from transformers import (
     MistralConfig,
 )
 
-from common.metrics import ranking_metrics
+from common.metrics import per_label_metrics, ranking_metrics
 from redsm5_nli.bidirectional import block_masks, check_bidirectional, make_bidirectional
 from redsm5_nli.config import ROOT, UserError
 from redsm5_nli.config import SAMPLE as PRESET
@@ -33,9 +33,11 @@ from redsm5_nli.criteria import CRITERIA, load_criteria
 from redsm5_nli.dataset import Encoder, Post, make_examples, post_groups, rarest_criterion, read_posts, split_posts
 from redsm5_nli.dora import DoRALinear, adapters, add_adapters, dropout_mask, merge_adapters, unmerge_adapters
 from redsm5_nli.evaluate import predict_logits, probabilities, score_split, tune_threshold, tune_thresholds
-from redsm5_nli.model import build_model, class_weights, load_model, make_encoder, pair_loss, save_model
+from redsm5_nli.model import build_model, class_weights, load_weights, make_encoder, pair_loss, save_model
 from redsm5_nli.poolers import make_pooler
-from redsm5_nli.train import accumulate_gradients, make_optimizer, refuse_non_finite
+from redsm5_nli.sample.make_sample import base_corpus
+from redsm5_nli.sample.make_sample import main as make_sample
+from redsm5_nli.train import accumulate_gradients, clip_gradient, make_optimizer, refuse_non_finite
 
 SAMPLE = replace(PRESET, share_post=False, max_length=128, amp="off", pooler="mean", dropout=0.1)
 SHAPE = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
@@ -118,9 +120,14 @@ def test_the_check_finds_a_causal_model_and_a_single_causal_layer(name):
         check_bidirectional(model)
 
 
+def test_a_decoder_with_a_bidirectional_window_of_its_own_is_refused():
+    model = AutoModel.from_config(Gemma3TextConfig(**SHAPE, layer_types=KINDS, use_bidirectional_attention=True))
+    with pytest.raises(RuntimeError, match="was trained bidirectional"):
+        make_bidirectional(model)
+
+
 def test_the_check_finds_a_leak_of_padding():
-    model = decoder("gemma3")
-    make_bidirectional(model)
+    model = make_bidirectional(decoder("gemma3"))
     forward = model.forward
     model.forward = lambda ids, attention_mask, **rest: forward(ids, attention_mask=None, **rest)
     with pytest.raises(RuntimeError, match="left padding: real positions see the padding"):
@@ -257,6 +264,29 @@ def test_an_unmerged_bf16_output_follows_updates_far_below_its_grid(relative):
     assert usual < 0.7, usual
 
 
+def test_a_merged_bf16_weight_is_formed_in_fp32_and_rounded_once():
+    """Against fp64, rounded once; and a magnitude that grows by .0005 is seen by some entries of W'."""
+    layer = layer_with_update(dtype=torch.bfloat16, size=(64, 128))
+    W, s = layer.base.weight.double(), layer.scaling
+    V = W + s * layer.lora_B.double() @ layer.lora_A.double()
+    exact = layer.lora_magnitude_vector.double()[:, None] * V / V.norm(dim=1, keepdim=True)
+    formed = layer.form()[0]
+    assert (formed == exact.bfloat16()).float().mean() > 0.999  # but for ties that fp32 decides
+    layer.lora_magnitude_vector.data.mul_(1.0005)
+    layer.forget()
+    assert 0.05 < (layer.form()[0] != formed).float().mean() < 0.5
+
+
+@pytest.mark.parametrize("merged", [True, False])
+def test_a_large_bias_does_not_blur_the_magnitudes_gradient_in_bf16(merged):
+    layer = layer_with_update(True, True, merged, dtype=torch.bfloat16, size=(64, 32))
+    layer.base.bias.data.normal_(std=150)
+    x, dy = torch.randn(256, 64, dtype=torch.bfloat16), torch.randn(256, 32, dtype=torch.bfloat16)
+    layer(x).backward(dy)
+    (expected,) = torch.autograd.grad((textbook(x.double(), layer) * dy.double()).sum(), layer.lora_magnitude_vector)
+    assert (layer.lora_magnitude_vector.grad - expected).norm() < 0.02 * expected.norm()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_row_norm_is_exact_and_fp32(dtype):
     layer = layer_with_update(dtype=dtype, size=(300, 700))
@@ -342,7 +372,7 @@ def test_peft_loads_the_adapter_with_no_key_missing_and_gives_equal_states(adapt
     if multimodal:
         vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
         vision |= {"image_size": 28, "patch_size": 14}
-        text = CONFIGS["gemma3"].to_dict()
+        text = CONFIGS["gemma3"].to_dict() | {"num_hidden_layers": 6, "layer_types": KINDS * 2}  # 24 adapters
         base = AutoModel.from_config(Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4))
     else:
         base = decoder("gemma3")
@@ -532,9 +562,9 @@ def test_no_post_prefix_or_text_crosses_the_splits(seed, folds, sample_posts):
 
 def test_groups_chain_over_prefixes_and_texts():
     rows = [("s_1_1", "a"), ("s_1_2", "B  b"), ("s_2_1", "b\nB"), ("s_2_9", "c")]
-    rows += [("s_12_1", "d"), ("other", "e"), ("s_3_1", "d")]
+    rows += [("s_12_1", "d"), ("other", "e"), ("s_3_b", "d"), ("s_3_1c", "f")]
     groups = post_groups([Post(name, text, 0, ()) for name, text in rows])
-    assert len(set(groups[:4])) == 1 and groups[4] == groups[6] and len(set(groups)) == 3
+    assert len(set(groups[:4])) == 1 and groups[4] == groups[6] == groups[7] and len(set(groups)) == 3
 
 
 def test_splits_stratify_by_the_rarest_positive_criterion():
@@ -571,7 +601,7 @@ def test_a_pair_is_what_the_tokenizer_makes_of_it_and_the_criterion_is_never_cut
     assert batch["labels"].tolist() == [[1]] * 9 + [[0]] * 9
     with pytest.raises(UserError, match=r"leaves .* tokens of max_length 20"):
         Encoder(tokenizer, CRITERIA, 20, False, 10**6)
-    with pytest.raises(UserError, match="but the model has 5 embeddings"):
+    with pytest.raises(UserError, match=r"post a: token .* is not among the model's embeddings"):
         Encoder(tokenizer, CRITERIA, 80, False, 5).lengths(examples)
 
 
@@ -600,6 +630,17 @@ def replace_length(encoder, max_length):
 
 
 # model.py, evaluate.py, train.py
+
+
+def test_the_matchers_decoder_is_bidirectional():
+    model = build_model(SAMPLE, torch.device("cpu")).eval()
+    check_bidirectional(model.decoder)
+    ids = torch.randint(5, 1000, (1, 20))
+    changed = ids.clone()
+    changed[0, -1] += 1
+    with torch.no_grad():
+        first, second = (model.decoder(some, use_cache=False).last_hidden_state[0, 0] for some in (ids, changed))
+    assert (first - second).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("pooler", ["mean", "cls", "max", "attention"])
@@ -672,7 +713,10 @@ def test_gradient_checkpointing_moves_no_gradient(sample_posts):
             for layer in adapters(model).values():
                 nn.init.normal_(layer.lora_B, std=0.1)
             batch = encoder(make_examples(sample_posts[:1], CRITERIA, False))
+            calls = []
+            model.decoder.layers[0].mlp.register_forward_hook(lambda *_, calls=calls: calls.append(1))
             accumulate_gradients(model, [batch], None, config, step=3)
+            assert len(calls) == 1 + checkpointing
             gradients.append([p.grad for p in model.parameters() if p.requires_grad])
         for first, second in zip(*gradients):
             torch.testing.assert_close(first, second, atol=1e-6, rtol=1e-4)
@@ -687,6 +731,16 @@ def test_weight_decay_spares_magnitudes_and_biases_and_the_decoder_is_not_in_the
         assert parameter.requires_grad == trained == (id(parameter) in decayed | others), name
         if trained:
             assert (id(parameter) in decayed) == name.endswith(("lora_A", "lora_B", "head.weight")), name
+
+
+def test_the_gradient_is_clipped_and_its_norm_reported():
+    model = build_model(SAMPLE, torch.device("cpu"))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for limit, left in ((1.0, 1.0), (0.0, 10.0)):
+        for parameter in trained:
+            parameter.grad = torch.full_like(parameter, 10 / sum(p.numel() for p in trained) ** 0.5)
+        assert clip_gradient(model, replace(SAMPLE, max_grad_norm=limit)) == pytest.approx(10, rel=1e-4)
+        assert torch.cat([p.grad.flatten() for p in trained]).norm() == pytest.approx(left, rel=1e-4)
 
 
 def test_gemma_3_1b_trains_well_under_one_percent():
@@ -739,6 +793,32 @@ def test_scores_are_scikit_learns(sample_posts):
         np.testing.assert_allclose(each, [f1_score(labels[:, c], predicted[:, c]) for c in range(9)])
 
 
+def test_a_single_criterion_is_scored_by_its_positives():
+    labels, predicted = np.array([[1], [0], [0], [1]]), np.array([[1], [1], [0], [0]])
+    found = per_label_metrics(labels, predicted, ["A"])["per_label"]["A"]
+    assert found == {"precision": 0.5, "recall": 0.5, "f1": 0.5, "support": 2}
+
+
+def test_thresholds_between_neighbouring_numbers_part_them():
+    p = np.array([0.7, np.nextafter(0.7, 1)])
+    assert ((p >= tune_threshold(p, np.array([0, 1]))) == [False, True]).all()
+
+
+def test_the_sample_is_what_its_script_writes_and_holds_the_real_files_traps(tmp_path, sample_posts):
+    make_sample(tmp_path)
+    for name in ("redsm5_posts.csv", "redsm5_annotations.csv"):
+        assert (tmp_path / name).read_bytes() == (ROOT / "redsm5_nli/sample" / name).read_bytes()
+    _, kinds = read_posts(tmp_path, CRITERIA)
+    assert len(sample_posts) >= 600 and kinds["rejected"] > 200 and kinds["SPECIAL_CASE"] > 30
+    assert sum(sum(post.labels) for post in split_posts(sample_posts, PRESET)["validation"]) >= 60
+    assert sum("\n" in post.text and '"' in post.text for post in sample_posts) >= 60
+    texts = [post.text for post in sample_posts]
+    assert len(texts) - len(set(texts)) == 6 and max(map(len, texts)) > 5000
+    corpus = " ".join(text for text, *_ in base_corpus())
+    sentences = {part for text in texts for part in re.split(r"(?<=[.])\s+", text) if len(part) > 15}
+    assert len(sentences) > 900 and not any(sentence in corpus for sentence in sentences)
+
+
 def test_ranking_metrics_say_none_where_they_are_undefined():
     assert ranking_metrics([0, 0], [0.1, 0.2]) == {"auprc": None, "auc": None}
     assert ranking_metrics([1, 1], [0.1, 0.2]) == {"auprc": 1.0, "auc": None}
@@ -753,16 +833,17 @@ def test_a_saved_model_answers_as_before_and_a_damaged_one_is_refused(tmp_path, 
         layer.forget()
     thresholds = {"global": 0.5, "criteria": {c.id: 0.5 for c in CRITERIA}}
     save_model(model, config, CRITERIA, thresholds, tmp_path)
-    loaded = load_model(config, tmp_path, torch.device("cpu"))
+    loaded = build_model(config, torch.device("cpu"))
+    load_weights(loaded, tmp_path)
     before, after = (predict_logits(m, sample_posts[:5], encoder, config) for m in (model, loaded))
     assert torch.equal(before, after)
     with pytest.raises(UserError, match=r"head\.safetensors holds"):
-        load_model(replace(config, pooler="mean"), tmp_path, torch.device("cpu"))
+        load_weights(build_model(replace(config, pooler="mean"), torch.device("cpu")), tmp_path)
     with pytest.raises(UserError, match=r"lora_A\.weight is"):
-        load_model(replace(config, rank=4), tmp_path, torch.device("cpu"))
+        load_weights(build_model(replace(config, rank=4), torch.device("cpu")), tmp_path)
     (tmp_path / "adapter_model.safetensors").write_bytes(b"no")
     with pytest.raises(UserError, match="does not load"):
-        load_model(config, tmp_path, torch.device("cpu"))
+        load_weights(loaded, tmp_path)
 
 
 def test_a_decoder_without_its_weights_or_of_another_kind_is_refused(tmp_path):

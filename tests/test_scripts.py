@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from sklearn.metrics import f1_score
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECTS = sorted(path.parent.name for path in ROOT.glob("*/config.py"))
@@ -110,7 +111,11 @@ BEST = {
     "redsm5_nli": ("adapter_model.safetensors", "adapter_config.json", "head.safetensors", "thresholds.json"),
 }
 PREDICTIONS = {"afqmc": "jsonl", "redsm5_nli": "csv"}
-HARD = {"afqmc": ("--fgm_epsilon", "1"), "redsm5_nli": ("--adapter_dropout", "0.1", "--pooler", "attention")}
+KILLED = (  # project and settings of the runs that are killed: several epochs, or the hardest path within one
+    ("afqmc", ("--fgm_epsilon", "1")),
+    ("redsm5_nli", ("--batch_size", "64")),
+    ("redsm5_nli", ("--share_post", "false", "--adapter_dropout", "0.1", "--pooler", "attention")),
+)
 
 
 def train_short(project: str, folder: Path) -> Path:
@@ -308,10 +313,42 @@ def test_redsm5_predict_answers_for_a_text_and_for_a_file(runs, tmp_path):
     assert err == "error: the text is empty\n"
 
 
+def test_redsm5_chooses_epoch_and_thresholds_on_validation_alone(runs):
+    """The scores again, from the written predictions, by scikit-learn."""
+    run = runs["redsm5_nli"]
+    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    rows, names = {}, []
+    for split in ("validation", "test"):
+        text = (run / "predictions" / f"{split}_predictions.csv").read_text(encoding="utf-8")
+        rows[split] = list(csv.DictReader(text.splitlines()))
+        names.append({row["post_id"] for row in rows[split]})
+    assert not names[0] & names[1]
+    threshold = results["thresholds"]["global"]
+    assert json.loads((run / "best" / "thresholds.json").read_text(encoding="utf-8")) == results["thresholds"]
+    scores = {}
+    for split, some in rows.items():
+        labels, p = [int(row["label"]) for row in some], [float(row["probability"]) for row in some]
+        for t in (0.5, threshold):
+            scores[split, t] = f1_score(labels, [x >= t for x in p], average="macro")
+        scores[split] = max(f1_score(labels, [x >= t for x in p], average="macro") for t in sorted(set(p))[::5])
+    assert results["best"] == pytest.approx(scores["validation", 0.5], abs=2e-3)  # probabilities have six decimals
+    assert scores["validation", threshold] >= scores["validation"] - 2e-3
+    assert results["test"]["at_global"]["f1_macro"] == pytest.approx(scores["test", threshold], abs=2e-3)
+    assert scores["test"] > scores["test", threshold] + 2e-3  # or tuning on test would go unseen here
+
+
+@pytest.mark.parametrize("project", PROJECTS)
+def test_the_learning_rate_warms_up_and_falls_to_zero(project, runs):
+    lines = (runs[project] / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rates = [record["learning_rate"] for record in map(json.loads, lines) if record["event"] == "step"]
+    peak = import_module(f"{project}.config").SAMPLE.learning_rate  # 6 steps, the first of them warm-up
+    assert rates == pytest.approx([0, *(peak * (5 - step) / 5 for step in range(5))])
+
+
 def test_redsm5_check_reads_everything_and_writes_nothing(tmp_path):
     flags = ("--sample", "--check", "--run_dir", "run", "--share_post", "true")
     out, _ = call(str(ROOT / "redsm5_nli/train.py"), *flags, cwd=tmp_path)
-    assert "check passed" in out and "% trained" not in out and "| train | " in out and "rejected" in out
+    assert "check passed" in out and "29,570 trained" in out and "| train | " in out and "288 rejected" in out
     assert not list(tmp_path.iterdir())
 
 
@@ -353,6 +390,7 @@ def read_predictions(run: Path) -> list[dict]:
         (("--sample", "--data_dir", "none"), ["none/redsm5_posts.csv not found", "--data_dir", "--sample"]),
         (("--sample", "--criteria_file", "none.json"), ["none.json not found"]),
         (("--sample", "--max_length", "16"), ["leaves", "max_length 16"]),
+        (("--sample", "--folds", "400"), ["posts cannot be split", "n_splits=400"]),
         (("--sample", "--model", "afqmc/sample/model"), ["afqmc/sample/model", "does not load"]),
     ],
 )
@@ -388,9 +426,9 @@ def final_weights(run: Path) -> dict[str, torch.Tensor]:
     return torch.load(run / "last.pt", weights_only=True)["state"]["model"]
 
 
-def kill_and_resume(project: str, folder: Path, kills: int, seed: int) -> None:
+def kill_and_resume(project: str, settings: tuple, folder: Path, kills: int, seed: int) -> None:
     """Kill -9 one run at random lines of its metrics, resume each time, compare with a run never stopped."""
-    flags = (f"{project}/train.py", *SHORT, "--max_steps", "30", "--save_steps", "3", *HARD[project])
+    flags = (f"{project}/train.py", *SHORT, "--max_steps", "30", "--save_steps", "3", *settings)
     call(*flags, "--run_dir", str(folder / "whole"))
     generator, killed = random.Random(seed), 0
     print(f"kills drawn from seed {seed}")
@@ -409,10 +447,10 @@ def kill_and_resume(project: str, folder: Path, kills: int, seed: int) -> None:
         assert (folder / "whole" / name).read_bytes() == (folder / "killed" / name).read_bytes(), name
 
 
-@pytest.mark.parametrize("project", PROJECTS)
-def test_kill_9_costs_nothing(project, tmp_path):
+@pytest.mark.parametrize("project, settings", KILLED)
+def test_kill_9_costs_nothing(project, settings, tmp_path):
     kills, seed = int(os.environ.get("KILLS", "2")), int(os.environ.get("KILL_SEED", "0"))
-    kill_and_resume(project, tmp_path, kills, seed)
+    kill_and_resume(project, settings, tmp_path, kills, seed)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows cannot send SIGTERM to a process that could note it")

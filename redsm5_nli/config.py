@@ -121,13 +121,14 @@ SAMPLE = replace(
     model="redsm5_nli/sample/model",
     data_dir="redsm5_nli/sample",
     max_length=128,
+    share_post=True,  # a third of the tokens; pairs: --share_post false --batch_size 32 --epochs 10
     learning_rate=3e-3,
-    batch_size=32,
-    epochs=10,
+    batch_size=8,
+    epochs=12,
     patience=0,
     amp="off",
     gradient_checkpointing=False,
-    eval_batch_size=128,
+    eval_batch_size=32,
     logging_steps=50,
 )
 

@@ -53,7 +53,7 @@ def main(config: Config, runs: list[str], sort: str) -> None:
     column = f"validation {sort}"
     rows.sort(key=lambda row: -row[2][column] if isinstance(row[2][column], float) else 1.0)
     header = ["run", *differing, *rows[0][2]]
-    cells = [[run, *(settings.get(name, "-") for name in differing), *found.values()] for run, settings, found in rows]
+    cells = [[run, *(str(config.get(name, "-")) for name in differing), *found.values()] for run, config, found in rows]
     print("\n".join(table(header, cells)[:-1]))
     print(f"sorted by {column}; all scores at the threshold .5")
 

@@ -5,7 +5,7 @@ prediction from make_sample.py's base_corpus(), everyday sentences of which none
 
     python redsm5_nli/sample/make_model.py
 
-About two minutes on two threads. Not the same bytes on every processor.
+About seven minutes on one thread. Not the same bytes on every processor.
 """
 
 import math

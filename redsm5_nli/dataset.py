@@ -83,8 +83,8 @@ def read_table(path: Path, columns: Iterable[tuple[str, ...]]) -> Iterator[tuple
             places = []
             for names in columns:
                 if not (found := [header.index(name) for name in names if name in header]):
-                    there = ", ".join(header) or "nothing"
-                    raise UserError(f"{path}, line 1: no column {' or '.join(names)}, found {there}")
+                    there = " and ".join(header) or "nothing"
+                    raise UserError(f"{path}, line 1: no column {' or '.join(names)} between commas, found {there}")
                 places.append(found[0])
             while True:
                 line = reader.line_num + 1

@@ -481,7 +481,7 @@ def test_a_pair_is_positive_exactly_where_some_row_has_status_1(tmp_path):
         ("post_id,text\ns_1_1,a\ns_1_1,b\n", "", ["posts.csv, line 3", "stands in line 2 already"]),
         ("post_id,text\ns_1_1,  \n", "", ["posts.csv, line 2", "text is empty"]),
         ("post_id,text\n,a\n", "", ["posts.csv, line 2", "post_id is empty"]),
-        ("id,text\ns_1_1,a\n", "", ["posts.csv, line 1", "no column post_id, found id, text"]),
+        ("id,text\ns_1_1,a\n", "", ["posts.csv, line 1", "no column post_id between commas, found id and text"]),
         ("", "", ["posts.csv, line 1", "found nothing"]),
         ("post_id,text\n", "", ["holds no post"]),
     ],

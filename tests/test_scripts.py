@@ -111,9 +111,9 @@ BEST = {
     "redsm5_nli": ("adapter_model.safetensors", "adapter_config.json", "head.safetensors", "thresholds.json"),
 }
 PREDICTIONS = {"afqmc": "jsonl", "redsm5_nli": "csv"}
-KILLED = (  # project and settings of the runs that are killed: several epochs, or the hardest path within one
+KILLED = (  # project and settings of the runs that are killed: over the end of an epoch, or the hardest path
     ("afqmc", ("--fgm_epsilon", "1")),
-    ("redsm5_nli", ("--batch_size", "64")),
+    ("redsm5_nli", ("--batch_size", "32")),
     ("redsm5_nli", ("--share_post", "false", "--adapter_dropout", "0.1", "--pooler", "attention")),
 )
 
@@ -241,8 +241,17 @@ def test_eda_prints_every_section():
         assert words in out
 
 
-def test_bench_prints_its_table():
-    out, _ = call("afqmc/bench.py", "--sample", "--pairs", "8", "--rounds", "1", "--layers", "1", "--batch_size", "4")
+def test_bench_prints_its_table(monkeypatch, capsys):
+    from afqmc import bench
+    from afqmc.config import SAMPLE
+
+    flags = ("--sample", "--pairs", "8", "--layers", "1", "--batch_size", "4")
+    out, _ = call("afqmc/bench.py", *flags, "--memory_of", "ours")
+    assert 1e8 < json.loads(out)["peak_memory_bytes"] < 1e10
+    monkeypatch.setattr(bench, "peak_memory", lambda *_: 0.0)  # a process for each side, like the one above
+    config = replace(SAMPLE, batch_size=4)
+    bench.main(config, pairs=8, rounds=1, layers=1, sides=list(bench.SIDES), memory_of="")
+    out = capsys.readouterr().out
     assert "| ours | " in out and "| padded to max_length | " in out and "threads" in out
     assert ("| Trainer, random | not run |" in out) == (find_spec("accelerate") is None)
 
@@ -403,10 +412,18 @@ def test_redsm5_says_what_is_missing_in_one_line_and_writes_nothing(flags, words
     assert not list(tmp_path.iterdir())
 
 
-def test_redsm5_bench_prints_its_tables():
-    flags = ("--layers", "1", "--batch", "1", "--length", "8", "--tokens", "8", "--rounds", "1", "--vocab", "64")
-    out, _ = call("redsm5_nli/bench.py", *flags)
-    for words in ("| merged ", "| unmerged ", "| ours, merged ", "threads"):
+def test_redsm5_bench_prints_its_tables(monkeypatch, capsys):
+    from redsm5_nli import bench
+    from redsm5_nli.config import SAMPLE
+
+    flags = ("--layers", "1", "--batch", "1", "--length", "8", "--vocab", "64")
+    out, _ = call("redsm5_nli/bench.py", *flags, "--part", "step", "--memory_of", "ours, merged")
+    assert 1e8 < json.loads(out)["peak_memory_bytes"] < 1e10
+    monkeypatch.setattr(bench, "peak_memory", lambda *_: 0.0)  # a process for each side, like the one above
+    given = {"part": "all", "rounds": 1, "tokens": [8], "dtypes": ["fp32"], "layers": 1, "vocab": 64, "batch": 2}
+    bench.main(SAMPLE, **given, length=8, post_tokens=20, checkpointing=False, memory_of="")
+    out = capsys.readouterr().out
+    for words in ("| merged | ", "| unmerged | ", "| ours, merged | ", "| 40 | shared | ", "threads"):
         assert words in out
     assert ("| PEFT DoRA | not run" in out) == (find_spec("peft") is None)
 
@@ -428,11 +445,11 @@ def final_weights(run: Path) -> dict[str, torch.Tensor]:
 
 def kill_and_resume(project: str, settings: tuple, folder: Path, kills: int, seed: int) -> None:
     """Kill -9 one run at random lines of its metrics, resume each time, compare with a run never stopped."""
-    flags = (f"{project}/train.py", *SHORT, "--max_steps", "30", "--save_steps", "3", *settings)
+    flags = (f"{project}/train.py", *SHORT, "--max_steps", "20", "--save_steps", "3", *settings)
     call(*flags, "--run_dir", str(folder / "whole"))
     generator, killed = random.Random(seed), 0
     print(f"kills drawn from seed {seed}")
-    for line in sorted(generator.sample(range(1, 30), kills)):
+    for line in sorted(generator.sample(range(1, 20), kills)):
         with start(*flags, "--run_dir", str(folder / "killed")) as process:
             wait_for_lines(process, folder / "killed" / "metrics.jsonl", line)
             process.kill()

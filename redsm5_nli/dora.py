@@ -118,8 +118,8 @@ class DoRALinear(nn.Module):
 
     Two exact ways to compute it (bench.py compares them):
     merged (needs dropout 0): W' is formed in fp32 and rounded once to W's type, as the forward weights of mixed
-    precision are. In bf16 it costs what a frozen layer costs, and an update below half a step of W's grid is not seen
-    yet in the output, though its gradient is.
+    precision are. In bf16 an update far below W's grid is mostly not seen in the output until it has added up
+    (README.md has figures).
     unmerged (any dropout): c (x W^T + s drop(x) A^T B^T), rounded after the sum and after c; sees the smallest update
     of A and B.
     merged None takes the first where dropout is 0.

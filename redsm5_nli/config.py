@@ -86,8 +86,9 @@ class Config:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"argument --{name}: {getattr(self, name)} is out of range: from 0 to below 1")
         for name in ("validation_fraction", "test_fraction"):
-            if not 0.05 <= getattr(self, name) <= 0.45:
-                raise ValueError(f"argument --{name}: {getattr(self, name)} is out of range: from .05 to .45")
+            value = getattr(self, name)
+            if not 0.05 <= value <= 0.45 or abs(20 * value - round(20 * value)) > 1e-6:
+                raise ValueError(f"argument --{name}: {value} is out of range: from .05 to .45 in steps of .05")
         if self.folds == 1 or self.fold >= max(self.folds, 1):
             raise ValueError(f"argument --fold: {self.fold} of --folds {self.folds}: folds is 2 or more")
         if self.amp == "fp16":

@@ -97,7 +97,7 @@ def read_table(path: Path, columns: Iterable[tuple[str, ...]]) -> Iterator[tuple
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: expected UTF-8, found byte {error.object[error.start]:#x}") from error
     except csv.Error as error:
-        raise UserError(f"{path}, line {line}: no CSV row: {error}") from error
+        raise UserError(f"{path}, line {line}: no CSV row: {error}; is a quote left open?") from error
 
 
 def read_positives(
@@ -175,12 +175,21 @@ def rarest_criterion(posts: list[Post]) -> np.ndarray:
 
 
 def group_folds(posts: list[Post], folds: int, seed: int) -> np.ndarray:
-    """(N,) fold of each post: stratified by the rarest criterion, groups whole."""
+    """(N,) fold of each post, groups whole, stratified by the rarest criterion.
+
+    Where no such class has a post for each fold, stratified by whether there is any criterion. Raises ValueError where
+    these two have not either.
+    """
+    classes = rarest_criterion(posts)
+    if np.unique(classes, return_counts=True)[1].max() < folds:
+        classes = classes >= 0
+        if max(classes.sum(), (~classes).sum()) < folds:
+            raise ValueError(f"{folds} folds need {folds} posts that show a criterion, or {folds} that show none")
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
     fold_of = np.full(len(posts), -1)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The least populated class")  # rarer than folds: not in each
-        for fold, (_, members) in enumerate(splitter.split(posts, rarest_criterion(posts), post_groups(posts))):
+        for fold, (_, members) in enumerate(splitter.split(posts, classes, post_groups(posts))):
             fold_of[members] = fold
     return fold_of
 

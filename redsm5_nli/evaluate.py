@@ -67,7 +67,9 @@ def print_summary(splits: dict[str, list[Post]], kinds: Counter, encoder: Encode
     print("\n".join(table([*header, f"posts cut to {config.max_length}"], rows)[:-1]))
     counts = [[c.id, *numbers] for c, *numbers in zip(encoder.criteria, *per_criterion)]
     print("\n".join(table(["positive pairs", *splits], counts)[:-1]))
-    print(f"annotations: {', '.join(f'{n} {kind}' for kind, n in sorted(kinds.items()))} | a bad row ends the run")
+    print(f"annotations: {', '.join(f'{n} {kind}' for kind, n in sorted(kinds.items()))}; a bad row would end the run")
+    if absent := [criterion.id for criterion, n in zip(encoder.criteria, per_criterion[0]) if n == 0]:
+        print(f"no positive training pair: {', '.join(absent)} (an id is a DSM5_symptom of the annotations)")
 
 
 def labels_of(posts: list[Post]) -> np.ndarray:
@@ -220,6 +222,9 @@ def report(scores: dict, splits: dict[str, list[Post]], history: list[dict], con
     lines += table(["split", "threshold", *COLUMNS, "mean f1 of the criteria"], rows)
     columns = ["auprc", "auc", "loss"]
     lines += table(["split", *columns], [[name, *(scores[name][column] for column in columns)] for name in names])
+    per_criterion = scores["test"]["at_half"]["criteria"]["per_label"]
+    if absent := [name for name, row in per_criterion.items() if not row["support"]]:
+        lines += [f"Without a positive test pair, and 0 in the means: {', '.join(absent)}.", ""]
     for key, rule in RULES.items():
         lines += [f"## Test, {rule}", "", *criteria_table(scores["test"][key]["criteria"], key, scores["thresholds"])]
     columns = ["epoch", "step", "train_loss", "loss", *COLUMNS, "auprc"]

@@ -68,7 +68,7 @@ def main(config: Config, text: str | None, input: str, thresholds: Literal["glob
 def print_answer(criteria: tuple[Criterion, ...], found: list[float], limits: list[float]) -> None:
     width = max(len(criterion.id) for criterion in criteria)
     for criterion, p, limit in zip(criteria, found, limits):
-        print(f"{criterion.id:<{width}} {p:.4f} {LABELS[p >= limit]}")
+        print(f"{criterion.id:<{width}} {p:.4f} {LABELS[p >= limit]} (yes from {limit:.4f})")
 
 
 if __name__ == "__main__":

@@ -572,10 +572,14 @@ def test_splits_stratify_by_the_rarest_positive_criterion():
     assert rarest_criterion([Post("", "", 0, row) for row in labels]).tolist() == [0, 1, 1, -1, 2]
 
 
-def test_too_few_posts_are_refused():
-    posts = [Post(f"s_{i}_1", str(i), 0, (i % 2, 0)) for i in range(6)]
-    with pytest.raises(UserError, match="the 6 posts cannot be split"):
-        split_posts(posts, SAMPLE)
+def test_few_posts_are_split_by_whether_they_show_any_criterion_and_too_few_refused():
+    posts = [Post(f"s_{i}_1", str(i), 0, tuple(int(i % 10 == c) for c in range(9))) for i in range(60)]
+    splits = split_posts(posts, SAMPLE)
+    assert [len(splits[name]) for name in ("validation", "test")] == [9, 9] and not leaks(splits)
+    with pytest.raises(UserError, match="the 6 posts cannot be split: 20 folds need 20 posts that show a criterion"):
+        split_posts(posts[:6], SAMPLE)
+    with pytest.raises(ValueError, match=r"--test_fraction: 0.12 is out of range: .* in steps of .05"):
+        replace(SAMPLE, test_fraction=0.12)
 
 
 @pytest.fixture(scope="module")

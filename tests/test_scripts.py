@@ -307,7 +307,7 @@ def test_redsm5_predict_answers_for_a_text_and_for_a_file(runs, tmp_path):
         first, *answers = out.splitlines()
         assert first.startswith("This is no diagnosis") and len(answers) == 9
         for line in answers:
-            criterion, p, label = line.split()
+            criterion, p, label, *_ = line.split()
             assert float(p) == pytest.approx(probabilities[criterion], abs=1e-3) and label in ("yes", "no")
     with open(tmp_path / "posts.csv", "w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, ["post_id", "text"])
@@ -399,7 +399,8 @@ def read_predictions(run: Path) -> list[dict]:
         (("--sample", "--data_dir", "none"), ["none/redsm5_posts.csv not found", "--data_dir", "--sample"]),
         (("--sample", "--criteria_file", "none.json"), ["none.json not found"]),
         (("--sample", "--max_length", "16"), ["leaves", "max_length 16"]),
-        (("--sample", "--folds", "400"), ["posts cannot be split", "n_splits=400"]),
+        (("--sample", "--model", "a/b/c"), ["model a/b/c: there is no such folder"]),
+        (("--sample", "--folds", "600"), ["posts cannot be split", "600 folds need 600 posts"]),
         (("--sample", "--model", "afqmc/sample/model"), ["afqmc/sample/model", "does not load"]),
     ],
 )

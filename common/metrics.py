@@ -1,5 +1,8 @@
-"""Classification metrics, all from scikit-learn, as plain numbers that JSON can hold."""
+"""Classification metrics, all from scikit-learn, and SQuAD's for spans, as plain numbers that JSON can hold."""
 
+import re
+import string
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -63,3 +66,84 @@ def per_label_metrics(labels: np.ndarray, predictions: np.ndarray, label_names: 
         result[name] = dict(zip(names, map(float, scores))) | {"support": int(truth.sum())}
     means = {f"{name}_macro": float(np.mean([row[name] for row in result.values()])) for name in names}
     return means | {"per_label": result}
+
+
+# Spans, as SQuAD scores them (arXiv 1606.05250, sec. 6.1; with unanswerable questions 1806.03822, sec. 5), from 0 to 1
+
+WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
+Span = tuple[int, int]  # characters, the end exclusive
+
+
+def normalize_answer(text: str) -> list[str]:
+    """The words of an answer: lower case, no ASCII punctuation, no a, an, the."""
+    return re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(WITHOUT_PUNCTUATION)).split()
+
+
+def answer_scores(prediction: str, golds: Sequence[str]) -> tuple[float, float]:
+    """Exact match and F1 of the words, each with the gold answer that suits it best.
+
+    No gold answer, or none with a word in it, means that "" is the answer; where one side is empty, F1 is exact match.
+    """
+    predicted = normalize_answer(prediction)
+    wanted = [words for gold in golds if (words := normalize_answer(gold))] or [[]]
+    exact = float(predicted in wanted)
+    if not predicted:
+        return exact, exact
+    shared = [sum((Counter(predicted) & Counter(words)).values()) for words in wanted]
+    return exact, max(2 * n / (len(predicted) + len(words)) for n, words in zip(shared, wanted))
+
+
+def span_metrics(predictions: Sequence[str], golds: Sequence[Sequence[str]]) -> dict:
+    """Mean exact match and F1 over examples, over those with an answer and over those without ("" is right there).
+
+    predictions: (N,) one text each; golds: (N,) lists, empty for no answer. f1_balanced: the mean of the two kinds' F1,
+    which an answer that is always, or never, empty cannot raise above .5. A kind without examples is None.
+    Raises ValueError when there is nothing to score.
+    """
+    if not predictions:
+        raise ValueError("no examples to score")
+    scores = np.array([answer_scores(*pair) for pair in zip(predictions, golds)])  # (N, 2)
+    answerable = np.array([any(map(normalize_answer, gold)) for gold in golds])
+    result: dict = {}
+    for name, chosen in (("all", answerable | True), ("has_answer", answerable), ("no_answer", ~answerable)):
+        exact, f1 = scores[chosen].mean(0).tolist() if chosen.any() else (None, None)
+        result[name] = {"exact_match": exact, "f1": f1, "rows": int(chosen.sum())}
+    kinds = [result[name]["f1"] for name in ("has_answer", "no_answer") if result[name]["rows"]]
+    return {**result.pop("all"), "f1_balanced": sum(kinds) / len(kinds), **result}
+
+
+def precision_recall_f1(right: int, predicted: int, wanted: int) -> dict:
+    """From counts over all examples (micro); 0 where there is nothing to divide by."""
+    f1 = 2 * right / (predicted + wanted) if predicted + wanted else 0.0
+    return {"precision": right / predicted if predicted else 0.0, "recall": right / wanted if wanted else 0.0, "f1": f1}
+
+
+def token_metrics(contexts: Sequence[str], predicted: Sequence[Sequence[Span]], golds: Sequence[list]) -> dict:
+    """Precision, recall and F1 over the words of the contexts, by place: a word between blanks that a span touches.
+
+    predicted: (N,) lists of spans. golds: (N,) lists of alternatives, each a list of spans that are true together; of
+    several the one that shares most (F1) with the prediction counts. Micro-averaged.
+    """
+    counts = np.zeros(3, dtype=int)
+    for context, spans, alternatives in zip(contexts, predicted, golds):
+        words = [match.span() for match in re.finditer(r"\S+", context)]
+        found = touched(words, spans)
+        wanted = [touched(words, alternative) for alternative in alternatives] or [set()]
+        best = max(wanted, key=lambda gold: 2 * len(found & gold) / max(len(found) + len(gold), 1))
+        counts += len(found & best), len(found), len(best)
+    return precision_recall_f1(*counts.tolist())
+
+
+def touched(words: Sequence[Span], spans: Sequence[Span]) -> set[int]:
+    """Numbers of the words that share a character with one of the spans."""
+    return {n for n, (a, b) in enumerate(words) for start, end in spans if a < end and start < b}
+
+
+def multi_span_metrics(predicted: Sequence[Sequence[str]], golds: Sequence[Sequence[str]]) -> dict:
+    """Precision, recall and F1 of whole spans, equal after normalize_answer; each example's spans are a set.
+
+    Micro-averaged, as the exact match F1 of MultiSpanQA (Li et al., NAACL 2022).
+    """
+    pairs = [({tuple(normalize_answer(text)) for text in texts} for texts in pair) for pair in zip(predicted, golds)]
+    counts = np.array([(len(a & b), len(a), len(b)) for a, b in pairs]).reshape(-1, 3).sum(0)
+    return precision_recall_f1(*counts.tolist())

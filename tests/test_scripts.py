@@ -109,12 +109,15 @@ SHORT = ("--sample", "--max_steps", "6", "--batch_size", "16", "--logging_steps"
 BEST = {
     "afqmc": ("model.safetensors", "config.json", "tokenizer.json", "threshold.json"),
     "redsm5_nli": ("adapter_model.safetensors", "adapter_config.json", "head.safetensors", "thresholds.json"),
+    "evidence_spans": ("model.safetensors", "config.json", "tokenizer.json", "decoding.json"),
 }
-PREDICTIONS = {"afqmc": "jsonl", "redsm5_nli": "csv"}
+PREDICTIONS = {"afqmc": "jsonl", "redsm5_nli": "csv", "evidence_spans": "jsonl"}
+METRIC = {"afqmc": "f1_macro", "redsm5_nli": "f1_macro", "evidence_spans": "f1_balanced"}
 KILLED = (  # project and settings of the runs that are killed: over the end of an epoch, or the hardest path
     ("afqmc", ("--fgm_epsilon", "1")),
     ("redsm5_nli", ("--batch_size", "32")),
     ("redsm5_nli", ("--share_post", "false", "--adapter_dropout", "0.1", "--pooler", "attention")),
+    ("evidence_spans", ("--batch_size", "70", "--gradient_accumulation_steps", "2", "--evaluations_per_epoch", "3")),
 )
 
 
@@ -122,7 +125,7 @@ def train_short(project: str, folder: Path) -> Path:
     """A finished short run, started from a folder that is not the repository's."""
     out, err = call(str(ROOT / project / "train.py"), *SHORT, "--run_dir", f"run_{project}", cwd=folder)
     assert "error" not in err and "step 6/6 |" in out
-    assert out.splitlines()[-1].startswith("done | validation f1_macro ")
+    assert out.splitlines()[-1].startswith(f"done | validation {METRIC[project]} ")
     return folder / f"run_{project}"
 
 
@@ -156,7 +159,7 @@ def test_a_finished_run_says_so_and_changes_nothing(project, runs):
     run = runs[project]
     before = listing(run)
     out, _ = call("-m", f"{project}.train", *SHORT, "--run_dir", str(run))
-    assert out.startswith("finished before\ndone | validation f1_macro ")
+    assert out.startswith(f"finished before\ndone | validation {METRIC[project]} ")
     assert listing(run) == before
     _, err = call(f"{project}/train.py", *SHORT, "--seed", "1", "--run_dir", str(run), code=1)
     assert "another config: seed 42 there, 1 here" in err and err.count("\n") == 1
@@ -427,6 +430,175 @@ def test_redsm5_bench_prints_its_tables(monkeypatch, capsys):
     for words in ("| merged | ", "| unmerged | ", "| ours, merged | ", "| 40 | shared | ", "threads"):
         assert words in out
     assert ("| PEFT DoRA | not run" in out) == (find_spec("peft") is None)
+
+
+# evidence_spans
+
+
+def test_evidence_evaluate_writes_one_split_where_it_is_told_and_nothing_in_the_run(runs, tmp_path):
+    run = runs["evidence_spans"]
+    before = listing(run)
+    flags = ("--run_dir", str(run), "--split", "val", "--metrics_output", "m.json", "--predictions_output", "p.jsonl")
+    out, _ = call(str(ROOT / "evidence_spans/evaluate.py"), *flags, cwd=tmp_path)
+    assert listing(run) == before
+    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    found = json.loads((tmp_path / "m.json").read_text(encoding="utf-8"))
+    assert found == {"decoding": results["decoding"], "validation": results["validation"]}
+    assert f"{found['validation']['at_threshold']['f1']:.4f}" in out and "| test |" not in out
+    rows = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(rows) == found["validation"]["at_threshold"]["rows"] == len({row["id"] for row in rows})
+    for row in rows:
+        assert 1 < len(row["n_best"]) <= 21 and sum(n["probability"] for n in row["n_best"]) == pytest.approx(1)
+        assert row["answer"] in [n["text"] for n in row["n_best"]] and row["split"] == "validation"
+    call(str(ROOT / "evidence_spans/evaluate.py"), "--run_dir", str(run), "--split", "train", cwd=tmp_path, code=2)
+
+
+def test_evidence_chooses_epoch_and_threshold_on_validation_alone(runs):
+    """The scores again, from the written predictions."""
+    run = runs["evidence_spans"]
+    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    decoding = json.loads((run / "best" / "decoding.json").read_text(encoding="utf-8"))
+    assert decoding == results["decoding"] and decoding["threshold"] is not None
+    posts = []
+    for split in ("validation", "test"):
+        path = run / "predictions" / f"{split}_predictions.jsonl"
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        posts.append({row["post"] for row in rows})
+        assert all((row["answer"] == "") == (row["difference"] > decoding["threshold"]) for row in rows)
+        right = [row["answer"] == "" if not row["gold"] else row["answer"] in row["gold"] for row in rows]
+        assert results[split]["at_threshold"]["exact_match"] == pytest.approx(sum(right) / len(right))
+    assert not posts[0] & posts[1]
+    assert results["best"] == results["validation"]["at_threshold"]["f1_balanced"]
+
+
+def test_evidence_predict_answers_every_line_and_every_criterion(runs, tmp_path):
+    run = runs["evidence_spans"]
+    saved = (run / "predictions" / "test_predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    row = next(row for row in map(json.loads, saved) if row["gold"])
+    with open(ROOT / "evidence_spans/sample/redsm5_posts.csv", encoding="utf-8", newline="") as file:
+        text = next(post["text"] for post in csv.DictReader(file) if post["post_id"] == row["post"])
+    criterion = row["id"].split(":")[1]
+    lines = [{"id": 5, "text": text, "question": criterion}, {"context": text, "question": row["question"]}]
+    lines = [*map(json.dumps, lines), "", "nonsense", json.dumps({"text": " "}), json.dumps({"text": "I weep."})]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    out, err = call("evidence_spans/predict.py", "--run_dir", str(run), "--input", str(tmp_path / "rows.jsonl"), code=1)
+    answers = [json.loads(line) for line in out.splitlines()]
+    assert "line 4: expected a JSON object" in err and "line 5: text is ' '" in err and "Traceback" not in err
+    assert ["error" in answer for answer in answers] == [False, False, True, True, *[False] * 9]
+    assert [answer["id"] for answer in answers[:2]] == [5, None] and answers[0]["criterion"] == criterion
+    for answer in answers[:2]:
+        assert (answer["answer"], answer["start"], answer["end"]) == (row["answer"], row["start"], row["end"])
+        assert answer["difference"] == pytest.approx(row["difference"], abs=1e-4)
+        for found in (*answer["n_best"], *answer["answers"]):
+            assert found["text"] == ("" if found["start"] is None else text[found["start"] : found["end"]])
+    assert len({answer["criterion"] for answer in answers[4:]}) == 9
+    flags = ("evidence_spans/predict.py", "--run_dir", str(run), "--question", criterion, "--highlight")
+    out, _ = call(*flags, text=text)
+    title, marked = out.split("\n", 1)
+    assert title.startswith(f"# {criterion} | ") and marked.replace("[[", "").replace("]]", "").strip() == text.strip()
+    assert ("[[" in marked) == bool(row["answer"])
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ((), ["model SpanBERT/spanbert-base-cased is not on", "hf download SpanBERT/spanbert-base-cased", "--sample"]),
+        (("--sample", "--data_dir", "none"), ["none holds neither redsm5_posts.csv nor SQuAD", "--data_dir"]),
+        (("--sample", "--model", "a/b/c"), ["model a/b/c: there is no such folder"]),
+        (("--sample", "--max_length", "60"), ["leaves no room beyond doc_stride", "max_length 60"]),
+        (("--sample", "--model", "redsm5_nli/sample/model"), ["is a gemma3_text model; supported are bert"]),
+        (("--sample", "--validation_fraction", "0.0001"), ["cannot be split: validation would hold no answer"]),
+    ],
+)
+def test_evidence_says_what_is_missing_in_one_line_and_writes_nothing(flags, words, tmp_path, monkeypatch, capsys):
+    from evidence_spans import config
+    from evidence_spans.train import main
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+    before = listing(ROOT / "evidence_spans")
+    assert config.run_script(main, "") == 1
+    err = capsys.readouterr().err
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and all(word in errors[0] for word in words), err
+    assert not list(tmp_path.iterdir()) and listing(ROOT / "evidence_spans") == before
+
+
+def search_flags(folder: Path) -> tuple[str, ...]:
+    flags = ("--sample", "--run_dir", str(folder), "--trials", "4", "--eta", "2", "--batch_size", "64")
+    return (*flags, "--epochs", "3", "--negatives_per_positive", "0.2", "--logging_steps", "1000")
+
+
+def test_evidence_search_halves_resumes_and_scores_only_the_best_on_test(tmp_path, monkeypatch, capsys):
+    """A search that is stopped between two trials, started again, against one that never was."""
+    from evidence_spans import search, train
+    from evidence_spans.config import load_config
+
+    own = {"trials": 4, "eta": 2, "search_seed": 0}
+    scored = []
+    evaluate_run = train.evaluate_run
+    monkeypatch.setattr(train, "evaluate_run", lambda run, *rest: scored.append(run.path.name) or evaluate_run(run, *rest))
+    config = load_config(search_flags(tmp_path / "whole"), "", False, **{n: {"type": int} for n in own})[0]
+    assert search.main(config, **own) is None
+    assert scored == ["best"]
+    lines = [json.loads(line) for line in (tmp_path / "whole/trials.jsonl").read_text(encoding="utf-8").splitlines()]
+    first, second = ([line for line in lines if line["epochs"] == rung] for rung in (1, 2))
+    assert [line["trial"] for line in first] == [0, 1, 2, 3] and len(second) == 2
+    kept = sorted(first, key=lambda line: -line["score"])[:2]
+    assert {line["trial"] for line in second} == {line["trial"] for line in kept}
+    study = json.loads((tmp_path / "whole/study.json").read_text(encoding="utf-8"))
+    assert study["drawn"][0].keys() == {
+        "learning_rate", "batch_size", "epochs", "doc_stride", "max_length", "warmup_ratio"
+    }
+    results = json.loads((tmp_path / "whole/best/results.json").read_text(encoding="utf-8"))
+    assert results["best"] == max(line["score"] for line in lines if line["epochs"] >= 2)
+    assert not list((tmp_path / "whole").glob("trial-*/results.json"))
+    out = capsys.readouterr().out
+    table = [line.split(" | ")[0] for line in out.splitlines() if " | stopped | " in line or " | finished | " in line]
+    assert len(table) == 4
+
+    config = replace(config, run_dir=str(tmp_path / "stopped"))
+    calls, train_main = [], train.main
+
+    def stop_at_the_fourth(*arguments, **settings):
+        calls.append(1)
+        if len(calls) == 4:  # the check, two trials, and then
+            return 143
+        return train_main(*arguments, **settings)
+
+    monkeypatch.setattr(train, "main", stop_at_the_fourth)
+    assert search.main(config, **own) == 143
+    monkeypatch.setattr(train, "main", train_main)
+    with open(tmp_path / "stopped/trials.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"trial": 2, "ep')  # as a kill leaves it
+    assert search.main(config, **own) is None
+    again = [json.loads(line) for line in (tmp_path / "stopped/trials.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line | {"seconds": 0} for line in again] == [line | {"seconds": 0} for line in lines]
+    weights = [(tmp_path / name / "best/best/model.safetensors").read_bytes() for name in ("whole", "stopped")]
+    assert weights[0] == weights[1]
+    with pytest.raises(Exception, match=r"another search \(trials"):
+        search.main(config, **(own | {"trials": 5}))
+
+
+def test_evidence_check_reads_everything_and_writes_nothing(tmp_path):
+    out, _ = call(str(ROOT / "evidence_spans/train.py"), "--sample", "--check", "--run_dir", "run", cwd=tmp_path)
+    assert "check passed" in out and "| train | " in out and "4 evidence not found in its post" in out
+    assert "not found in their posts: redsm5_annotations.csv, lines " in out and not list(tmp_path.iterdir())
+
+
+def test_evidence_bench_prints_its_tables(monkeypatch, capsys):
+    from evidence_spans import bench
+    from evidence_spans.config import SAMPLE
+
+    bench.main(SAMPLE, part="search", rounds=1, windows=8, length=60, steps=1)
+    out = capsys.readouterr().out
+    assert "| 30 | ours, n best 20 | " in out and "threads" in out
+    monkeypatch.setattr(bench, "find_spec", lambda name: None)
+    bench.main(replace(SAMPLE, batch_size=2), part="step", rounds=1, windows=1, length=60, steps=2)
+    out = capsys.readouterr().out
+    assert "| ours | " in out and "| Trainer, padded to max_length | not run | not run |" in out
+    with pytest.raises(Exception, match="pip install accelerate"):
+        bench.main(SAMPLE, part="trainer", rounds=1, windows=1, length=60, steps=1)
 
 
 # Stopped at any moment

@@ -1,0 +1,402 @@
+"""Score a run's best model on validation and test; write report.md and predictions/.
+
+    python evidence_spans/evaluate.py --run_dir evidence_spans/runs/...
+    python evidence_spans/evaluate.py --run_dir evidence_spans/runs/... --split val --metrics_output val.json
+
+With --split only that split is scored, its table printed, and nothing in the run is written. --metrics_output and
+--predictions_output name files of your own: all scores as JSON, and one JSON line for each example with its n best.
+"""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal
+
+if not __package__:  # run as a script: import from the repository root, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
+
+from common.checkpoint import Run, RunError, best_folder, read_json, write_text
+from common.metrics import answer_scores, multi_span_metrics, normalize_answer, span_metrics, token_metrics
+from evidence_spans.config import Config, run_path, run_script, saved_config
+from evidence_spans.dataset import Example, Source, fingerprint, load_splits
+from evidence_spans.model import (
+    MODEL_INPUTS,
+    SpanModel,
+    autocast_dtype,
+    load_model,
+    load_tokenizer,
+    pick_device,
+    span_loss,
+)
+from evidence_spans.postprocess import (
+    Decoding,
+    Prediction,
+    answer,
+    apart,
+    best_pairs,
+    calibrate,
+    merge_windows,
+    no_answer_probability,
+    probabilities,
+    sentence_pairs,
+    sentences,
+    several_answers,
+    tune_span_threshold,
+    tune_threshold,
+)
+from evidence_spans.windows import Window, make_loader, make_windows, sorted_batches, window_ranges
+
+
+def table(header: list[str], rows: list[list]) -> list[str]:
+    """A Markdown table, floats with four decimals, "-" for what is undefined."""
+    cells = [header, ["---"] * len(header)]
+    for row in rows:
+        cells.append([f"{c:.4f}" if isinstance(c, float) else "-" if c is None else str(c) for c in row])
+    return ["| " + " | ".join(row) + " |" for row in cells] + [""]
+
+
+def answer_tokens(windows: list[Window]) -> np.ndarray:
+    """The tokens of each answer that lies in a window whole."""
+    return np.array([end - start + 1 for window in windows for start, end in window.labels], dtype=int)
+
+
+def longest_answer(train: list[Window], config: Config) -> int:
+    """max_answer_length in tokens: the config's, or that of the longest answer in training."""
+    return config.max_answer_length or int(answer_tokens(train).max(initial=1))
+
+
+def print_summary(
+    splits: dict[str, list[Example]], windows: dict[str, list[Window]], source: Source, config: Config
+) -> None:
+    """The tables of what is trained on: posts, examples of each kind, windows, lengths in tokens, what is left out."""
+    rows, lengths = [], []
+    for name, examples in splits.items():
+        kinds = [sum(example.kind == kind for example in examples) for kind in ("answered", "rejected", "unannotated")]
+        whole = len({window.example for window in windows[name] if window.labels})
+        posts = len({example.post for example in examples})
+        rows.append([name, posts, len(examples), *kinds, len(windows[name]), kinds[0] - whole])
+        for what, values in (
+            ("window", [len(window.input_ids) for window in windows[name]]),
+            ("answer", answer_tokens(windows[name])),
+        ):
+            found = np.percentile(values, (50, 95, 100)).astype(int).tolist() if len(values) else [0, 0, 0]
+            lengths.append([f"{name}, {what}", *found])
+    header = ["split", "posts", "examples", "answered", "rejected", "unannotated", "windows"]
+    print("\n".join(table([*header, "answer in no window whole"], rows)[:-1]))
+    print("\n".join(table(["tokens", "p50", "p95", "max"], lengths)[:-1]))
+    print(f"read: {', '.join(f'{n} {what}' for what, n in sorted(source.counts.items()))}; a bad row would end the run")
+    if source.not_found:
+        file, lines = source.not_found[0]["file"], [str(row["line"]) for row in source.not_found]
+        more = f" and {len(lines) - 20} more" * (len(lines) > 20)
+        print(f"not found in their posts: {file}, lines {', '.join(lines[:20])}{more} (not_found.jsonl in the run)")
+
+
+def predict(
+    model: SpanModel,
+    examples: list[Example],
+    windows: list[Window],
+    tokenizer: PreTrainedTokenizerFast,
+    config: Config,
+    max_answer_length: int,
+    device: torch.device,
+) -> tuple[list[Prediction], float]:
+    """The n best spans of each example, in their order, and the loss averaged over windows."""
+    batches = sorted_batches(np.array([len(window.input_ids) for window in windows]), config.eval_batch_size)
+    dtype = autocast_dtype(config.amp, device)
+    whole = {}  # the sentences of each post
+    if config.decode == "sentence":
+        whole = {context: sentences(context) for context in {example.context for example in examples}}
+    model.eval()
+    candidates: list[tuple] = [()] * len(windows)
+    loss = 0.0
+    bar = tqdm(make_loader(windows, batches, tokenizer, config), leave=False, disable=None, desc="evaluating")
+    with torch.inference_mode():
+        for rows, batch in zip(batches, bar):
+            batch = {name: tensor.to(device, non_blocking=config.non_blocking) for name, tensor in batch.items()}
+            inputs = {name: tensor for name, tensor in batch.items() if name in MODEL_INPUTS}
+            with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                start, end = model(**inputs)
+            loss += span_loss(start, end, batch).sum().item()
+            if config.decode == "sentence":
+                some = [windows[row] for row in rows]
+                spans = [whole[examples[window.example].context] for window in some]
+                found = sentence_pairs(start, end, some, spans, config.n_best_size)
+            else:
+                found = best_pairs(start, end, batch["context_mask"], config.n_best_size, max_answer_length)
+            null = (start[:, 0] + end[:, 0]).tolist()
+            for row, *values in zip(rows, null, *(tensor.tolist() for tensor in found)):
+                candidates[row] = tuple(values)
+    ranges = window_ranges(windows, len(examples)).tolist()
+    predictions = [
+        merge_windows(example.context, windows[first:end], candidates[first:end], config.n_best_size)
+        for example, first, end in zip(examples, ranges, ranges[1:])
+    ]
+    return predictions, loss / len(windows)
+
+
+def answer_texts(examples: list[Example], predictions: list[Prediction], threshold: float | None) -> list[str]:
+    """The text of each best span, "" for no answer."""
+    spans = [answer(prediction, threshold) for prediction in predictions]
+    return [example.context[span.start : span.end] if span else "" for example, span in zip(examples, spans)]
+
+
+def tune(
+    predictions: list[Prediction],
+    examples: list[Example],
+    max_answer_length: int,
+    questions: dict[str, str],
+    config: Config,
+) -> Decoding:
+    """The thresholds that are best on these examples, and the probability of no answer fitted to them."""
+    golds = [example.texts for example in examples]
+    unanswerable = np.array([not gold for gold in golds])
+    differences = np.array([prediction.difference for prediction in predictions])
+    threshold = None
+    if unanswerable.any():
+        texts = answer_texts(examples, predictions, None)
+        column = int(config.metric != "exact_match")
+        if_answered = np.array([answer_scores(*pair)[column] for pair in zip(texts, golds)])
+        weights = np.ones(len(examples))
+        if config.metric == "f1_balanced":
+            weights = np.where(unanswerable, 1 / unanswerable.sum(), 1 / max((~unanswerable).sum(), 1))
+        threshold = tune_threshold(differences, weights * if_answered, weights * unanswerable)
+    spans, wanted = [], 0
+    for example, prediction in zip(examples, predictions):
+        missing = {tuple(normalize_answer(text)) for text in example.texts}
+        wanted += len(missing)
+        for span in apart(prediction):
+            words = tuple(normalize_answer(example.context[span.start : span.end]))
+            spans.append((prediction.null_score - span.score, words in missing))
+            missing.discard(words)
+    slope, intercept = calibrate(differences, unanswerable)
+    return Decoding(max_answer_length, threshold, tune_span_threshold(spans, wanted), slope, intercept, questions)
+
+
+def score_split(predictions: list[Prediction], examples: list[Example], loss: float, decoding: Decoding) -> dict:
+    """Loss, and the scores of the tuned threshold, of threshold 0, and of "no answer" everywhere.
+
+    Where nothing is unanswerable in validation there is no threshold, and an answer is never empty.
+    """
+    golds = [example.texts for example in examples]
+    contexts = [example.context for example in examples]
+    places = [[list(e.answers)] if e.together else [[span] for span in e.answers] for e in examples]
+    scores: dict = {"loss": loss, "all_empty": span_metrics([""] * len(examples), golds)}
+    rules = {"at_threshold": decoding.threshold} | ({} if decoding.threshold is None else {"at_zero": 0.0})
+    for name, threshold in rules.items():
+        scores[name] = span_metrics(answer_texts(examples, predictions, threshold), golds)
+        spans = [answer(prediction, threshold) for prediction in predictions]
+        found = [[(span.start, span.end)] if span else [] for span in spans]
+        scores[name]["tokens"] = token_metrics(contexts, found, places)
+    if any(example.together for example in examples):
+        several = [several_answers(prediction, decoding) for prediction in predictions]
+        texts = [[context[s.start : s.end] for s in spans] for context, spans in zip(contexts, several)]
+        scores["several"] = {"all": multi_span_metrics(texts, golds)}
+        scores["several"]["tokens"] = token_metrics(contexts, [[s[:2] for s in spans] for spans in several], places)
+        many = [row for row, gold in enumerate(golds) if len(gold) > 1]
+        chosen = [[part[row] for row in many] for part in (texts, golds)]
+        scores["several"]["posts_with_several"] = multi_span_metrics(*chosen) | {"rows": len(many)}
+    if decoding.slope is not None:
+        p = np.array([no_answer_probability(prediction, decoding) for prediction in predictions])
+        scores["no_answer_brier"] = float(np.mean((p - np.array([not gold for gold in golds])) ** 2))
+    return scores
+
+
+def answer_row(name: object, context: str, prediction: Prediction, decoding: Decoding) -> dict:
+    """What is said about one example: answer, its offsets, its probability, that of no answer, several answers."""
+    with_null = decoding.threshold is not None
+    shares = probabilities(prediction, with_null)
+    span = answer(prediction, decoding.threshold)
+    if span:
+        row = {"id": name, "answer": context[span.start : span.end], "start": span.start, "end": span.end}
+        row["probability"] = round(shares[with_null], 6)
+    else:
+        row = {"id": name, "answer": "", "start": None, "end": None, "probability": round((shares or [1.0])[0], 6)}
+    row["difference"] = round(prediction.difference, 6) if prediction.spans else None
+    p = no_answer_probability(prediction, decoding)
+    row["no_answer_probability"] = None if p is None else round(p, 6)
+    row["answers"] = [
+        {"text": context[s.start : s.end], "start": s.start, "end": s.end}
+        for s in several_answers(prediction, decoding)
+    ]
+    return row
+
+
+def n_best(context: str, prediction: Prediction, decoding: Decoding) -> list[dict]:
+    """The n best spans with probabilities that sum to 1, best first; no answer, the empty one, is among them."""
+    with_null = decoding.threshold is not None
+    shares = probabilities(prediction, with_null)
+    rows = [
+        {"text": context[start:end], "start": start, "end": end, "probability": share}
+        for (start, end, _), share in zip(prediction.spans, shares[with_null:])
+    ]
+    if with_null:  # after the spans that are at least as probable
+        place = sum(share >= shares[0] for share in shares[1:])
+        rows.insert(place, {"text": "", "start": None, "end": None, "probability": shares[0]})
+    return rows
+
+
+def evaluate_split(
+    model: SpanModel,
+    examples: list[Example],
+    windows: list[Window],
+    tokenizer: PreTrainedTokenizerFast,
+    config: Config,
+    decoding: Decoding,
+    device: torch.device,
+) -> tuple[dict, list[Prediction]]:
+    predictions, loss = predict(model, examples, windows, tokenizer, config, decoding.max_answer_length, device)
+    return score_split(predictions, examples, loss, decoding), predictions
+
+
+def prediction_lines(
+    examples: list[Example], predictions: list[Prediction], decoding: Decoding, split: str, with_n_best: bool
+) -> str:
+    """One JSON line for each example, its gold answers beside the prediction."""
+    lines = []
+    for example, prediction in zip(examples, predictions):
+        row = answer_row(example.id, example.context, prediction, decoding)
+        row |= {"post": example.post, "question": example.question, "gold": example.texts, "split": split}
+        if with_n_best:
+            row["n_best"] = n_best(example.context, prediction, decoding)
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    return "".join(lines)
+
+
+def evaluate_run(
+    run: Run,
+    splits: dict[str, list[Example]],
+    windows: dict[str, list[Window]],
+    tokenizer: PreTrainedTokenizerFast,
+    config: Config,
+    device: torch.device,
+) -> tuple[dict, str]:
+    """Scores of the best model on validation and test, and its predictions with n best; writes the run's report."""
+    folder = best_folder(run.path)
+    model, decoding = load_model(folder, config).to(device), read_decoding(folder)
+    scores: dict = {"decoding": asdict(decoding)}
+    history = [record for record in run.history() if record["event"] == "evaluation"]
+    (run.path / "predictions").mkdir(exist_ok=True)
+    lines = []
+    for name in ("validation", "test"):
+        scores[name], found = evaluate_split(
+            model, splits[name], windows[name], tokenizer, config, decoding, device
+        )
+        text = prediction_lines(splits[name], found, decoding, name, with_n_best=False)
+        write_text(run.path / "predictions" / f"{name}_predictions.jsonl", text)
+        lines.append(prediction_lines(splits[name], found, decoding, name, with_n_best=True))
+    write_text(run.path / "report.md", report(scores, history, config))
+    return scores, "".join(lines)
+
+
+def read_decoding(folder: Path) -> Decoding:
+    """How the model of a best folder turns logits into text. Raises RunError."""
+    path = folder / "decoding.json"
+    saved = read_json(path)
+    numbers = {"threshold": (float, type(None)), "span_threshold": float, "max_answer_length": int}
+    numbers |= dict.fromkeys(("slope", "intercept"), (float, type(None))) | {"questions": dict}
+    for name, kind in numbers.items():
+        if not isinstance(saved.get(name), kind):
+            raise RunError(f"{path}: {name} is {saved.get(name, 'missing')!r}, which no run writes")
+    return Decoding(**{name: saved[name] for name in numbers})
+
+
+def check_data(run: Run, splits: dict[str, list[Example]], config: Config) -> None:
+    """Refuse to go on with, or to score, other rows than a run began with: training rows could become test rows."""
+    if run.environment.get("data_sha256") != fingerprint(splits):
+        raise RunError(f"{config.data_dir} does not hold the rows that {run.path} was begun with: bring them back")
+
+
+def say_precision(path: Path, config: Config, device: torch.device) -> None:
+    """Tell where this machine or --amp computes in another type than the run was trained in."""
+    trained = read_json(path / "config.json").get("environment", {}).get("autocast")
+    if trained != str(now := autocast_dtype(config.amp, device)):
+        print(f"trained with autocast {trained}, now {now}: scores can differ from the run's own", file=sys.stderr)
+
+
+def score_table(scores: dict, names: list[str]) -> list[str]:
+    """One row for each split and rule."""
+    threshold = scores["decoding"]["threshold"]
+    rules = {"at_threshold": "never" if threshold is None else f"{threshold:.4f}, tuned on validation"}
+    if threshold is not None:
+        rules |= {"at_zero": "0"}
+    rules |= {"all_empty": "always (for comparison)"}
+    rows = []
+    for name in names:
+        for key, rule in rules.items():
+            found = scores[name][key]
+            kinds = [found[kind][column] for kind in ("has_answer", "no_answer") for column in ("f1", "exact_match")]
+            tokens = found.get("tokens", {}).get("f1")
+            rows.append([name, rule, found["rows"], found["f1"], found["exact_match"], *kinds[:3], tokens])
+    header = ["split", "empty where null - best above", "examples", "f1", "exact match"]
+    return table([*header, "f1 with answer", "exact match with answer", "f1 without answer", "token f1"], rows)
+
+
+def report(scores: dict, history: list[dict], config: Config) -> str:
+    """The readable evaluation, in Markdown."""
+    names, decoding = [name for name in ("validation", "test") if name in scores], scores["decoding"]
+    lines = [f"# {config.model} on {config.data_dir}", ""]
+    lines += ["Epoch, thresholds and calibration were chosen on validation, so its own rows flatter; test is only"]
+    lines += [f"reported. Answers have at most {decoding['max_answer_length']} tokens.", ""]
+    lines += score_table(scores, names)
+    rows = []
+    for name in names:
+        for key, what in (("all", "all examples"), ("posts_with_several", "those with several spans")):
+            if found := scores[name].get("several", {}).get(key):
+                rows.append([name, what, *(found[column] for column in ("precision", "recall", "f1"))])
+    if rows:
+        lines += [f"Several spans of one example, each from difference {decoding['span_threshold']:.4f} down:", ""]
+        lines += table(["split", "whole spans of", "precision", "recall", "f1"], rows)
+    rows = [[name, scores[name]["loss"], scores[name].get("no_answer_brier")] for name in names]
+    lines += table(["split", "loss", "Brier score of no answer"], rows)
+    columns = ["epoch", "step", "train_loss", "loss", "f1", "exact_match", "f1_balanced"]
+    lines += ["## Evaluations (validation, tuned threshold)", ""]
+    lines += table(columns, [[record[column] for column in columns] for record in history])
+    return "\n".join(lines)
+
+
+def main(
+    config: Config, split: Literal["all", "val", "test"] = "all", metrics_output: str = "", predictions_output: str = ""
+) -> None:
+    path, device = run_path(config), pick_device()
+    folder = best_folder(path)  # before the lock: where there is no run, none is made
+    tokenizer = load_tokenizer(config, folder)
+    splits, _ = load_splits(config)
+    run = Run(path, saved_config(path / "config.json"), {})
+    check_data(run, splits, config)
+    say_precision(path, config, device)
+    if run.results is None:
+        print("the run is not finished: this is its best epoch so far", file=sys.stderr)
+    names = {"val": ["validation"], "test": ["test"], "all": ["validation", "test"]}[split]
+    windows = {name: make_windows(splits[name], tokenizer, config) for name in names}
+    if split == "all":
+        scores, lines = evaluate_run(run, splits, windows, tokenizer, config, device)
+        print((path / "report.md").read_text(encoding="utf-8"))
+    else:
+        name, decoding = names[0], read_decoding(folder)
+        model = load_model(folder, config).to(device)
+        found, predictions = evaluate_split(
+            model, splits[name], windows[name], tokenizer, config, decoding, device
+        )
+        scores = {"decoding": asdict(decoding), name: found}
+        lines = prediction_lines(splits[name], predictions, decoding, name, with_n_best=True)
+        print("\n".join(score_table(scores, [name])))
+    run.close()
+    if metrics_output:
+        Path(metrics_output).write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8", newline="\n")
+    if predictions_output:
+        Path(predictions_output).write_text(lines, encoding="utf-8", newline="\n")
+
+
+if __name__ == "__main__":
+    flags = {
+        "split": {"choices": ["all", "val", "test"], "default": "all", "help": "which split; all writes the report"},
+        "metrics_output": {"default": "", "help": "JSON file for all scores"},
+        "predictions_output": {"default": "", "help": "JSON-lines file for all predictions with their n best"},
+    }
+    sys.exit(run_script(main, __doc__, trained=True, **flags))

@@ -1,0 +1,234 @@
+"""From logits to text: the n best spans of each example, whether there is an answer at all, and how sure that is.
+
+B batch of windows, T tokens, n best spans, L tokens of the longest answer, N examples
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor
+from torch.nn import functional as F
+
+from evidence_spans.windows import Window
+
+MINUS_INFINITY = float("-inf")
+SENTENCE = re.compile(r"\S(?:.*?[.!?]+[\"')\]”’]*(?=\s)|.*)")  # from a character to the next end, in one line
+
+
+class Span(NamedTuple):
+    """Characters of the context, the end exclusive; score: start logit + end logit."""
+
+    start: int
+    end: int
+    score: float
+
+
+class Prediction(NamedTuple):
+    """null_score: the smallest of the windows' [CLS] scores; spans: the n best, the best first; both of one example."""
+
+    null_score: float
+    spans: tuple[Span, ...]
+
+    @property
+    def difference(self) -> float:
+        """How much "no answer" outscores the best span; inf where no span is allowed."""
+        return self.null_score - self.spans[0].score if self.spans else float("inf")
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How a run's logits become answers; tuned on validation, but for max_answer_length (tokens).
+
+    threshold: the answer is empty iff difference > threshold; None: never empty. span_threshold: the same of each span
+    where several are given. slope, intercept: the probability of no answer is sigmoid(slope * difference + intercept);
+    None where validation holds one kind of example only. questions: what a run asks about each criterion, if it does.
+    """
+
+    max_answer_length: int
+    threshold: float | None
+    span_threshold: float
+    slope: float | None
+    intercept: float | None
+    questions: dict[str, str]
+
+
+def sliding_maximum(values: Tensor, width: int) -> Tensor:
+    """(B, T) -> (B, T): the maximum of each value and the width - 1 after it, in log2(width) passes."""
+    covered = 1
+    while covered < width:
+        step = min(covered, width - covered)
+        values = torch.maximum(values, F.pad(values, (0, step), value=-torch.inf)[:, step:])
+        covered += step
+    return values
+
+
+def best_pairs(
+    start_logits: Tensor, end_logits: Tensor, context_mask: Tensor, n: int, max_answer_length: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores, starts and ends (inclusive) of each window's n best pairs, (B, n), best first; -inf: there are fewer.
+
+    Logits and mask (B, T). A pair starts and ends in the context and holds 1 to max_answer_length tokens. Exact: a pair
+    whose start is not among the n starts that are best with their best partner is outscored by a pair of each of them.
+    """
+    length = start_logits.shape[1]
+    width = min(max_answer_length, length)
+    start = start_logits.float().masked_fill(~context_mask, -torch.inf)
+    end = end_logits.float().masked_fill(~context_mask, -torch.inf)
+    starts = (start + sliding_maximum(end, width)).topk(min(n, length)).indices  # (B, n)
+    partners = F.pad(end, (0, width - 1), value=-torch.inf).unfold(1, width, 1)  # (B, T, L), a view
+    partners = partners.gather(1, starts[:, :, None].expand(-1, -1, width))  # (B, n, L)
+    scores = (start.gather(1, starts)[:, :, None] + partners).flatten(1)  # (B, n L)
+    scores, places = scores.topk(min(n, scores.shape[1]))
+    starts = starts.gather(1, places // width)
+    return scores, starts, starts + places % width
+
+
+def sentences(text: str) -> list[tuple[int, int]]:
+    """Characters of each sentence: up to . ! or ? before white space, or to the end of a line."""
+    return [match.span() for match in SENTENCE.finditer(text) for _ in [0] if match[0].strip()]
+
+
+def sentence_pairs(
+    start_logits: Tensor, end_logits: Tensor, windows: Sequence[Window], spans: Sequence[list], n: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As best_pairs, but only a sentence's first token may start and only its last may end a pair.
+
+    spans: the sentences of each window's context; those that the window's edges cut are left out.
+    """
+    shape = len(windows), n
+    scores, places = torch.full(shape, -torch.inf), torch.zeros(2, *shape, dtype=torch.long)
+    for row, (window, characters) in enumerate(zip(windows, spans)):
+        tokens = sentence_tokens(window, characters)  # (2, S)
+        found = start_logits[row, tokens[0]].float() + end_logits[row, tokens[1]].float()
+        kept = min(n, len(found))
+        scores[row, :kept], order = found.cpu().topk(kept)
+        places[:, row, :kept] = tokens[:, order]
+    return scores, *places
+
+
+def sentence_tokens(window: Window, characters: Sequence[tuple[int, int]]) -> Tensor:
+    """(2, S) positions of the first and last token of each sentence that lies in the window whole."""
+    if not characters or not len(window.offsets):
+        return torch.zeros(2, 0, dtype=torch.long)
+    start, end = np.array(characters).T
+    first = np.searchsorted(window.offsets[:, 1], start, side="right")
+    last = np.searchsorted(window.offsets[:, 0], end, side="left") - 1
+    whole = (start >= window.offsets[0, 0]) & (end <= window.offsets[-1, 1]) & (first <= last)
+    return torch.from_numpy(window.first + np.stack([first, last])[:, whole])
+
+
+def merge_windows(context: str, windows: Sequence[Window], candidates: Sequence[tuple], n: int) -> Prediction:
+    """One example's prediction. candidates: of each of its windows the null score, and scores, starts, ends (lists).
+
+    A span that several windows hold keeps its best score. Blanks at a span's edges, which some tokenizers count to a
+    word, are no part of it.
+    """
+    found = []
+    for window, (_, scores, starts, ends) in zip(windows, candidates):
+        character, first = window.offsets.item, window.first
+        pairs = zip(scores, starts, ends)
+        found += [(s, character(i - first, 0), character(j - first, 1)) for s, i, j in pairs if s > MINUS_INFINITY]
+    if len(windows) > 1:
+        found.sort(key=lambda row: -row[0])
+    spans: dict[tuple[int, int], Span] = {}
+    for score, start, end in found:
+        while start < end and context[start].isspace():
+            start += 1
+        while start < end and context[end - 1].isspace():
+            end -= 1
+        if start < end and (start, end) not in spans:
+            spans[start, end] = Span(start, end, score)
+            if len(spans) == n:
+                break
+    return Prediction(min(row[0] for row in candidates), tuple(spans.values()))
+
+
+def probabilities(prediction: Prediction, with_null: bool) -> list[float]:
+    """Softmax over the n best scores; with_null: and over the null score, which comes first."""
+    scores = np.array([prediction.null_score] * with_null + [span.score for span in prediction.spans])
+    if not len(scores):
+        return []
+    weights = np.exp(scores - scores.max())
+    return (weights / weights.sum()).tolist()
+
+
+def answer(prediction: Prediction, threshold: float | None) -> Span | None:
+    """The best span; None for "no answer": null - best > threshold, or no span at all."""
+    if not prediction.spans or (threshold is not None and prediction.difference > threshold):
+        return None
+    return prediction.spans[0]
+
+
+def apart(prediction: Prediction) -> list[Span]:
+    """The spans that overlap none that is better, the best first."""
+    chosen: list[Span] = []
+    for span in prediction.spans:
+        if all(span.end <= other.start or other.end <= span.start for other in chosen):
+            chosen.append(span)
+    return chosen
+
+
+def several_answers(prediction: Prediction, decoding: Decoding) -> list[Span]:
+    """All spans that are an answer, apart from one another, in the order of the text."""
+    spans = [s for s in apart(prediction) if prediction.null_score - s.score <= decoding.span_threshold]
+    return sorted(spans)
+
+
+def no_answer_probability(prediction: Prediction, decoding: Decoding) -> float | None:
+    """Calibrated on validation; None where that held one kind of example only."""
+    if decoding.slope is None:
+        return None
+    if not prediction.spans:
+        return 1.0
+    return float(1 / (1 + np.exp(-np.clip(decoding.slope * prediction.difference + decoding.intercept, -500, 500))))
+
+
+def calibrate(differences: np.ndarray, unanswerable: np.ndarray) -> tuple[float, float] | tuple[None, None]:
+    """Slope and intercept of Platt's sigmoid, fitted to (N,) differences and whether there is no answer."""
+    known = np.isfinite(differences)
+    if len(np.unique(unanswerable[known])) < 2:
+        return None, None
+    fitted = LogisticRegression(C=1e3).fit(differences[known, None], unanswerable[known])
+    return float(fitted.coef_[0, 0]), float(fitted.intercept_[0])
+
+
+def tune_threshold(differences: np.ndarray, if_answered: np.ndarray, if_empty: np.ndarray) -> float:
+    """The t whose rule "empty iff difference > t" has the greatest sum of scores. All (N,).
+
+    Exact over all cuts between distinct differences; the middle of the best gap, and 0 where 0 lies in it. Of equally
+    good gaps the one whose middle is nearest to 0. An example without any span is empty under every t.
+    """
+    known = np.isfinite(differences)
+    order = np.argsort(differences[known], kind="stable")
+    ordered, gain = differences[known][order], (if_answered - if_empty)[known][order]
+    totals = np.concatenate([[0.0], np.cumsum(gain)])  # with the k smallest differences answered
+    return middle_of_best_gap(ordered, totals)
+
+
+def tune_span_threshold(spans: Sequence[tuple[float, bool]], wanted: int) -> float:
+    """The t whose rule "an answer iff difference <= t" has the best F1 of whole spans.
+
+    spans: the difference of each of all examples' spans, and whether it is right; wanted: how many gold spans are.
+    """
+    differences, right = np.array([d for d, _ in spans]), np.array([r for _, r in spans], dtype=float)
+    order = np.argsort(differences, kind="stable")
+    hits = np.concatenate([[0.0], np.cumsum(right[order])])
+    return middle_of_best_gap(differences[order], 2 * hits / np.maximum(np.arange(len(hits)) + wanted, 1))
+
+
+def middle_of_best_gap(ordered: np.ndarray, totals: np.ndarray) -> float:
+    """The threshold with the best of totals (K + 1,), totals[k] being the score where k of ordered (K,) are below."""
+    if not len(ordered):
+        return 0.0
+    lower, upper = np.concatenate([[ordered[0] - 2], ordered]), np.concatenate([ordered, [ordered[-1] + 2]])
+    middle = (lower + upper) / 2
+    middle = np.where(middle < upper, middle, lower)  # between neighbours of one rounding
+    totals = np.where(lower < upper, totals, -np.inf)
+    best = np.flatnonzero(totals >= totals.max() - 1e-9)
+    best = best[np.abs(middle[best]).argmin()]
+    return 0.0 if lower[best] <= 0 < upper[best] else float(middle[best])

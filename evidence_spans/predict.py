@@ -1,0 +1,169 @@
+"""Mark the evidence in new texts: where it stands, how sure that is, and what else it could be.
+
+    python evidence_spans/predict.py --run_dir evidence_spans/runs/... --input rows.jsonl > answers.jsonl
+    python evidence_spans/predict.py --run_dir evidence_spans/runs/... --question SLEEP_ISSUES --highlight < post.txt
+    python evidence_spans/predict.py --run_dir evidence_spans/runs/... --text "..." --question "Why is she tired?"
+
+A line of --input is {"text": "...", "question": "...", "id": ...}; SQuAD's name "context" does for "text", and id is
+optional. Without --input the text is --text, or all of standard input. A criterion's id (SLEEP_ISSUES) as question
+stands for what the run asks about it; a run on ReDSM5 asks about every criterion where no question is given.
+
+Out: one JSON line for each question, with character offsets into the text as given. A bad line is reported on stderr
+with its number, gives {"error": ...} in its place, and makes the exit status 1.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+
+if not __package__:  # run as a script: import from the repository root, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from common.checkpoint import best_folder
+from evidence_spans.config import Config, UserError, run_path, run_script
+from evidence_spans.dataset import Example
+from evidence_spans.evaluate import answer_row, n_best, predict, read_decoding, say_precision
+from evidence_spans.model import load_model, load_tokenizer, pick_device
+from evidence_spans.postprocess import Decoding
+from evidence_spans.windows import make_windows
+
+BLOCK = 256  # lines that are read, and sorted by length, at a time
+
+
+def parse_line(line: bytes) -> dict:
+    """text, question (None where it is not given) and id of one JSON line. Raises ValueError."""
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"expected a JSON object in UTF-8, found {line[:40]!r} ({error})") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"expected a JSON object, found {line[:40]!r}")
+    text, question = row.get("text", row.get("context")), row.get("question")
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"text is {text!r}, expected a non-empty string")
+    if not isinstance(question, str | None):
+        raise ValueError(f"question is {question!r}, expected a string")
+    (text + (question or "")).encode()  # JSON can hold half a surrogate pair: UnicodeEncodeError is a ValueError
+    return {"text": text, "question": question, "id": row.get("id")}
+
+
+def read_rows(text: str | None, question: str | None, input: str) -> Iterator[dict | str]:
+    """The rows to answer for, or what is wrong with one. Raises UserError."""
+    if not input:
+        if text is None:
+            try:
+                text = sys.stdin.buffer.read().decode("utf-8-sig")
+            except UnicodeDecodeError as error:
+                raise UserError(f"standard input: expected UTF-8, found byte {error.object[error.start]:#x}") from error
+        if not text.strip():
+            raise UserError("the text is empty")
+        yield {"text": text, "question": question, "id": None}
+        return
+    if text is not None or question is not None:
+        raise UserError("--input holds texts and questions: give it, or --text and --question")
+    with open(input, "rb") as stream:
+        for number, line in enumerate(stream, 1):
+            if line.strip():
+                try:
+                    yield parse_line(line)
+                except ValueError as error:
+                    yield f"{input}, line {number}: {error}"
+
+
+def questions_of(row: dict, decoding: Decoding, config: Config) -> dict[str | None, str]:
+    """What to ask about a row: criterion -> question, or None -> the question given. Raises ValueError for none."""
+    given = (row["question"] or "").strip()
+    if config.question_form == "empty":
+        if given:
+            raise ValueError("this run was trained without questions: leave them out")
+        return {None: ""}
+    if given in decoding.questions:
+        return {given: decoding.questions[given]}
+    if given:
+        return {None: given}
+    if decoding.questions:
+        return decoding.questions
+    raise ValueError("there is no question")
+
+
+def make_examples(row: dict, decoding: Decoding, config: Config) -> list[tuple[str | None, Example]]:
+    """One unlabelled example for each question of a row, with its criterion. Raises ValueError."""
+    return [
+        (criterion, Example(str(row["id"]), "", question, row["text"], (), "unannotated", together=False))
+        for criterion, question in questions_of(row, decoding, config).items()
+    ]
+
+
+def highlighted(text: str, spans: Iterable[dict], colour: bool) -> str:
+    """The text with its spans in reverse video, or in [[ ]]; what a terminal would obey is shown as �."""
+    begin, end = ("\x1b[7m", "\x1b[0m") if colour else ("[[", "]]")
+    parts, place = [], 0
+    for span in spans:
+        parts += [text[place : span["start"]], begin, text[span["start"] : span["end"]], end]
+        place = span["end"]
+    parts.append(text[place:])
+    return "".join(p if p in (begin, end) else re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "�", p) for p in parts)
+
+
+def main(
+    config: Config, text: str | None, question: str | None, input: str, several: bool, highlight: bool
+) -> int | None:
+    folder, device = best_folder(run_path(config)), pick_device()
+    decoding, tokenizer = read_decoding(folder), load_tokenizer(config, folder)
+    say_precision(folder.parent, config, device)
+    model = load_model(folder, config).to(device)
+    rows, failed = read_rows(text, question, input), False
+    while block := list(islice(rows, BLOCK)):
+        asked: list[str | list[tuple]] = []
+        for row in block:
+            try:
+                asked.append(row if isinstance(row, str) else make_examples(row, decoding, config))
+            except ValueError as error:
+                asked.append(f"{input or 'the text'}: {error}")
+        examples = [example for group in asked if not isinstance(group, str) for _, example in group]
+        found = iter(())
+        if examples:
+            windows = make_windows(examples, tokenizer, config)
+            predictions, _ = predict(model, examples, windows, tokenizer, config, decoding.max_answer_length, device)
+            found = iter(predictions)
+        for row, group in zip(block, asked):
+            if isinstance(group, str):
+                failed = True
+                print(f"error: {group}", file=sys.stderr)
+                if input:
+                    print(json.dumps({"error": group}, ensure_ascii=False))
+                continue
+            for criterion, example in group:
+                prediction = next(found)
+                answer = answer_row(row["id"], example.context, prediction, decoding)
+                answer |= {"criterion": criterion, "question": example.question}
+                if highlight:
+                    print_highlighted(answer, example.context, several)
+                else:
+                    answer["n_best"] = n_best(example.context, prediction, decoding)
+                    print(json.dumps(answer, ensure_ascii=False))
+    return int(failed)
+
+
+def print_highlighted(answer: dict, text: str, several: bool) -> None:
+    """One answer for reading: who is asked, how sure it is, and the text with its spans marked."""
+    spans = answer["answers"] if several else [answer] if answer["start"] is not None else []
+    name = " ".join(str(part) for part in (answer["id"], answer["criterion"] or answer["question"]) if part is not None)
+    p = answer["no_answer_probability"]
+    print(f"# {name} | {'' if spans else 'no answer, '}probability {answer['probability']:.4f}", end="")
+    print(f" | no answer {p:.4f}" if p is not None else "")
+    print(highlighted(text, spans, sys.stdout.isatty()) + "\n")
+
+
+if __name__ == "__main__":
+    flags = {
+        "text": {"help": "the text itself; without it and --input, standard input is the text"},
+        "question": {"help": "the question, or a criterion's id; without it a ReDSM5 run asks about all criteria"},
+        "input": {"default": "", "help": "JSON-lines file of texts and questions"},
+        "several": {"action": "store_true", "help": "highlight every span that is an answer, not the best one alone"},
+        "highlight": {"action": "store_true", "help": "print the text with the answer marked, instead of JSON"},
+    }
+    sys.exit(run_script(main, __doc__, trained=True, **flags))

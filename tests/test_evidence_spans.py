@@ -1,0 +1,1079 @@
+"""evidence_spans against independent references: brute force, autograd, transformers, hand-worked cases."""
+
+import csv
+import hashlib
+import json
+import math
+import random
+import shutil
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenizer
+
+from common.metrics import (
+    answer_scores,
+    multi_span_metrics,
+    normalize_answer,
+    span_metrics,
+    token_metrics,
+)
+from evidence_spans import train
+from evidence_spans.config import ROOT, SAMPLE, UserError
+from evidence_spans.dataset import (
+    CRITERIA,
+    Example,
+    find_spans,
+    group_keys,
+    load_splits,
+    read_source,
+    split_examples,
+)
+from evidence_spans.evaluate import longest_answer, n_best, predict, score_split, tune
+from evidence_spans.model import (
+    SUPPORTED,
+    SpanModel,
+    build_model,
+    load_model,
+    load_tokenizer,
+    lowers_a_cased_vocabulary,
+    save_model,
+    span_loss,
+)
+from evidence_spans.postprocess import (
+    Decoding,
+    Prediction,
+    Span,
+    answer,
+    apart,
+    best_pairs,
+    calibrate,
+    merge_windows,
+    no_answer_probability,
+    probabilities,
+    sentence_pairs,
+    sentences,
+    several_answers,
+    sliding_maximum,
+    tune_span_threshold,
+    tune_threshold,
+)
+from evidence_spans.predict import highlighted
+from evidence_spans.sample import make_model, make_sample
+from evidence_spans.train import accumulate_gradients, evaluation_steps, make_optimizer, steps_of_epochs
+from evidence_spans.windows import (
+    Window,
+    collate,
+    drawn_examples,
+    epoch_windows,
+    make_loader,
+    make_windows,
+    window_ranges,
+)
+
+HEADER = "post_id,sentence_id,sentence_text,DSM5_symptom,status,explanation"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(SAMPLE)
+
+
+@pytest.fixture(scope="module")
+def splits():
+    return load_splits(SAMPLE)[0]
+
+
+def write_redsm5(folder, posts: dict[str, str], rows: list[tuple]) -> None:
+    """ReDSM5's two files; a row is post, sentence, symptom, status."""
+    with open(folder / "redsm5_posts.csv", "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([("post_id", "text"), *posts.items()])
+    with open(folder / "redsm5_annotations.csv", "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([HEADER.split(",")] + [(p, f"{p}_0", s, c, n, "why") for p, s, c, n in rows])
+
+
+def squad(*paragraphs: tuple[str, list[tuple]]) -> dict:
+    """SQuAD JSON from contexts with (id, question, answers (text, start)) each."""
+    rows = []
+    for context, qas in paragraphs:
+        answers = [[{"text": text, "answer_start": start} for text, start in found] for _, _, found in qas]
+        qas = [{"id": i, "question": q, "answers": a} for (i, q, _), a in zip(qas, answers)]
+        rows.append({"context": context, "qas": qas})
+    return {"version": "2.0", "data": [{"title": "t", "paragraphs": rows}]}
+
+
+def example(context: str, *answers: str, question: str = "Why?", name: str = "e", kind: str = "") -> Example:
+    spans = tuple((context.index(text), context.index(text) + len(text)) for text in answers)
+    return Example(name, "p", question, context, spans, kind or ("answered" if answers else "unannotated"), True)
+
+
+# Finding sentences
+
+
+@pytest.mark.parametrize(
+    "text, sentence, found",
+    [
+        ("I am sad. So sad.", "So sad.", ["So sad."]),
+        ("I am sad. So sad.", "so SAD.", ["So sad."]),
+        ("İzmir is far. I can't sleep.", "i can't sleep.", ["I can't sleep."]),
+        ("In İzmir I weep.", "in i\u0307zmir i weep.", ["In İzmir I weep."]),  # what Python's lower() makes of it
+        ("Die Straße. I weep.", "die strasse.", ["Die Straße."]),
+        ("One.  I can\nnot\u00a0sleep. Two.", "I can not sleep.", ["I can\nnot\u00a0sleep."]),
+        ("One.  I CAN\n\n not sleep. Two.", "i can not  sleep.", ["I CAN\n\n not sleep."]),
+        ("I weep. Then tea. I weep.", "I weep.", ["I weep.", "I weep."]),
+        ("Sadly I am sad.", "sad", ["sad"]),  # not inside a word
+        ("tiredtired I am", "tired", ["tired", "tired"]),  # unless it stands nowhere else
+        ("end.Next one", " Next one ", ["Next one"]),
+        ("(a+b)* is no pattern", "(a+b)*", ["(a+b)*"]),
+        ("I am sad.", "I am glad.", []),
+    ],
+)
+def test_a_sentence_is_found_with_offsets_into_the_text_as_it_stands(text, sentence, found):
+    assert [text[start:end] for start, end in find_spans(text, sentence)] == found
+
+
+def test_found_offsets_stay_true_under_any_change_of_case_and_white_space():
+    generator = random.Random(0)
+    alphabet = "aIiİıßẞſKÅéǅ .,\n"
+    for _ in range(300):
+        before, after = ("".join(generator.choices(alphabet, k=k)) for k in (30, 5))
+        text = f"{before} The END of it. {after}"
+        sentence = generator.choice(["THE end OF it.", "the  end\tof it.", "The END of it."])
+        (start, end), *others = find_spans(text, sentence)
+        assert text[start:end] == "The END of it." and not others
+
+
+# Reading ReDSM5
+
+
+def test_all_spans_of_a_pair_are_one_example_and_nothing_is_dropped_in_silence(tmp_path):
+    posts = {
+        "s_1_1": "I weep. I lie awake. I weep a lot.",
+        "s_1_2": "Nothing here. I sleep well.",
+        "s_2_1": "Lost evidence.",
+        "s_3_1": "I weep daily. Odd.",
+    }
+    rows = [
+        ("s_1_1", "I weep.", "DEPRESSED_MOOD", 1),
+        ("s_1_1", "I weep a lot.", "DEPRESSED_MOOD", 1),
+        ("s_1_1", "I weep a lot.", "DEPRESSED_MOOD", 1),
+        ("s_1_1", "I lie awake.", "DEPRESSED_MOOD", 0),
+        ("s_1_1", "I lie awake.", "SLEEP_ISSUES", 1),
+        ("s_1_2", "I sleep well.", "SLEEP_ISSUES", 0),
+        ("s_2_1", "It is not there.", "FATIGUE", 1),
+        ("s_3_1", "I WEEP daily.", "DEPRESSED_MOOD", 1),
+        ("s_3_1", "Nor is this.", "DEPRESSED_MOOD", 1),
+        ("s_3_1", "Odd.", "SPECIAL_CASE", 1),
+    ]
+    write_redsm5(tmp_path, posts, rows)
+    source = read_source(replace(SAMPLE, data_dir=str(tmp_path)))
+    found = {e.id: e for e in source.examples}
+    assert len(found) == len(source.examples) == 4 * 9 - 1 and "s_2_1:FATIGUE" not in found
+    assert found["s_1_1:DEPRESSED_MOOD"].texts == ["I weep.", "I weep a lot."]
+    assert found["s_1_1:DEPRESSED_MOOD"].question.startswith("Depressed mood: ")
+    assert {name: e.texts for name, e in found.items() if e.answers and "s_1_1:D" not in name} == {
+        "s_1_1:SLEEP_ISSUES": ["I lie awake."],
+        "s_3_1:DEPRESSED_MOOD": ["I weep daily."],
+    }
+    assert [name for name, e in found.items() if e.kind == "rejected"] == ["s_1_2:SLEEP_ISSUES"]
+    assert [(row["line"], row["post_id"]) for row in source.not_found] == [(8, "s_2_1"), (10, "s_3_1")]
+    assert source.counts == {
+        "evidence": 5,
+        "rejected": 2,
+        "SPECIAL_CASE": 1,
+        "evidence not found in its post": 2,
+        "pairs left out for that": 1,
+    }
+    names = read_source(replace(SAMPLE, data_dir=str(tmp_path), question_form="name"))
+    assert {e.question for e in names.examples} == {name for name, _ in CRITERIA.values()}
+    empty = read_source(replace(SAMPLE, data_dir=str(tmp_path), question_form="empty")).examples
+    assert {e.id: (e.question, e.texts, e.kind) for e in empty} == {
+        "s_1_1": ("", ["I weep.", "I lie awake.", "I weep a lot."], "answered"),
+        "s_1_2": ("", [], "rejected"),
+        "s_3_1": ("", ["I weep daily."], "answered"),
+    }
+
+
+def test_the_sample_holds_every_trap_and_is_what_its_scripts_write(tmp_path, monkeypatch):
+    source = read_source(SAMPLE)
+    assert source.counts["evidence not found in its post"] == len(source.not_found) == 4
+    assert source.counts["rejected"] > 100 and any(len(e.answers) > 1 for e in source.examples)
+    texts = Counter(e.context for e in source.examples if e.id.endswith(":FATIGUE"))
+    assert sum(count > 1 for count in texts.values()) == 6
+    assert any("İ" in text for text in texts)
+    shutil.copytree(ROOT / "evidence_spans/sample/model", tmp_path / "model")
+    monkeypatch.setattr(make_model, "HERE", tmp_path)
+    make_sample.main(tmp_path)
+    make_model.write_tokenizer(tmp_path / "model")
+    names = ("model/tokenizer.json", "model/tokenizer_config.json", "model/config.json")
+    for name in ("redsm5_posts.csv", "redsm5_annotations.csv", *names):
+        assert (tmp_path / name).read_bytes() == (ROOT / "evidence_spans/sample" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "posts, annotations, words",
+    [
+        ("post_id,text\ns_1_1,I weep.\ns_1_1,Again.\n", HEADER, ["line 3", "'s_1_1'", "line 2"]),
+        ("post_id,text\ns_1_1,\n", HEADER, ["line 2", "text is empty"]),
+        ("post_id\ns_1_1\n", HEADER, ["line 1", "no column text"]),
+        ("post_id,text\n", HEADER, ["holds no post"]),
+        ("post_id,text\ns_1_1,I weep.,more\n", HEADER, ["line 2", "expected 2 fields, found 3"]),
+        ('post_id,text\ns_1_1,"I weep.\n', HEADER, ["line 2", "quote"]),
+        (b"post_id,text\ns_1_1,I w\xe9p.\n", HEADER, ["UTF-8", "0xe9"]),
+        (None, HEADER + "\nx,x_0,I weep.,FATIGUE,1,w\n", ["line 2", "'x' is not in redsm5_posts.csv"]),
+        (None, HEADER + "\ns_1_1,0,I weep.,TIRED,1,w\n", ["line 2", "'TIRED'", "FATIGUE"]),
+        (None, HEADER + "\ns_1_1,0,I weep.,FATIGUE,2,w\n", ["line 2", "status is '2'", "1 (evidence)"]),
+        (None, HEADER + "\ns_1_1,0,,FATIGUE,1,w\n", ["line 2", "sentence_text is empty"]),
+        (None, "post_id,text\n", ["line 1", "no column DSM5_symptom"]),
+        (None, None, ["no redsm5_annotations.csv"]),
+    ],
+)
+def test_a_malformed_table_is_named_with_line_and_value(posts, annotations, words, tmp_path):
+    posts = posts or "post_id,text\ns_1_1,I weep.\n"
+    (tmp_path / "redsm5_posts.csv").write_bytes(posts if isinstance(posts, bytes) else posts.encode())
+    if annotations:
+        (tmp_path / "redsm5_annotations.csv").write_text(annotations, encoding="utf-8")
+    with pytest.raises(UserError) as error:
+        read_source(replace(SAMPLE, data_dir=str(tmp_path)))
+    assert "\n" not in str(error.value) and all(word in str(error.value) for word in words), error.value
+
+
+# Reading SQuAD
+
+
+def write_json(path, value) -> None:
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+def test_squad_answers_questions_and_files_are_read_as_they_are(tmp_path):
+    train_rows = squad(
+        (" In Paris it rains. ", [("a", "Where? ", [("Paris", 4), ("Paris", 4), (" it", 9)]), ("b", "Who?", [])]),
+        ("Rome burns.", [("c", "Where?", [("Rome", 0)])]),
+    )
+    write_json(tmp_path / "train-v2.0.json", train_rows)
+    write_json(tmp_path / "dev-v2.0.json", squad(("rome  BURNS.", [("d", "What?", [("BURNS", 6)])])))
+    config = replace(SAMPLE, data_dir=str(tmp_path))
+    source = read_source(config)
+    assert [(e.id, e.question, e.texts, e.kind, e.together) for e in source.examples] == [
+        ("a", "Where?", ["Paris", "it"], "answered", False),
+        ("b", "Who?", [], "rejected", False),
+        ("c", "Where?", ["Rome"], "answered", False),
+    ]
+    assert [e.id for e in source.test] == ["d"] and source.questions == {}
+    empty = read_source(replace(config, question_form="empty"))
+    assert [(e.question, e.texts, e.together) for e in empty.examples] == [
+        ("", ["Paris", "it"], True),
+        ("", ["Rome"], True),
+    ]
+    with pytest.raises(UserError, match="cannot be split"):  # and the text of c is left out: it is the test's
+        split_examples(source, config)
+    assert source.counts["left out, their text is in test"] == 1
+    one_file = read_source(replace(SAMPLE, data_dir=str(tmp_path / "train-v2.0.json")))
+    assert one_file.examples == source.examples and not one_file.test
+    write_json(tmp_path / "train-v2.0.json", {"data": [{"paragraphs": []}]})
+    with pytest.raises(UserError, match="holds no question"):
+        read_source(config)
+
+
+@pytest.mark.parametrize(
+    "part, change, words",
+    [
+        ("answer", {"answer_start": 2}, ["id a", "' Pari'", "2"]),
+        ("answer", {"answer_start": -5}, ["id a", "-5"]),
+        ("answer", {"answer_start": "3"}, ["answer_start is '3'", "int"]),
+        ("first", {"is_impossible": True}, ["id a", "is_impossible"]),
+        ("second", {"id": "a"}, ["id 'a'", "already"]),
+        ("second", {"id": 7}, ["id is 7", "str"]),
+        ("second", {"question": None}, ["qas[1]", "question is None"]),
+        ("second", {"answers": "Paris"}, ["qas[1]", "answers is 'Paris'", "list"]),
+        ("paragraph", {"context": " "}, ["paragraphs[0]", "context is empty"]),
+        ("article", {"paragraphs": {}}, ["data[0]", "paragraphs is {}", "list"]),
+        ("all", {"data": None}, ["data is None"]),
+    ],
+)
+def test_malformed_squad_is_named_with_its_place(part, change, words, tmp_path):
+    data = squad(("In Paris.", [("a", "Where?", [("Paris", 3)]), ("b", "Who?", [])]))
+    article = data["data"][0]
+    paragraph = article["paragraphs"][0]
+    first, second = paragraph["qas"]
+    parts = {"all": data, "article": article, "paragraph": paragraph, "first": first, "second": second}
+    (parts | {"answer": first["answers"][0]})[part].update(change)
+    write_json(tmp_path / "x.json", data)
+    with pytest.raises(UserError) as error:
+        read_source(replace(SAMPLE, data_dir=str(tmp_path)))
+    assert "x.json" in str(error.value) and all(word in str(error.value) for word in words), error.value
+
+
+def test_what_a_path_holds_must_be_one_thing(tmp_path):
+    config = replace(SAMPLE, data_dir=str(tmp_path))
+    with pytest.raises(UserError, match="holds neither redsm5_posts"):
+        read_source(config)
+    (tmp_path / "a.json").write_text("[1", encoding="utf-8")
+    with pytest.raises(UserError, match=r"a.json is not JSON: .*line 1 column"):
+        read_source(config)
+    write_json(tmp_path / "a.json", squad(("Rome.", [("a", "Where?", [("Rome", 0)])])))
+    with pytest.raises(UserError, match="have no names"):
+        read_source(replace(config, question_form="name"))
+    (tmp_path / "a.json").rename(tmp_path / "dev.json")
+    with pytest.raises(UserError, match="but no training file"):
+        read_source(config)
+    (tmp_path / "redsm5_posts.csv").write_text("post_id,text\n", encoding="utf-8")
+    with pytest.raises(UserError, match="give --data_dir the JSON file itself"):
+        read_source(config)
+
+
+# Splits
+
+
+def make_posts(n: int, generator: random.Random) -> list[Example]:
+    texts = [f"text {generator.randrange(n)} of it" for _ in range(n)]
+    posts = [f"s_{generator.randrange(n)}_{number}" for number in range(n)]
+    return [
+        Example(f"{post}:{name}", post, name, text, ((0, 4),), "answered", True)
+        for post, text in zip(posts, texts)
+        for name in ("A", "B")
+    ]
+
+
+def splits_of(examples: list[Example], **changes) -> dict[str, str]:
+    from evidence_spans.dataset import Source
+
+    found = split_examples(Source(examples, [], Counter(), [], {}), replace(SAMPLE, **changes))
+    return {e.id: name for name, some in found.items() for e in some}
+
+
+def test_nothing_crosses_the_splits_and_a_group_is_a_connected_component():
+    examples = make_posts(400, random.Random(1))
+    found = splits_of(examples)
+    assert found.keys() == {e.id for e in examples}
+    for one in examples:
+        for other in examples:
+            linked = one.context == other.context or one.post.rsplit("_", 1)[0] == other.post.rsplit("_", 1)[0]
+            assert not linked or found[one.id] == found[other.id]
+    keys = group_keys({"s_1_1": "A b", "s_1_2": "c", "x": "a  B", "y": "d", "s_12_1": "e"})
+    assert keys == {"s_1_1": "s_1_", "s_1_2": "s_1_", "x": "s_1_", "y": "y", "s_12_1": "s_12_"}
+
+
+def test_adding_posts_moves_no_other_and_the_shares_are_those_asked_for():
+    generator = random.Random(2)
+    unlinked = [e._replace(context=f"{e.post} {e.context}") for e in make_posts(3000, generator)]
+    before = splits_of(unlinked[:3000])
+    after = splits_of(unlinked[3000:] + unlinked[:3000])  # new authors, and new posts of the old ones, in front
+    assert all(after[name] == split for name, split in before.items())
+    authors = {e.post.rsplit("_", 1)[0]: after[e.id] for e in unlinked}
+    shares = Counter(authors.values())
+    assert shares["validation"] / len(authors) == pytest.approx(0.1, abs=0.02)
+    assert shares["test"] / len(authors) == pytest.approx(0.1, abs=0.02)
+    for author, split in list(authors.items())[:50]:  # by hash alone: the same on every machine and in every version
+        share = int(hashlib.sha256(f"{SAMPLE.split_seed}\n{author}_".encode()).hexdigest()[:16], 16) / 2**64
+        assert split == ("validation" if share < 0.1 else "test" if share < 0.2 else "train")
+    assert splits_of(unlinked, split_seed=1) != after
+
+
+def test_validation_and_test_hold_every_question_of_their_posts(splits):
+    for name in ("validation", "test"):
+        asked = Counter(e.post for e in splits[name])
+        left_out = 9 * len(asked) - sum(asked.values())
+        assert 0 <= left_out <= 4 and len(asked) > 40, name
+
+
+def test_training_takes_all_rejected_pairs_and_draws_the_others_by_seed_and_epoch(splits):
+    examples = splits["train"]
+    kinds = np.array([e.kind for e in examples])
+    drawn = [drawn_examples(examples, 1.0, 42, epoch) for epoch in (0, 0, 1)]
+    assert np.array_equal(drawn[0], drawn[1]) and not np.array_equal(drawn[0], drawn[2])
+    assert not np.array_equal(drawn[0], drawn_examples(examples, 1.0, 43, 0))
+    positives = (kinds == "answered").sum()
+    for ratio in (0, 0.5, 1, 3, 1000):
+        found = drawn_examples(examples, ratio, 42, 0)
+        assert len(set(found.tolist())) == len(found)
+        counts = Counter(kinds[found].tolist())
+        assert counts["answered"] == positives and counts["rejected"] == (kinds == "rejected").sum()
+        assert counts["unannotated"] == min(round(ratio * positives), (kinds == "unannotated").sum())
+
+
+# Windows
+
+
+def reference_windows(e: Example, tokenizer, max_length: int, stride: int) -> list[tuple[list[int], set]]:
+    """Tokens and labels of each window, from one tokenisation of the whole context and a search over characters."""
+    context = tokenizer(e.context, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    question = tokenizer(e.question, add_special_tokens=False)["input_ids"]
+    prefix = [tokenizer.cls_token_id, *question, tokenizer.sep_token_id]
+    room, windows, start = max_length - len(prefix) - 1, [], 0
+    while True:
+        ids = context["input_ids"][start : start + room]
+        labels = set()
+        for first, end in e.answers:
+            inside = [n for n, (a, b) in enumerate(context["offset_mapping"]) if a < end and first < b]
+            if inside and start <= inside[0] and inside[-1] < start + len(ids):
+                labels.add((len(prefix) + inside[0] - start, len(prefix) + inside[-1] - start))
+        windows.append((prefix + ids + [tokenizer.sep_token_id], labels))
+        if start + room >= len(context["input_ids"]):
+            return windows
+        start += room - stride
+
+
+def test_windows_equal_a_search_over_characters(tokenizer, splits):
+    longest = sorted(splits["train"], key=lambda e: (-len(e.answers), -len(e.context)))[:60]
+    longest += sorted(splits["train"], key=lambda e: -len(e.context))[:18]
+    config = replace(SAMPLE, max_length=64, doc_stride=20)
+    windows = make_windows(longest, tokenizer, config)
+    expected = [(n, *window) for n, e in enumerate(longest) for window in reference_windows(e, tokenizer, 64, 20)]
+    assert len(windows) == len(expected) > 2 * len(longest)
+    labelled = 0
+    for window, (number, ids, labels) in zip(windows, expected):
+        e = longest[number]
+        assert window.example == number and window.input_ids.tolist() == ids and set(window.labels) == labels
+        assert window.token_type_ids.tolist() == [0] * window.first + [1] * (len(ids) - window.first)
+        assert len(window.offsets) == len(ids) - window.first - 1  # all but the last [SEP]
+        for start, end in window.labels:
+            labelled += 1
+            text = e.context[window.offsets[start - window.first, 0] : window.offsets[end - window.first, 1]]
+            assert text in e.texts
+    assert labelled > 60
+    ranges = window_ranges(windows, len(longest))
+    assert [w.example for w in windows[ranges[3] : ranges[4]]] == [3] * (ranges[4] - ranges[3])
+    for number, e in enumerate(longest):  # every character that a token holds is in some window
+        covered = {n for w in windows[ranges[number] : ranges[number + 1]] for a, b in w.offsets for n in range(a, b)}
+        assert covered == {n for n, c in enumerate(e.context) if not c.isspace()}
+
+
+def test_a_span_cut_by_a_windows_edge_is_no_label_there(tokenizer):
+    e = example("I am at the station in the old town with my sister every day", "the old town", question="")
+    windows = make_windows([e], tokenizer, replace(SAMPLE, max_length=8, doc_stride=3))
+    texts = [tokenizer.decode(w.input_ids[w.first : -1]) for w in windows]
+    labelled = [bool(w.labels) for w in windows]
+    assert labelled == ["the old town" in text for text in texts] and 0 < sum(labelled) < len(windows) - 1
+    batch = collate(windows, tokenizer.pad_token_id)
+    for row, window in enumerate(windows):
+        start, end = window.labels[0] if window.labels else (0, 0)
+        assert batch["start_labels"][row].nonzero().tolist() == [[start]]
+        assert batch["end_labels"][row].nonzero().tolist() == [[end]]
+    assert not batch["context_mask"][:, 0].any()
+
+
+def test_a_question_that_leaves_no_room_is_named(tokenizer):
+    e = example("one two", question=" ".join(["so"] * 30), name="q7")
+    with pytest.raises(UserError, match=r"example q7: max_length 40 less 33 tokens .* doc_stride 7"):
+        make_windows([e], tokenizer, replace(SAMPLE, max_length=40, doc_stride=7))
+    assert make_windows([e], tokenizer, replace(SAMPLE, max_length=40, doc_stride=6))
+
+
+def test_padding_is_masked_and_the_context_mask_is_the_context(tokenizer, splits):
+    windows = make_windows(splits["train"][:40], tokenizer, SAMPLE)
+    batch = collate(windows, tokenizer.pad_token_id)
+    for row, window in enumerate(windows):
+        length = len(window.input_ids)
+        assert batch["attention_mask"][row].tolist() == [1] * length + [0] * (batch["input_ids"].shape[1] - length)
+        inside = batch["context_mask"][row].nonzero().flatten().tolist()
+        assert inside == list(range(window.first, length - 1))
+        assert tokenizer.sep_token_id not in batch["input_ids"][row, inside].tolist()
+
+
+def test_loader_options_take_effect_only_where_they_apply(tokenizer, splits):
+    windows = make_windows(splits["train"][:6], tokenizer, SAMPLE)
+    loader = make_loader(windows, [[0, 1], [2]], tokenizer, SAMPLE)
+    assert not loader.persistent_workers and loader.prefetch_factor is None and not loader.pin_memory
+    batches = [[0, 1]]
+    config = replace(SAMPLE, num_workers=1, persistent_workers=True, prefetch_factor=3)
+    loader = make_loader(windows, batches, tokenizer, config)
+    assert loader.persistent_workers and loader.prefetch_factor == 3
+    seen = [batch["input_ids"].shape[0] for batch in loader]
+    batches[:] = [[2], [0, 1, 3]]  # as for the next epoch
+    assert [*seen, *(batch["input_ids"].shape[0] for batch in loader)] == [2, 1, 3]
+
+
+# Case
+
+
+@pytest.fixture
+def cased_folder(tmp_path):
+    """A model folder like SpanBERT's: a cased vocab.txt and not a word about case."""
+    words = ["Paris", "paris", "The", "the", "I", "i", "A", "##aris", "P", "."]
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
+    (tmp_path / "vocab.txt").write_text("\n".join(tokens), encoding="utf-8")
+    shape = {"model_type": "bert", "vocab_size": 15, "hidden_size": 16, "num_hidden_layers": 1}
+    shape |= {"num_attention_heads": 2, "intermediate_size": 16, "max_position_embeddings": 128, "type_vocab_size": 2}
+    write_json(tmp_path / "config.json", shape)
+    return tmp_path
+
+
+def test_a_cased_vocabulary_is_never_lower_cased_in_silence(cased_folder, capsys, tmp_path):
+    config = replace(SAMPLE, model=str(cased_folder))
+    assert AutoTokenizer.from_pretrained(cased_folder).tokenize("The Paris") == ["the", "paris"]  # the trap
+    tokenizer = load_tokenizer(config)
+    assert tokenizer.tokenize("The Paris") == ["The", "Paris"]
+    assert "is cased: text keeps its capitals" in capsys.readouterr().out
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    save_model(build_model(config, tokenizer), tokenizer, {}, saved)
+    assert load_tokenizer(config, saved).tokenize("The Paris") == ["The", "Paris"] and not capsys.readouterr().out
+    write_json(cased_folder / "tokenizer_config.json", {"do_lower_case": True})
+    with pytest.raises(UserError, match='holds capitals but its tokenizer makes text lower case; write "do_lower'):
+        load_tokenizer(config)
+    vocabulary = (cased_folder / "vocab.txt").read_text(encoding="utf-8").lower().split("\n")
+    uncased = dict.fromkeys(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *vocabulary[5:]])
+    (cased_folder / "vocab.txt").write_text("\n".join(uncased), encoding="utf-8")
+    tokenizer = load_tokenizer(config)
+    assert not lowers_a_cased_vocabulary(tokenizer) and tokenizer.tokenize("The Paris") == ["the", "paris"]
+
+
+def test_tokenizers_that_cannot_do_it_are_refused(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="holds no tokenizer"):
+        shutil.copy(ROOT / "evidence_spans/sample/model/config.json", tmp_path)
+        load_tokenizer(replace(SAMPLE, model=str(tmp_path)))
+    from transformers import PythonBackend
+
+    class Slow(PythonBackend):
+        is_fast = False
+
+        def __len__(self):
+            return 100
+
+        all_special_ids = ()
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: object.__new__(Slow))
+    with pytest.raises(UserError, match="needs a fast tokenizer"):
+        load_tokenizer(SAMPLE)
+
+
+# Model and loss
+
+
+def tiny(model_type: str):
+    """A tiny config of an architecture."""
+    shape = {"vocab_size": 80, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    shape |= {"intermediate_size": 24, "max_position_embeddings": 40, "pad_token_id": 0, "embedding_size": 16}
+    if model_type in ("distilbert",):
+        shape |= {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24}
+    if model_type == "deberta-v2":
+        shape |= {"relative_attention": True, "position_buckets": 8, "pos_att_type": ["p2c", "c2p"]}
+    config = AutoConfig.for_model(model_type, **shape)
+    config.initializer_range = 0.3
+    return config
+
+
+@pytest.mark.parametrize("model_type", SUPPORTED)
+def test_the_best_model_loads_in_transformers_and_gives_the_same_logits(model_type, tokenizer, tmp_path):
+    model_config = tiny(model_type)
+    base = tmp_path / "base"
+    shutil.copytree(ROOT / "evidence_spans/sample/model", base)
+    (base / "model.safetensors").unlink(missing_ok=True)
+    model_config.vocab_size = len(tokenizer)
+    model_config.save_pretrained(base)
+    config = replace(SAMPLE, model=str(base), init="random", max_length=30, doc_stride=4, dropout=0.5)
+    own = load_tokenizer(config)
+    torch.manual_seed(0)
+    model = build_model(config, own).eval()
+    folder = tmp_path / "best"
+    folder.mkdir()
+    save_model(model, own, {}, folder)
+    theirs, info = AutoModelForQuestionAnswering.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    windows = make_windows([example("I weep. I lie awake.", "I weep."), example("Tea!")], own, config)
+    assert (windows[0].token_type_ids is not None) == (getattr(model_config, "type_vocab_size", 0) > 1)
+    batch = {k: v for k, v in collate(windows, 0).items() if "mask" not in k or k == "attention_mask"}
+    batch = {k: v for k, v in batch.items() if "labels" not in k}
+    with torch.no_grad():
+        start, end = model(**batch)
+        expected = theirs.eval()(**batch)
+        again = load_model(folder, config)(**batch)
+    real = batch["attention_mask"].bool()
+    assert torch.equal(start[real], expected.start_logits[real]) and torch.equal(end[real], expected.end_logits[real])
+    assert torch.equal(again[0][real], start[real]) and start[real].std() > 0.01
+
+
+def tiny_model(tokenizer, **changes) -> SpanModel:
+    torch.manual_seed(0)
+    return build_model(replace(SAMPLE, init="random", **changes), tokenizer)
+
+
+def test_the_loss_is_transformers_own_where_every_token_may_answer_and_there_is_one_answer(tokenizer, tmp_path):
+    model = tiny_model(tokenizer).eval()
+    save_model(model, tokenizer, {}, tmp_path)
+    theirs = AutoModelForQuestionAnswering.from_pretrained(tmp_path).eval()
+    rows = [example("I weep. I lie awake.", "I lie awake."), example("Tea and no answer!")]
+    windows = make_windows(rows, tokenizer, SAMPLE)
+    batch = collate(windows, tokenizer.pad_token_id)
+    batch["context_mask"][:] = True
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids")}
+    places = {f"{edge}_positions": batch[f"{edge}_labels"].long().argmax(1) for edge in ("start", "end")}
+    ours = span_loss(*model(**inputs), batch)
+    assert ours.shape == (2,)
+    assert torch.allclose(ours.mean(), theirs(**inputs, **places).loss, atol=1e-6)
+
+
+def test_the_loss_sums_over_several_answers_and_leaves_question_and_padding_out():
+    torch.manual_seed(0)
+    start, end = torch.randn(2, 2, 9)
+    context = torch.zeros(2, 9, dtype=torch.bool)
+    context[0, 3:8] = context[1, 3:6] = True
+    labels = torch.zeros(2, 2, 9, dtype=torch.bool)
+    labels[0, 0, 3] = labels[0, 0, 5] = labels[1, 0, 4] = labels[1, 0, 7] = True
+    labels[:, 1, 0] = True  # no answer
+    batch = {"context_mask": context, "start_labels": labels[0], "end_labels": labels[1]}
+    loss = span_loss(start, end, batch)
+    for row, allowed in enumerate(([0, 3, 4, 5, 6, 7], [0, 3, 4, 5])):
+        expected = 0.0
+        for logits, wanted in ((start[row], labels[0, row]), (end[row], labels[1, row])):
+            p = logits[allowed].double().softmax(0)
+            expected -= math.log(sum(p[allowed.index(n)] for n in wanted.nonzero().flatten().tolist())) / 2
+        assert loss[row].item() == pytest.approx(expected, rel=1e-5)
+    start[:, [1, 2, 8]] = 1e4  # the question, and padding of the second
+    assert torch.equal(span_loss(start, end, batch), loss)
+
+
+def test_padding_and_batch_composition_change_nothing(tokenizer, splits):
+    model = tiny_model(tokenizer).eval()
+    windows = make_windows(splits["train"][:30], tokenizer, SAMPLE)
+    inputs = ("input_ids", "attention_mask", "token_type_ids")
+    with torch.no_grad():
+        batch = collate(windows, tokenizer.pad_token_id)
+        start, end = model(**{name: batch[name] for name in inputs})
+        losses = span_loss(start, end, batch)
+        found = best_pairs(start, end, batch["context_mask"], 5, 20)
+        for row, window in enumerate(windows):
+            alone = collate([window], tokenizer.pad_token_id)
+            logits = model(**{name: alone[name] for name in inputs})
+            assert torch.allclose(span_loss(*logits, alone), losses[row], atol=1e-5)
+            scores, starts, ends = best_pairs(*logits, alone["context_mask"], 5, 20)
+            assert torch.allclose(scores[0], found[0][row], atol=1e-4)
+            assert starts[0, 0] == found[1][row, 0] and ends[0, 0] == found[2][row, 0]
+
+
+def test_compiling_leaves_the_names_alone_and_checkpointing_the_gradients(tokenizer, splits):
+    plain, compiled = tiny_model(tokenizer), tiny_model(tokenizer, compile_model=True)
+    assert compiled.state_dict().keys() == plain.state_dict().keys() and compiled._compiled_call_impl is not None
+    windows = make_windows(splits["train"][:8], tokenizer, SAMPLE)
+    gradients = []
+    for model in (plain, tiny_model(tokenizer, gradient_checkpointing=True)):
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        accumulate_gradients(model, [collate(windows, 0)], scaler, SAMPLE, step=3)
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients))
+
+
+def test_what_a_model_lacks_is_said(tmp_path, tokenizer):
+    base = tmp_path / "base"
+    shutil.copytree(ROOT / "evidence_spans/sample/model", base)
+    config = replace(SAMPLE, model=str(base))
+    shape = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    write_json(base / "config.json", shape | {"vocab_size": 50})
+    with pytest.raises(UserError, match="tokens do not fit 50 embeddings"):
+        build_model(config, tokenizer)
+    write_json(base / "config.json", shape | {"model_type": "modernbert"})
+    with pytest.raises(UserError, match=r"is a modernbert model; supported are bert, .*distilbert"):
+        build_model(config, tokenizer)
+    write_json(base / "config.json", shape)
+    with pytest.raises(UserError, match="max_length 999 is more than the positions"):
+        build_model(replace(config, max_length=999), tokenizer)
+    (base / "model.safetensors").unlink(missing_ok=True)
+    with pytest.raises(UserError, match="--init random would train its shape"):
+        build_model(replace(config, init="pretrained"), tokenizer)
+    torch.manual_seed(0)
+    model = build_model(replace(config, init="random"), tokenizer)
+    del model.bert.encoder.layer[1].output.dense.bias
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    save_model(model, tokenizer, {}, folder)
+    with pytest.raises(UserError, match=r"lacks 1 of the encoder's weights, .*layer.1.output.dense.bias"):
+        build_model(replace(config, model=str(folder), init="pretrained"), tokenizer)
+    with pytest.raises(UserError, match="does not load"):
+        load_model(folder, config)
+
+
+# The loop
+
+
+def test_accumulation_gives_the_gradient_of_the_big_batch(tokenizer, splits):
+    windows = make_windows(splits["train"][:14], tokenizer, SAMPLE)
+    model = tiny_model(tokenizer, dropout=0.0)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    gradients = []
+    for groups in ([windows], [windows[:4], windows[4:8], windows[8:]]):
+        model.zero_grad()
+        losses = accumulate_gradients(model, [collate(group, 0) for group in groups], scaler, SAMPLE, step=0)
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    assert sum(losses) == pytest.approx(span_loss_of(model, windows).sum().item(), rel=1e-5)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients))
+
+
+def span_loss_of(model: SpanModel, windows: list[Window]) -> torch.Tensor:
+    batch = collate(windows, 0)
+    names = ("input_ids", "attention_mask", "token_type_ids")
+    return span_loss(*model(**{name: batch[name] for name in names}), batch)
+
+
+def test_one_batch_overfits_and_its_answers_come_out(tokenizer, splits):
+    examples = [e for e in splits["train"] if e.answers][:6] + [e for e in splits["train"] if not e.answers][:4]
+    config = replace(SAMPLE, init="random", learning_rate=3e-3, warmup_ratio=0.0, dropout=0.0)
+    windows = make_windows(examples, tokenizer, config)
+    model = tiny_model(tokenizer, dropout=0.0)
+    optimizer, _, scaler = make_optimizer(model, 100, config)
+    for step in range(80):
+        accumulate_gradients(model, [collate(windows, 0)], scaler, config, step)
+        optimizer.step()
+        optimizer.zero_grad()
+    predictions, loss = predict(model, examples, windows, tokenizer, config, 30, CPU)
+    decoding = tune(predictions, examples, 30, {}, config)
+    scores = score_split(predictions, examples, loss, decoding)["at_threshold"]
+    assert loss < 0.1 and scores["has_answer"]["exact_match"] == scores["no_answer"]["exact_match"] == 1
+
+
+def test_steps_are_counted_by_epoch_and_evaluations_are_spread_evenly(tokenizer, splits):
+    windows = make_windows(splits["train"], tokenizer, SAMPLE)
+    config = replace(SAMPLE, epochs=3, batch_size=7, gradient_accumulation_steps=2)
+    ends = steps_of_epochs(splits["train"], windows, config)
+    for epoch, (first, end) in enumerate(zip([0, *ends], ends)):
+        rows = train.epoch_rows(splits["train"], windows, config, epoch)
+        assert end - first == math.ceil(len(rows) / 2)
+        numbers = sorted(row for batch in rows for row in batch)
+        assert numbers == epoch_windows(splits["train"], windows, config, epoch).tolist()  # each once, none dropped
+    assert evaluation_steps(np.array([10, 21, 30]), 30, config) == {10, 21, 30}
+    config = replace(config, evaluations_per_epoch=3)
+    assert evaluation_steps(np.array([9, 20, 30]), 25, config) == {3, 6, 9, 13, 16, 20, 23, 25}
+    assert evaluation_steps(np.array([2]), 2, config) == {1, 2}
+
+
+def test_decay_spares_biases_and_norms(tokenizer):
+    model = tiny_model(tokenizer)
+    optimizer, _, _ = make_optimizer(model, 10, SAMPLE)
+    names = {id(p): name for name, p in model.named_parameters()}
+    decayed, others = ({names[id(p)] for p in group["params"]} for group in optimizer.param_groups)
+    assert len(decayed) + len(others) == len(names) and optimizer.param_groups[0]["weight_decay"] == 0.01
+    assert others == {name for name in names.values() if name.endswith("bias") or "LayerNorm" in name}
+
+
+# From logits to text
+
+
+def brute_force(start, end, mask, n: int, longest: int) -> list[tuple[float, int, int]]:
+    inside = [i for i, allowed in enumerate(mask) if allowed]
+    pairs = [(start[i] + end[j], i, j) for i in inside for j in inside if i <= j < i + longest]
+    return sorted(pairs, key=lambda pair: -pair[0])[:n]
+
+
+def test_the_n_best_pairs_equal_a_brute_force_search():
+    generator = torch.Generator().manual_seed(0)
+    for trial in range(150):
+        rows, length = int(torch.randint(1, 4, (1,), generator=generator)), 1 + trial % 40
+        n, longest = (int(torch.randint(1, high, (1,), generator=generator)) for high in (25, 50))
+        start, end = torch.randn(2, rows, length, generator=generator)
+        if trial % 3 == 0:  # an end that nearly every start wants, and starts that are bad by themselves
+            end[:, length // 2] += 5
+        mask = torch.zeros(rows, length, dtype=torch.bool)
+        for row in range(rows):
+            first, stop = sorted(torch.randint(0, length + 1, (2,), generator=generator).tolist())
+            mask[row, first:stop] = True
+        scores, starts, ends = best_pairs(start, end, mask, n, longest)
+        for row in range(rows):
+            expected = brute_force(start[row].tolist(), end[row].tolist(), mask[row].tolist(), n, longest)
+            found = [
+                (score, i, j)
+                for score, i, j in zip(scores[row].tolist(), starts[row].tolist(), ends[row].tolist())
+                if score > -math.inf
+            ]
+            assert [pair[1:] for pair in found] == [pair[1:] for pair in expected]
+            assert [pair[0] for pair in found] == pytest.approx([pair[0] for pair in expected], abs=1e-5)
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 5, 8, 13, 40, 64])
+def test_the_sliding_maximum_looks_ahead(width):
+    values = torch.randn(3, 40)
+    expected = torch.stack([values[:, i : i + width].amax(1) for i in range(40)], dim=1)
+    assert torch.equal(sliding_maximum(values, width), expected)
+
+
+def test_windows_merge_into_the_best_distinct_spans_of_the_whole_text(tokenizer):
+    """Against brute force over all windows, with random logits; a span in two windows counts once, with its best."""
+    text = " ".join(f"w{n}" for n in range(40))
+    config = replace(SAMPLE, max_length=40, doc_stride=20)
+    windows = make_windows([example(text, question="")], tokenizer, config)
+    batch = collate(windows, 0)
+    torch.manual_seed(3)
+    start, end = torch.randn(2, *batch["input_ids"].shape)
+    everything: dict[tuple, float] = {}
+    for row, window in enumerate(windows):
+        for score, i, j in brute_force(start[row].tolist(), end[row].tolist(), batch["context_mask"][row], 10**6, 6):
+            place = int(window.offsets[i - window.first, 0]), int(window.offsets[j - window.first, 1])
+            everything[place] = max(score, everything.get(place, -math.inf))
+    expected = sorted(everything.items(), key=lambda item: -item[1])[:20]
+    found = best_pairs(start, end, batch["context_mask"], 20, 6)
+    null = (start[:, 0] + end[:, 0]).tolist()
+    candidates = [tuple(row) for row in zip(null, *(tensor.tolist() for tensor in found))]
+    prediction = merge_windows(text, windows, candidates, 20)
+    assert len(windows) > 3 and prediction.null_score == min(null)
+    assert [span[:2] for span in prediction.spans] == [place for place, _ in expected]
+    assert [span.score for span in prediction.spans] == pytest.approx([score for _, score in expected], abs=1e-5)
+
+
+def test_blanks_at_a_tokens_edge_are_no_part_of_an_answer():
+    text = "so  very tired "
+    offsets = np.array([[0, 2], [2, 8], [8, 15]])
+    window = Window(0, np.zeros(5, np.int32), None, 1, offsets, ())
+    prediction = merge_windows(text, [window], [(0.0, [3.0, 2.0, -math.inf], [2, 1, 0], [3, 3, 0])], 5)
+    assert [text[s.start : s.end] for s in prediction.spans] == ["very tired", "so  very tired"]
+
+
+def test_probabilities_sum_to_one_and_the_threshold_points_the_right_way():
+    prediction = Prediction(1.0, (Span(0, 4, 3.0), Span(5, 9, 2.5)))
+    assert prediction.difference == -2.0
+    assert answer(prediction, -2.0) == answer(prediction, 0.0) == answer(prediction, None) == Span(0, 4, 3.0)
+    assert answer(prediction, -2.1) is None  # empty iff null - best > threshold
+    weights = np.exp([1.0, 3.0, 2.5])
+    assert probabilities(prediction, True) == pytest.approx(weights / weights.sum())
+    assert probabilities(prediction, False) == pytest.approx(weights[1:] / weights[1:].sum())
+    for threshold in (0.0, None):
+        decoding = Decoding(10, threshold, 0.0, None, None, {})
+        rows = n_best("abcd efgh", prediction, decoding)
+        assert sum(row["probability"] for row in rows) == pytest.approx(1) and rows[0]["text"] == "abcd"
+        assert [row["text"] for row in rows] == ["abcd", "efgh"] + [""] * (threshold is not None)
+    sharp = Prediction(-1e5, (Span(0, 4, 1e5), Span(5, 9, -1e5)))
+    assert probabilities(sharp, True) == [0.0, 1.0, 0.0]  # no overflow
+
+
+def test_an_example_without_any_span_is_a_no_answer_and_does_not_crash(tokenizer):
+    nothing = Prediction(-3.0, ())
+    decoding = Decoding(10, -5.0, 0.0, 1.0, 0.0, {})
+    assert nothing.difference == math.inf and answer(nothing, 1e9) is None and answer(nothing, None) is None
+    assert probabilities(nothing, True) == [1.0] and probabilities(nothing, False) == []
+    assert several_answers(nothing, decoding) == [] and no_answer_probability(nothing, decoding) == 1.0
+    control = example("\u200b\u200b", question="Why?")  # the tokenizer drops every character
+    windows = make_windows([control], tokenizer, SAMPLE)
+    model = tiny_model(tokenizer)
+    predictions, loss = predict(model, [control], windows, tokenizer, SAMPLE, 10, CPU)
+    assert predictions[0].spans == () and math.isfinite(loss)
+    tuned = tune(predictions, [control], 10, {}, SAMPLE)
+    assert score_split(predictions, [control], loss, tuned)["at_threshold"]["f1"] == 1.0
+
+
+def test_the_tuned_threshold_equals_a_search_over_all_cuts():
+    generator = np.random.default_rng(0)
+    for _ in range(200):
+        n = int(generator.integers(1, 30))
+        differences = generator.normal(size=n).round(1)  # with ties
+        differences[generator.random(n) < 0.1] = np.inf
+        answered = np.where(np.isfinite(differences), generator.random(n), 0)
+        empty = (generator.random(n) < 0.5).astype(float)
+
+        finite = differences[np.isfinite(differences)]
+        cuts = [-100, 100, *(x + d for x in finite for d in (-1e-6, 0, 1e-6))]
+        best = max(np.where(differences > t, empty, answered).sum() for t in cuts)
+        tuned = tune_threshold(differences, answered, empty)
+        assert np.where(differences > tuned, empty, answered).sum() == pytest.approx(best)
+    assert tune_threshold(np.array([-4.0, 3.0]), np.array([1.0, 0.0]), np.array([0.0, 1.0])) == 0.0
+    assert tune_threshold(np.array([2.0, 5.0]), np.array([1.0, 0.0]), np.array([0.0, 1.0])) == 3.5
+    right, wrong = np.array([1.0, 1.0]), np.array([0.0, 0.0])
+    assert tune_threshold(np.array([2.0, 5.0]), right, wrong) >= 5
+    assert tune_threshold(np.array([2.0, 5.0]), wrong, right) < 2
+
+
+def test_the_threshold_of_several_spans_equals_a_search_over_all_cuts():
+    generator = np.random.default_rng(1)
+    for _ in range(200):
+        n, wanted = int(generator.integers(1, 20)), int(generator.integers(1, 15))
+        spans = [(float(d), bool(r)) for d, r in zip(generator.normal(size=n).round(1), generator.random(n) < 0.5)]
+
+        cuts = (-100, *(d for d, _ in spans))
+        assert f1_below(tune_span_threshold(spans, wanted), spans, wanted) == pytest.approx(
+            max(f1_below(t, spans, wanted) for t in cuts)
+        )
+
+
+def f1_below(t: float, spans: list[tuple[float, bool]], wanted: int) -> float:
+    chosen = [right for d, right in spans if d <= t]
+    return 2 * sum(chosen) / (len(chosen) + wanted)
+
+
+def test_without_a_no_answer_example_there_is_no_threshold_and_no_calibration():
+    rows = [example("I weep.", "I weep.", name=str(n)) for n in range(3)]
+    predictions = [Prediction(float(n), (Span(0, 7, 0.0),)) for n in range(3)]
+    decoding = tune(predictions, rows, 5, {}, SAMPLE)
+    assert decoding.threshold is None and decoding.slope is None
+    scores = score_split(predictions, rows, 0.0, decoding)
+    assert scores["at_threshold"]["f1"] == 1 and "at_zero" not in scores and "no_answer_brier" not in scores
+    assert scores["at_threshold"]["no_answer"] == {"exact_match": None, "f1": None, "rows": 0}
+
+
+@pytest.mark.parametrize("metric", ["f1", "exact_match", "f1_balanced"])
+def test_the_threshold_is_tuned_for_the_metric(metric):
+    """Many no-answer examples and a few answers that are half right: each metric wants its own cut."""
+    generator = np.random.default_rng(2)
+    rows = [example("one two three", "one two", name=f"a{n}") for n in range(10)]
+    rows += [example("one two three", name=f"n{n}") for n in range(40)]
+    differences = np.concatenate([generator.normal(0, 2, 10), generator.normal(1, 2, 40)])
+    ends = [7, 7, 3, 3, 3, 3, 3, 3, 3, 3] + [3] * 40
+    predictions = [Prediction(float(d), (Span(0, end, 0.0),)) for d, end in zip(differences, ends)]
+
+    def score(t):
+        texts = ["" if d > t else "one two three"[:end] for d, end in zip(differences, ends)]
+        return span_metrics(texts, [e.texts for e in rows])[metric]
+
+    decoding = tune(predictions, rows, 5, {}, replace(SAMPLE, metric=metric))
+    assert score(decoding.threshold) == pytest.approx(max(score(t) for t in (-100, 100, *differences)))
+    scores = score_split(predictions, rows, 0.0, decoding)["at_threshold"]
+    assert scores[metric] == pytest.approx(score(decoding.threshold))
+
+
+def test_the_probability_of_no_answer_is_calibrated():
+    generator = np.random.default_rng(0)
+    differences = generator.normal(0, 3, 20000)
+    unanswerable = generator.random(20000) < 1 / (1 + np.exp(-(0.7 * differences - 0.4)))
+    slope, intercept = calibrate(differences, unanswerable)
+    assert slope == pytest.approx(0.7, abs=0.03) and intercept == pytest.approx(-0.4, abs=0.05)
+    decoding = Decoding(10, 0.0, 0.0, slope, intercept, {})
+    found = no_answer_probability(Prediction(2.0, (Span(0, 1, 0.0),)), decoding)
+    assert found == pytest.approx(1 / (1 + math.exp(-(slope * 2 + intercept))))
+    assert calibrate(differences, np.ones(20000, bool)) == (None, None)
+
+
+def test_several_answers_do_not_overlap_and_follow_their_threshold():
+    spans = (Span(5, 9, 4.0), Span(0, 6, 3.5), Span(0, 4, 3.0), Span(9, 12, 1.0), Span(11, 15, 0.9))
+    prediction = Prediction(2.0, spans)
+    assert apart(prediction) == [spans[0], spans[2], spans[3]]
+    assert several_answers(prediction, Decoding(9, 0.0, 0.0, None, None, {})) == [spans[2], spans[0]]
+    assert several_answers(prediction, Decoding(9, 0.0, 1.0, None, None, {})) == [spans[2], spans[0], spans[3]]
+    assert several_answers(prediction, Decoding(9, 0.0, -3.0, None, None, {})) == []
+
+
+# Sentences
+
+
+@pytest.mark.parametrize(
+    "text, found",
+    [
+        ("I weep. I sleep!", ["I weep.", "I sleep!"]),
+        ('He said "Stop?!" Then tea', ['He said "Stop?!"', "Then tea"]),
+        ("No end\n\n  Next line. ", ["No end", "Next line."]),
+        ("It costs 3.50 today... Really", ["It costs 3.50 today...", "Really"]),
+        ("   ", []),
+    ],
+)
+def test_sentences_end_where_readers_say(text, found):
+    assert [text[start:end] for start, end in sentences(text)] == found
+
+
+def test_sentence_decoding_takes_the_best_whole_sentence(tokenizer, splits):
+    rows = [e for e in splits["train"] if e.answers][:20]
+    config = replace(SAMPLE, max_length=64, doc_stride=24, decode="sentence")
+    windows = make_windows(rows, tokenizer, config)
+    batch = collate(windows, 0)
+    torch.manual_seed(0)
+    start, end = torch.randn(2, *batch["input_ids"].shape)
+    spans = [sentences(rows[w.example].context) for w in windows]
+    scores, starts, ends = sentence_pairs(start, end, windows, spans, 3)
+    whole = 0
+    for row, window in enumerate(windows):
+        pairs = []
+        for first, stop in spans[row]:
+            inside = [n for n, (a, b) in enumerate(window.offsets) if a < stop and first < b]
+            if inside and window.offsets[0, 0] <= first and stop <= window.offsets[-1, 1]:
+                i, j = window.first + inside[0], window.first + inside[-1]
+                pairs.append(((start[row, i] + end[row, j]).item(), i, j))
+        expected = sorted(pairs, reverse=True)[:3]
+        whole += len(expected)
+        found = [pair for pair in zip(*(part[row].tolist() for part in (scores, starts, ends))) if pair[0] > -math.inf]
+        assert [pair[1:] for pair in found] == [pair[1:] for pair in expected]
+        assert [pair[0] for pair in found] == pytest.approx([pair[0] for pair in expected], abs=1e-6)
+    assert whole > len(windows)
+    predictions, _ = predict(tiny_model(tokenizer), rows, windows, tokenizer, config, 10, CPU)
+    for e, prediction in zip(rows, predictions):
+        assert prediction.spans and {s[:2] for s in prediction.spans} <= set(sentences(e.context))
+
+
+# Metrics
+
+
+@pytest.mark.parametrize(
+    "prediction, golds, exact, f1",
+    [
+        ("The Normans!", ["normans"], 1, 1),  # articles, case, punctuation
+        ("a  an the", [""], 1, 1),
+        ("10th and 11th centuries", ["in the 10th and 11th centuries", "11th"], 0, 2 * 4 / 9),
+        ("Paris", ["Rome", "in Paris, France"], 0, 0.5),
+        ("tea tea", ["tea"], 0, 2 / 3),  # a word counts as often as it stands on both sides
+        ("theatre", ["atre"], 0, 0),  # "the" only as a word
+        ("state-of-the-art", ["stateoftheart"], 1, 1),
+        ("", ["Paris"], 0, 0),
+        ("Paris", [], 0, 0),
+        ("", [], 1, 1),
+        ("", ["the"], 1, 1),  # a gold answer without a word is no answer
+        ("", ["the", "Paris"], 0, 0),
+        ("!", ["Paris"], 0, 0),
+    ],
+)
+def test_squads_exact_match_and_f1_by_hand(prediction, golds, exact, f1):
+    assert answer_scores(prediction, golds) == pytest.approx((exact, f1))
+
+
+def test_span_metrics_split_by_kind_and_cannot_be_fooled_by_one_answer():
+    golds = [["a b c"], ["d e"], [], [], [], []]
+    scores = span_metrics(["b c", "x", "", "x", "", ""], golds)
+    assert scores["has_answer"] == {"exact_match": 0.5, "f1": 0.5, "rows": 2}
+    assert scores["no_answer"] == {"exact_match": 0.75, "f1": 0.75, "rows": 4}
+    assert scores["f1"] == pytest.approx((0.5 * 2 + 0.75 * 4) / 6) and scores["f1_balanced"] == 0.625
+    empty = span_metrics([""] * 6, golds)
+    assert empty["f1"] == pytest.approx(4 / 6) and empty["f1_balanced"] == 0.5
+    with pytest.raises(ValueError):
+        span_metrics([], [])
+    assert normalize_answer("The cat, a dog.") == ["cat", "dog"]
+
+
+def test_token_metrics_count_words_by_place():
+    context = "I am tired. I am so tired."
+    gold = [[(0, 11)]]  # I am tired.
+    assert token_metrics([context], [[(5, 26)]], [gold]) == pytest.approx(
+        {"precision": 1 / 5, "recall": 1 / 3, "f1": 2 / 8}
+    )  # the second "tired." is another word
+    both = [[(0, 11), (12, 26)]]
+    assert token_metrics([context], [[(12, 26)]], [both])["recall"] == pytest.approx(4 / 7)
+    either = [[(0, 11)], [(12, 26)]]
+    assert token_metrics([context], [[(12, 26)]], [either]) == {"precision": 1.0, "recall": 1.0, "f1": 1.0}
+    assert token_metrics([context], [[(0, 4)]], [[]]) == {"precision": 0.0, "recall": 0.0, "f1": 0.0}
+    assert token_metrics([context] * 2, [[(0, 11)], []], [gold, []])["f1"] == 1.0
+
+
+def test_multi_span_metrics_compare_sets_of_whole_spans():
+    found = multi_span_metrics([["I weep.", "tea"], [], ["x"]], [["i weep", "The tea!", "sad"], ["y"], []])
+    assert found == pytest.approx({"precision": 2 / 3, "recall": 2 / 4, "f1": 4 / 7})
+    assert multi_span_metrics([[]], [[]]) == {"precision": 0.0, "recall": 0.0, "f1": 0.0}
+
+
+def test_scores_of_several_spans_are_those_of_the_several_answers():
+    rows = [example("I weep. Tea. I lie awake.", "I weep.", "I lie awake.", name="1"), example("Tea. Cake.", name="2")]
+    predictions = [
+        Prediction(0.0, (Span(0, 7, 5.0), Span(13, 25, 4.0), Span(8, 12, -9.0))),
+        Prediction(0.0, (Span(0, 4, -7.0),)),
+    ]
+    decoding = tune(predictions, rows, 9, {}, SAMPLE)
+    scores = score_split(predictions, rows, 0.0, decoding)
+    assert scores["several"]["all"]["f1"] == scores["several"]["tokens"]["f1"] == 1.0
+    assert scores["several"]["posts_with_several"] == {"precision": 1.0, "recall": 1.0, "f1": 1.0, "rows": 1}
+    assert scores["at_threshold"]["tokens"]["recall"] == pytest.approx(2 / 5)  # one span alone cannot have both
+
+
+def test_the_longest_training_answer_is_the_limit(tokenizer, splits):
+    windows = make_windows(splits["train"], tokenizer, SAMPLE)
+    expected = max(b - a + 1 for w in windows for a, b in w.labels)
+    assert longest_answer(windows, SAMPLE) == expected > 12
+    assert longest_answer(windows, replace(SAMPLE, max_answer_length=3)) == 3
+
+
+# predict.py and search.py
+
+
+def test_highlighting_marks_the_span_and_disarms_the_terminal():
+    text = "Hi \x1b[31mred. I weep.\nBye."
+    spans = [{"start": text.index("I weep"), "end": text.index("\n")}]
+    assert highlighted(text, spans, colour=False) == "Hi �[31mred. [[I weep.]]\nBye."
+    assert highlighted(text, spans, colour=True) == "Hi �[31mred. \x1b[7mI weep.\x1b[0m\nBye."
+    assert highlighted("Tea.", [], colour=True) == "Tea."

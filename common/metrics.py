@@ -103,7 +103,7 @@ def span_metrics(predictions: Sequence[str], golds: Sequence[Sequence[str]]) -> 
     if not predictions:
         raise ValueError("no examples to score")
     scores = np.array([answer_scores(*pair) for pair in zip(predictions, golds)])  # (N, 2)
-    answerable = np.array([any(map(normalize_answer, gold)) for gold in golds])
+    answerable = np.array([len(gold) > 0 for gold in golds])
     result: dict = {}
     for name, chosen in (("all", answerable | True), ("has_answer", answerable), ("no_answer", ~answerable)):
         exact, f1 = scores[chosen].mean(0).tolist() if chosen.any() else (None, None)

@@ -1,6 +1,7 @@
 """Speed of the search for spans and of the training loop against transformers' question-answering example.
 
-    python evidence_spans/bench.py                               # the search for spans, random logits
+    python evidence_spans/bench.py --run_dir evidence_spans/runs/...    # the search for spans, a run's own logits
+    python evidence_spans/bench.py                               # the same on random logits
     pip install accelerate                                       # for the Trainer only
     python evidence_spans/bench.py --part step --model ... --data_dir ...
     python evidence_spans/bench.py --part trainer --model ... --data_dir ... --epochs 3
@@ -22,6 +23,7 @@ from functools import partial
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 if not __package__:  # run as a script: import from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -37,14 +39,23 @@ from transformers import (
     TrainingArguments,
 )
 
-from common.checkpoint import environment
+from common.checkpoint import best_folder, environment
 from common.metrics import span_metrics
 from common.seed import seed_everything
-from evidence_spans.config import Config, UserError, run_script
+from evidence_spans.config import Config, UserError, run_path, run_script
 from evidence_spans.dataset import load_splits
 from evidence_spans.evaluate import answer_texts, longest_answer, n_best, predict, table, tune
-from evidence_spans.model import SpanModel, autocast_dtype, build_model, load_tokenizer, model_source, pick_device
-from evidence_spans.postprocess import Decoding, best_pairs, merge_windows
+from evidence_spans.model import (
+    MODEL_INPUTS,
+    SpanModel,
+    autocast_dtype,
+    build_model,
+    load_model,
+    load_tokenizer,
+    model_source,
+    pick_device,
+)
+from evidence_spans.postprocess import Decoding, best_pairs, merge_windows, window_predictions
 from evidence_spans.train import (
     accumulate_gradients,
     clip_gradient,
@@ -53,7 +64,7 @@ from evidence_spans.train import (
     steps_of_epochs,
     update,
 )
-from evidence_spans.windows import Window, epoch_batches, make_loader, make_windows
+from evidence_spans.windows import Window, collate, epoch_batches, make_loader, make_windows
 
 SIDES = ("ours", "Trainer, padded to the longest", "Trainer, padded to max_length")  # the last is the example's default
 
@@ -74,39 +85,62 @@ def synchronize() -> None:
 # The search for spans
 
 
-def made_up_windows(windows: int, length: int) -> tuple[list[str], list[Window]]:
-    """A text for each window, whole in it, after a question of 30 tokens."""
+class Logits(NamedTuple):
+    """What the search starts from: a text for each window, start and end logits and context mask (W, T)."""
+
+    texts: list[str]
+    windows: list[Window]
+    start: Tensor
+    end: Tensor
+    mask: Tensor
+
+
+def random_logits(windows: int, length: int) -> Logits:
+    """Noise, and a text for each window, whole in it, after a question of 30 tokens."""
     words = [f"word{n:04d}" for n in range(length - 33)]
     offsets = np.array([(n * 9, n * 9 + 8) for n in range(len(words))], dtype=np.int32)
-    ids = np.zeros(length, dtype=np.int32)
-    return [" ".join(words)] * windows, [Window(n, ids, None, 32, offsets, ()) for n in range(windows)]
+    made = [Window(n, np.zeros(length, dtype=np.int32), None, 32, offsets, ()) for n in range(windows)]
+    mask = torch.zeros(windows, length, dtype=torch.bool)
+    mask[:, 32:-1] = True
+    start, end = torch.randn(2, windows, length, generator=torch.Generator().manual_seed(0)) * 3
+    return Logits([" ".join(words)] * windows, made, start, end, mask)
 
 
-def search_ours(
-    texts: list[str], windows: list[Window], start: Tensor, end: Tensor, mask: Tensor, n: int, longest: int
-) -> list[list[dict]]:
-    """The n best rows of each example; for n = 1 its best row alone."""
+def logits_of_run(config: Config, windows: int) -> Logits:
+    """Those of a run's best model on the first windows of its validation split."""
+    folder = best_folder(run_path(config))
+    tokenizer, model = load_tokenizer(config, folder), load_model(folder, config)
+    examples = load_splits(config)[0]["validation"]
+    chosen = make_windows(examples, tokenizer, config)[:windows]
+    batch = collate(chosen, tokenizer.pad_token_id)
+    with torch.inference_mode():
+        inputs = {name: batch[name] for name in MODEL_INPUTS if name in batch}
+        parts = [{name: tensor[n : n + 16] for name, tensor in inputs.items()} for n in range(0, len(chosen), 16)]
+        start, end = (torch.cat(logits) for logits in zip(*(model(**part) for part in parts)))
+    return Logits([examples[window.example].context for window in chosen], chosen, start, end, batch["context_mask"])
+
+
+def search_ours(logits: Logits, n: int, longest: int) -> list[list[dict]]:
+    """The n best rows of each window, no answer among them."""
+    texts, windows, start, end, mask = logits
     decoding = Decoding(longest, 0.0, 0.0, None, None, {})
     rows = []
     for first in range(0, len(windows), 32):  # as evaluation does it, batch by batch
         part = slice(first, first + 32)
-        found = best_pairs(start[part], end[part], mask[part], n, longest)
-        null = (start[part, 0] + end[part, 0]).tolist()
-        for text, window, *candidate in zip(texts[part], windows[part], null, *(tensor.tolist() for tensor in found)):
-            rows.append(n_best(text, merge_windows(text, [window], [tuple(candidate)], n), decoding))
+        pairs = best_pairs(start[part], end[part], mask[part], n, longest)
+        found = window_predictions(windows[part], start[part, 0] + end[part, 0], *pairs)
+        rows += [n_best(text, merge_windows([one], n), decoding) for text, one in zip(texts[part], found)]
     return rows
 
 
-def search_example(
-    texts: list[str], offsets: list[list], start: Tensor, end: Tensor, n: int, longest: int
-) -> list[list[dict]]:
+def search_example(logits: Logits, offsets: list[list], n: int, longest: int) -> list[list[dict]]:
     """The example's search: the n best starts times the n best ends of each window, in Python.
 
     offsets: of each window's tokens, None outside the context, as the example prepares them.
     """
-    starts, ends, rows = start.numpy(), end.numpy(), []
-    for text, start_logits, end_logits, places in zip(texts, starts, ends, offsets):
-        null = {"place": (0, 0), "score": start_logits[0] + end_logits[0]}
+    starts, ends, rows = logits.start.numpy(), logits.end.numpy(), []
+    for text, start_logits, end_logits, places in zip(logits.texts, starts, ends, offsets):
+        null = candidate((0, 0), start_logits[0], end_logits[0])
         found = []
         best_starts = np.argsort(start_logits)[-1 : -n - 1 : -1].tolist()
         best_ends = np.argsort(end_logits)[-1 : -n - 1 : -1].tolist()
@@ -114,27 +148,29 @@ def search_example(
             for j in best_ends:
                 if places[i] is None or places[j] is None or j < i or j - i + 1 > longest:
                     continue
-                found.append({"place": (places[i][0], places[j][1]), "score": start_logits[i] + end_logits[j]})
+                found.append(candidate((places[i][0], places[j][1]), start_logits[i], end_logits[j]))
         found = sorted([*found, null], key=lambda row: row["score"], reverse=True)[:n]
         if not any(row["place"] == (0, 0) for row in found):
             found.append(null)
         scores = np.array([row["score"] for row in found])
         weights = np.exp(scores - scores.max())
         for row, share in zip(found, weights / weights.sum()):
-            row["text"], row["probability"] = text[row["place"][0] : row["place"][1]], float(share)
-        rows.append(found)
+            row["text"], row["probability"] = text[row["place"][0] : row["place"][1]], share
+        rows.append([{k: float(v) if isinstance(v, np.floating) else v for k, v in row.items()} for row in found])
     return rows
 
 
-def bench_search(windows: int, length: int, rounds: int) -> list[str]:
+def candidate(place: tuple[int, int], start_logit: np.float32, end_logit: np.float32) -> dict:
+    return {"place": place, "score": start_logit + end_logit, "start_logit": start_logit, "end_logit": end_logit}
+
+
+def bench_search(logits: Logits, rounds: int) -> list[str]:
     """Rows of windows a second, with answers of at most 30 (the example's default) and 100 tokens."""
-    texts, made = made_up_windows(windows, length)
-    mask = torch.zeros(windows, length, dtype=torch.bool)
-    mask[:, 32:-1] = True
-    start, end = torch.randn(2, windows, length, generator=torch.Generator().manual_seed(0)) * 3
-    offsets = [[None] * 32 + [*map(tuple, window.offsets.tolist()), None] for window in made]
-    ours = partial(search_ours, texts, made, start, end, mask)
-    example = partial(search_example, texts, offsets, start, end)
+    offsets = []
+    for window in logits.windows:
+        outside = [None] * (logits.mask.shape[1] - window.first - len(window.offsets))
+        offsets.append([None] * window.first + [*map(tuple, window.offsets.tolist()), *outside])
+    ours, example = partial(search_ours, logits), partial(search_example, logits, offsets)
     rows = []
     for longest in (30, 100):
         sides = {
@@ -143,7 +179,7 @@ def bench_search(windows: int, length: int, rounds: int) -> list[str]:
             "the example, n best 20": partial(example, 20, longest),
             "the example, n best 1": partial(example, 1, longest),
         }
-        exact = [row[0]["text"] for row in ours(20, longest)]
+        exact = [first_text(row) for row in ours(20, longest)]
         seconds: dict[str, list[float]] = {name: [] for name in sides}
         right = {}
         for _ in range(rounds):
@@ -151,13 +187,18 @@ def bench_search(windows: int, length: int, rounds: int) -> list[str]:
                 began = time.perf_counter()
                 found = search()
                 seconds[name].append(time.perf_counter() - began)
-                right[name] = sum(row[0]["text"] == text for row, text in zip(found, exact)) / windows
+                right[name] = sum(first_text(row) == text for row, text in zip(found, exact)) / len(exact)
         for name in sides:
             ratio = statistics.median(a / b for a, b in zip(seconds["the example, n best 20"], seconds[name]))
-            speed = windows / statistics.median(seconds[name])
+            speed = len(exact) / statistics.median(seconds[name])
             rows.append([longest, name, f"{speed:.0f}", f"{ratio:.2f}", f"{right[name]:.1%}"])
     header = ["longest answer", "side", "windows/s", "times the example with n best 20", "finds the best span"]
     return table(header, rows)
+
+
+def first_text(rows: list[dict]) -> str | None:
+    """The best answer that is not empty; None where the search found none."""
+    return next((row["text"] for row in rows if row["text"]), None)
 
 
 # The training loop
@@ -231,6 +272,8 @@ def train_trainer(
 def bench_step(steps: int, rounds: int, config: Config) -> list[str]:
     """Rows of training windows a second, the sides taking turns on the same number of steps."""
     tokenizer, train = load_training_windows(config)
+    if len(train) < steps * config.batch_size:
+        raise UserError(f"{config.data_dir} has {len(train)} training windows, fewer than steps x batch_size")
     model = build_model(config, tokenizer).to(pick_device())
     sides: dict[str, Callable] = {}
     for name in SIDES[1 : 3 if find_spec("accelerate") else 1]:
@@ -264,7 +307,10 @@ def load_training_windows(config: Config) -> tuple[PreTrainedTokenizerFast, list
 
 
 def bench_trainer(config: Config) -> list[str]:
-    """Rows of scores: the Trainer with as many steps as train.py would take, and the whole text as the answer."""
+    """Rows of scores: the Trainer with as many steps as train.py would take, and the whole text as the answer.
+
+    Of ReDSM5 the Trainer sees the pairs that are drawn for the first epoch in all epochs.
+    """
     if not find_spec("accelerate"):
         raise UserError("the Trainer needs accelerate: pip install accelerate")
     tokenizer, splits = load_tokenizer(config), load_splits(config)[0]
@@ -300,8 +346,11 @@ def main(config: Config, part: str, rounds: int, windows: int, length: int, step
     print(" | ".join(f"{name} {value}" for name, value in info.items()))
     seed_everything(config.seed)
     if part == "search":
-        print(f"{windows} windows of {length} tokens, logits in fp32 on the CPU, {rounds} rounds")
-        print("\n".join(bench_search(windows, length, rounds)))
+        logits = logits_of_run(config, windows) if config.run_dir else random_logits(windows, length)
+        shape = f"{len(logits.windows)} windows of up to {logits.mask.shape[1]} tokens"
+        kind = "a run's own" if config.run_dir else "random"
+        print(f"{shape}, {kind} logits in fp32 on the CPU, {rounds} rounds")
+        print("\n".join(bench_search(logits, rounds)))
         return
     print(f"{config.model}, {autocast_dtype(config.amp, device) or 'fp32'}, batch {config.batch_size}")
     print("\n".join(bench_step(steps, rounds, config) if part == "step" else bench_trainer(config)))
@@ -312,7 +361,7 @@ if __name__ == "__main__":
         "part": {"choices": ["search", "step", "trainer"], "default": "search", "help": "what to measure"},
         "rounds": {"type": int, "default": 5, "help": "rounds, besides the warm-up"},
         "windows": {"type": int, "default": 512, "help": "windows in the part search"},
-        "length": {"type": int, "default": 384, "help": "their tokens, 34 or more"},
+        "length": {"type": int, "default": 384, "help": "their tokens, 34 or more, where the logits are random"},
         "steps": {"type": int, "default": 20, "help": "training steps of a round in the part step"},
     }
-    sys.exit(run_script(main, __doc__, **flags))
+    sys.exit(run_script(main, __doc__, trained=True, **flags))

@@ -83,6 +83,8 @@ class Source(NamedTuple):
 def read_source(config: Config) -> Source:
     """The examples of the config's path, in either format. Raises UserError with file, place and value."""
     path = ROOT / config.data_dir
+    if path.suffix.lower() == ".csv":
+        raise UserError(f"{path}: --data_dir names the folder of ReDSM5's two CSV files, or a JSON file")
     if path.is_file():
         return read_squad([path], [], config)
     tables = [[path / name for name in names if (path / name).is_file()] for names in (POSTS_FILES, ANNOTATIONS_FILES)]
@@ -100,7 +102,10 @@ def read_source(config: Config) -> Source:
             f"{path} holds neither {POSTS_FILES[0]} nor SQuAD's JSON: --data_dir names your folder or file, "
             "evidence_spans/README.md says where data sets are given, --sample needs none"
         )
-    test = [file for file in files if file.name.startswith(("dev", "test"))]
+    for file in files if len(files) > 1 else ():
+        if not file.name.lower().startswith(("train", "dev", "test")):
+            raise UserError(f"{file}: of several files each is named train*, or dev* or test* for the test split")
+    test = [file for file in files if file.name.lower().startswith(("dev", "test"))]
     return read_squad([file for file in files if file not in test], test, config)
 
 
@@ -130,7 +135,7 @@ def read_table(path: Path, columns: Iterable[tuple[str, ...]]) -> Iterator[tuple
                 if row and len(row) != len(header):
                     raise UserError(f"{path}, line {line}: expected {len(header)} fields, found {len(row)}")
                 if row:
-                    yield line, [row[place].strip() for place in places]
+                    yield line, [row[place] for place in places]
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: expected UTF-8, found byte {error.object[error.start]:#x}") from error
     except csv.Error as error:
@@ -142,7 +147,8 @@ def read_texts(path: Path) -> dict[str, str]:
     lines: dict[str, int] = {}
     texts = {}
     for line, (post, text) in read_table(path, [("post_id",), ("text",)]):
-        if not post or not text:
+        post = post.strip()  # but not the text: offsets count its blanks
+        if not post or not text.strip():
             raise UserError(f"{path}, line {line}: {'text' if post else 'post_id'} is empty")
         if post in texts:
             raise UserError(f"{path}, line {line}: post_id {post!r} stands in line {lines[post]} already")
@@ -176,10 +182,10 @@ def find_spans(text: str, sentence: str) -> list[tuple[int, int]]:
 
     All its places that begin and end at a word's edge, or where there are none, those inside words; [] if nowhere.
     """
-    for case, space in ((False, False), (True, False), (True, True)):
-        (hay, places), (needle, _) = folded(text, case, space), folded(sentence.strip(), case, space)
-        for pattern in (rf"(?<!\w){re.escape(needle)}(?!\w)", re.escape(needle)):
-            if found := [(m.start(), m.end()) for m in re.finditer(pattern, hay)]:
+    for edge in (r"(?<!\w)%s(?!\w)", "%s"):
+        for case, space in ((False, False), (True, False), (True, True)):
+            (hay, places), (needle, _) = folded(text, case, space), folded(sentence.strip(), case, space)
+            if found := [match.span() for match in re.finditer(edge % re.escape(needle), hay)]:
                 return [(places[start], places[end - 1] + 1) for start, end in found]
     return []
 
@@ -194,7 +200,8 @@ def read_redsm5(posts_path: Path, annotations_path: Path, config: Config) -> Sou
     spans: dict[tuple[str, str], set] = {}
     rejected, lost, not_found, counts = set(), set(), [], Counter()
     columns = [("post_id",), SYMPTOM_COLUMNS, ("status",), ("sentence_text",)]
-    for line, (post, symptom, status, sentence) in read_table(annotations_path, columns):
+    for line, fields in read_table(annotations_path, columns):
+        post, symptom, status, sentence = map(str.strip, fields)
         place = f"{annotations_path}, line {line}"
         if post not in texts:
             raise UserError(f"{place}: post_id {post!r} is not in {posts_path.name}")
@@ -251,6 +258,8 @@ def read_squad(paths: list[Path], test_paths: list[Path], config: Config) -> Sou
     ids: dict[str, Path] = {}
     examples, test = ([e for path in some for e in read_squad_file(path, ids)] for some in (paths, test_paths))
     counts = Counter("answered" if example.answers else "without an answer" for example in examples + test)
+    if test:
+        counts[f"in {', '.join(file.name for file in test_paths)} (test)"] = len(test)
     if config.question_form == "empty":
         examples, test = merge_questions(examples), merge_questions(test)
     return Source(examples, test, counts, [], {})
@@ -269,7 +278,7 @@ def read_squad_file(path: Path, ids: dict[str, Path]) -> list[Example]:
             context = expect(paragraph, "context", str, place)
             if not context.strip():
                 raise UserError(f"{place}: context is empty")
-            post = hashlib.sha256(context.encode(errors="surrogatepass")).hexdigest()[:16]
+            post = hashlib.sha256(context.encode()).hexdigest()[:16]
             for q, row in enumerate(expect(paragraph, "qas", list, place)):
                 name, question, answers = read_question(row, context, f"{place}.qas[{q}]")
                 if name in ids:
@@ -297,9 +306,11 @@ def merge_questions(examples: list[Example]) -> list[Example]:
 
 def expect(value: object, name: str, kind: type, place: str):
     """value[name], which must be of a kind. Raises UserError."""
-    if not isinstance(value, dict) or not isinstance(value.get(name), kind):
+    if not isinstance(value, dict) or not isinstance(value.get(name), kind) or isinstance(value[name], bool):
         found = f"{name} is {value[name]!r:.60}" if isinstance(value, dict) and name in value else f"no {name}"
         raise UserError(f"{place}: {found}, expected SQuAD's {name} ({kind.__name__})")
+    if isinstance(value[name], str) and re.search("[\ud800-\udfff]", value[name]):
+        raise UserError(f"{place}: {name} holds half of a surrogate pair, which is no text: {value[name]!a:.60}")
     return value[name]
 
 
@@ -327,8 +338,9 @@ def read_question(row: object, context: str, place: str) -> tuple[str, str, tupl
 def group_keys(posts: dict[str, str]) -> dict[str, str]:
     """Post id -> the name of its group: posts of one author prefix or one text are linked, and links chain.
 
-    Texts are equal up to case and white space. The name is the smallest author prefix of the group, so that a post
-    added to a group leaves it alone, unless it links two groups.
+    Texts are equal up to case and white space. The name is the smallest author prefix of the group, so that posts of
+    its authors and of others can be added without moving it; only a copy of one of its texts under another author,
+    which would have to be in two splits otherwise, can.
     """
     keys: dict[tuple, int] = {}
     edges, authors = [], []

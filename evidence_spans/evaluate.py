@@ -8,8 +8,10 @@ With --split only that split is scored, its table printed, and nothing in the ru
 """
 
 import json
+import math
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +25,7 @@ from transformers import PreTrainedTokenizerFast
 
 from common.checkpoint import Run, RunError, best_folder, read_json, write_text
 from common.metrics import answer_scores, multi_span_metrics, normalize_answer, span_metrics, token_metrics
-from evidence_spans.config import Config, run_path, run_script, saved_config
+from evidence_spans.config import Config, UserError, run_path, run_script, saved_config
 from evidence_spans.dataset import Example, Source, fingerprint, load_splits
 from evidence_spans.model import (
     MODEL_INPUTS,
@@ -49,6 +51,7 @@ from evidence_spans.postprocess import (
     several_answers,
     tune_span_threshold,
     tune_threshold,
+    window_predictions,
 )
 from evidence_spans.windows import Window, make_loader, make_windows, sorted_batches, window_ranges
 
@@ -113,7 +116,7 @@ def predict(
     if config.decode == "sentence":
         whole = {context: sentences(context) for context in {example.context for example in examples}}
     model.eval()
-    candidates: list[tuple] = [()] * len(windows)
+    found: list[Prediction | None] = [None] * len(windows)
     loss = 0.0
     bar = tqdm(make_loader(windows, batches, tokenizer, config), leave=False, disable=None, desc="evaluating")
     with torch.inference_mode():
@@ -123,21 +126,17 @@ def predict(
             with torch.autocast(device.type, dtype, enabled=dtype is not None):
                 start, end = model(**inputs)
             loss += span_loss(start, end, batch).sum().item()
+            some = [windows[row] for row in rows]
             if config.decode == "sentence":
-                some = [windows[row] for row in rows]
                 spans = [whole[examples[window.example].context] for window in some]
-                found = sentence_pairs(start, end, some, spans, config.n_best_size)
+                pairs = sentence_pairs(start, end, some, spans, config.n_best_size)
             else:
-                found = best_pairs(start, end, batch["context_mask"], config.n_best_size, max_answer_length)
-            null = (start[:, 0] + end[:, 0]).tolist()
-            for row, *values in zip(rows, null, *(tensor.tolist() for tensor in found)):
-                candidates[row] = tuple(values)
+                pairs = best_pairs(start, end, batch["context_mask"], config.n_best_size, max_answer_length)
+            for row, prediction in zip(rows, window_predictions(some, start[:, 0] + end[:, 0], *pairs)):
+                found[row] = prediction
     ranges = window_ranges(windows, len(examples)).tolist()
-    predictions = [
-        merge_windows(example.context, windows[first:end], candidates[first:end], config.n_best_size)
-        for example, first, end in zip(examples, ranges, ranges[1:])
-    ]
-    return predictions, loss / len(windows)
+    merged = [merge_windows(found[first:end], config.n_best_size) for first, end in pairwise(ranges)]
+    return merged, loss / len(windows)
 
 
 def answer_texts(examples: list[Example], predictions: list[Prediction], threshold: float | None) -> list[str]:
@@ -166,16 +165,22 @@ def tune(
         if config.metric == "f1_balanced":
             weights = np.where(unanswerable, 1 / unanswerable.sum(), 1 / max((~unanswerable).sum(), 1))
         threshold = tune_threshold(differences, weights * if_answered, weights * unanswerable)
+    span_threshold = tune_several(predictions, examples) if any(example.together for example in examples) else None
+    return Decoding(max_answer_length, threshold, span_threshold, *calibrate(differences, unanswerable), questions)
+
+
+def tune_several(predictions: list[Prediction], examples: list[Example]) -> float:
+    """The span threshold with the best multi_span_metrics: texts that are equal there count once here too."""
     spans, wanted = [], 0
     for example, prediction in zip(examples, predictions):
-        missing = {tuple(normalize_answer(text)) for text in example.texts}
-        wanted += len(missing)
+        golds = {tuple(normalize_answer(text)) for text in example.texts}
+        found = {}
         for span in apart(prediction):
             words = tuple(normalize_answer(example.context[span.start : span.end]))
-            spans.append((prediction.null_score - span.score, words in missing))
-            missing.discard(words)
-    slope, intercept = calibrate(differences, unanswerable)
-    return Decoding(max_answer_length, threshold, tune_span_threshold(spans, wanted), slope, intercept, questions)
+            found.setdefault(words, prediction.null_score - span.score)
+        spans += [(difference, words in golds) for words, difference in found.items()]
+        wanted += len(golds)
+    return tune_span_threshold(spans, wanted)
 
 
 def score_split(predictions: list[Prediction], examples: list[Example], loss: float, decoding: Decoding) -> dict:
@@ -198,9 +203,9 @@ def score_split(predictions: list[Prediction], examples: list[Example], loss: fl
         texts = [[context[s.start : s.end] for s in spans] for context, spans in zip(contexts, several)]
         scores["several"] = {"all": multi_span_metrics(texts, golds)}
         scores["several"]["tokens"] = token_metrics(contexts, [[s[:2] for s in spans] for spans in several], places)
-        many = [row for row, gold in enumerate(golds) if len(gold) > 1]
-        chosen = [[part[row] for row in many] for part in (texts, golds)]
-        scores["several"]["posts_with_several"] = multi_span_metrics(*chosen) | {"rows": len(many)}
+        if many := [row for row, gold in enumerate(golds) if len(gold) > 1]:
+            chosen = [[part[row] for row in many] for part in (texts, golds)]
+            scores["several"]["posts_with_several"] = multi_span_metrics(*chosen) | {"rows": len(many)}
     if decoding.slope is not None:
         p = np.array([no_answer_probability(prediction, decoding) for prediction in predictions])
         scores["no_answer_brier"] = float(np.mean((p - np.array([not gold for gold in golds])) ** 2))
@@ -217,7 +222,7 @@ def answer_row(name: object, context: str, prediction: Prediction, decoding: Dec
         row["probability"] = round(shares[with_null], 6)
     else:
         row = {"id": name, "answer": "", "start": None, "end": None, "probability": round((shares or [1.0])[0], 6)}
-    row["difference"] = round(prediction.difference, 6) if prediction.spans else None
+    row["difference"] = round(prediction.difference, 6) if prediction.scores else None
     p = no_answer_probability(prediction, decoding)
     row["no_answer_probability"] = None if p is None else round(p, 6)
     row["answers"] = [
@@ -233,7 +238,7 @@ def n_best(context: str, prediction: Prediction, decoding: Decoding) -> list[dic
     shares = probabilities(prediction, with_null)
     rows = [
         {"text": context[start:end], "start": start, "end": end, "probability": share}
-        for (start, end, _), share in zip(prediction.spans, shares[with_null:])
+        for start, end, share in zip(prediction.starts, prediction.ends, shares[with_null:])
     ]
     if with_null:  # after the spans that are at least as probable
         place = sum(share >= shares[0] for share in shares[1:])
@@ -298,12 +303,16 @@ def read_decoding(folder: Path) -> Decoding:
     """How the model of a best folder turns logits into text. Raises RunError."""
     path = folder / "decoding.json"
     saved = read_json(path)
-    numbers = {"threshold": (float, type(None)), "span_threshold": float, "max_answer_length": int}
-    numbers |= dict.fromkeys(("slope", "intercept"), (float, type(None))) | {"questions": dict}
-    for name, kind in numbers.items():
-        if not isinstance(saved.get(name), kind):
-            raise RunError(f"{path}: {name} is {saved.get(name, 'missing')!r}, which no run writes")
-    return Decoding(**{name: saved[name] for name in numbers})
+    kinds = dict.fromkeys(("threshold", "span_threshold", "slope", "intercept"), (float, type(None)))
+    for name, kind in (kinds | {"max_answer_length": int, "questions": dict}).items():
+        value = saved.get(name, "missing")
+        if not isinstance(value, kind) or (isinstance(value, float) and not math.isfinite(value)):
+            raise RunError(f"{path}: {name} is {value!r}, which no run writes")
+    decoding = Decoding(**{field.name: saved[field.name] for field in fields(Decoding)})
+    texts = all(isinstance(question, str) for question in decoding.questions.values())
+    if decoding.max_answer_length < 1 or (decoding.slope is None) != (decoding.intercept is None) or not texts:
+        raise RunError(f"{path} holds values that no run writes")
+    return decoding
 
 
 def check_data(run: Run, splits: dict[str, list[Example]], config: Config) -> None:
@@ -350,7 +359,7 @@ def report(scores: dict, history: list[dict], config: Config) -> str:
             if found := scores[name].get("several", {}).get(key):
                 rows.append([name, what, *(found[column] for column in ("precision", "recall", "f1"))])
     if rows:
-        lines += [f"Several spans of one example, each from difference {decoding['span_threshold']:.4f} down:", ""]
+        lines += [f"Several spans of one example, differences of at most {decoding['span_threshold']:.4f}:", ""]
         lines += table(["split", "whole spans of", "precision", "recall", "f1"], rows)
     rows = [[name, scores[name]["loss"], scores[name].get("no_answer_brier")] for name in names]
     lines += table(["split", "loss", "Brier score of no answer"], rows)
@@ -364,10 +373,14 @@ def main(
     config: Config, split: Literal["all", "val", "test"] = "all", metrics_output: str = "", predictions_output: str = ""
 ) -> None:
     path, device = run_path(config), pick_device()
-    folder = best_folder(path)  # before the lock: where there is no run, none is made
-    tokenizer = load_tokenizer(config, folder)
+    for output in filter(None, (metrics_output, predictions_output)):
+        if not Path(output).absolute().parent.is_dir():
+            raise UserError(f"{output}: there is no such folder")
+    best_folder(path)  # before the lock: where there is no run, none is made
     splits, _ = load_splits(config)
     run = Run(path, saved_config(path / "config.json"), {})
+    folder = best_folder(path)  # again: a run that was killed in the middle of a swap is mended when it is opened
+    tokenizer = load_tokenizer(config, folder)
     check_data(run, splits, config)
     say_precision(path, config, device)
     if run.results is None:

@@ -15,6 +15,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -101,6 +102,14 @@ def load_part(source: str | Path, what: str, load: Callable, **settings):
         raise UserError(f"the {what} of {source} does not load: {type(error).__name__}: {error}") from error
 
 
+def load_shape(source: str | Path) -> PreTrainedConfig:
+    """The config of a model that this project can train. Raises UserError."""
+    shape = load_part(source, "config", AutoConfig.from_pretrained)
+    if shape.model_type not in SUPPORTED:
+        raise UserError(f"{source} is a {shape.model_type} model; supported are {', '.join(SUPPORTED)}")
+    return shape
+
+
 def lowers_a_cased_vocabulary(tokenizer: PreTrainedTokenizerFast) -> bool:
     """Whether the tokenizer makes text lower case although over 1 % of its own tokens hold capitals."""
     normalizer = tokenizer.backend_tokenizer.normalizer
@@ -117,6 +126,7 @@ def load_tokenizer(config: Config, folder: Path | None = None) -> PreTrainedToke
     loaded as cased, and that is said. Where a folder asks for lower case itself, that is refused. Raises UserError.
     """
     source = folder or model_source(config)
+    shape = load_shape(source)
     tokenizer = load_part(source, "tokenizer", AutoTokenizer.from_pretrained)
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # what transformers makes up where there are no files
         raise UserError(f"{source} holds no tokenizer: tokenizer.json or vocab.txt is missing")
@@ -135,7 +145,6 @@ def load_tokenizer(config: Config, folder: Path | None = None) -> PreTrainedToke
         tokenizer.init_kwargs.pop(name, None)
     if None in (tokenizer.pad_token, tokenizer.cls_token) or tokenizer("a")["input_ids"][0] != tokenizer.cls_token_id:
         raise UserError(f"{source}: needs a padding token, and a [CLS] token that comes first")
-    shape = load_part(source, "config", AutoConfig.from_pretrained)
     if getattr(shape, "type_vocab_size", 0) < 2:  # the encoder takes no token types, whatever its tokenizer gives
         tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
     tokenizer.padding_side = tokenizer.truncation_side = "right"
@@ -146,9 +155,7 @@ def load_tokenizer(config: Config, folder: Path | None = None) -> PreTrainedToke
 def build_model(config: Config, tokenizer: PreTrainedTokenizerFast) -> SpanModel:
     """Encoder with its weights (init "pretrained") or new ones (init "random"), and a new head. Raises UserError."""
     source = model_source(config)
-    model_config = load_part(source, "config", AutoConfig.from_pretrained)
-    if model_config.model_type not in SUPPORTED:
-        raise UserError(f"{config.model} is a {model_config.model_type} model; supported are {', '.join(SUPPORTED)}")
+    model_config = load_shape(source)
     if len(tokenizer) > model_config.vocab_size:
         raise UserError(f"{config.model}: {len(tokenizer)} tokens do not fit {model_config.vocab_size} embeddings")
     shifted = model_config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet")  # positions after padding's

@@ -3,6 +3,7 @@
 B batch of windows, T tokens, n best spans, L tokens of the longest answer, N examples
 """
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,11 +14,11 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from evidence_spans.windows import Window
 
-MINUS_INFINITY = float("-inf")
-SENTENCE = re.compile(r"\S(?:.*?[.!?]+[\"')\]”’]*(?=\s)|.*)")  # from a character to the next end, in one line
+SENTENCE_END = re.compile(r"(?<![.!?])[.!?]++[\"')\]”’]*+(?=\s)|[\r\n]+|\Z")
 
 
 class Span(NamedTuple):
@@ -29,15 +30,24 @@ class Span(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """null_score: the smallest of the windows' [CLS] scores; spans: the n best, the best first; both of one example."""
+    """null_score: the smallest of the windows' [CLS] scores; scores, starts, ends: of the n best spans, best first.
+
+    Lists of numbers, not of Spans: there are n of them for each of many examples.
+    """
 
     null_score: float
-    spans: tuple[Span, ...]
+    scores: list[float]
+    starts: list[int]
+    ends: list[int]
+
+    @property
+    def spans(self) -> list[Span]:
+        return [Span(*row) for row in zip(self.starts, self.ends, self.scores)]
 
     @property
     def difference(self) -> float:
         """How much "no answer" outscores the best span; inf where no span is allowed."""
-        return self.null_score - self.spans[0].score if self.spans else float("inf")
+        return self.null_score - self.scores[0] if self.scores else float("inf")
 
 
 @dataclass(frozen=True)
@@ -45,13 +55,14 @@ class Decoding:
     """How a run's logits become answers; tuned on validation, but for max_answer_length (tokens).
 
     threshold: the answer is empty iff difference > threshold; None: never empty. span_threshold: the same of each span
-    where several are given. slope, intercept: the probability of no answer is sigmoid(slope * difference + intercept);
-    None where validation holds one kind of example only. questions: what a run asks about each criterion, if it does.
+    where several are true at once; None where answers are alternatives. slope, intercept: the probability of no answer
+    is sigmoid(slope * difference + intercept); None where validation holds one kind of example only. questions: what a
+    run asks about each criterion, if it does.
     """
 
     max_answer_length: int
     threshold: float | None
-    span_threshold: float
+    span_threshold: float | None
     slope: float | None
     intercept: float | None
     questions: dict[str, str]
@@ -89,8 +100,15 @@ def best_pairs(
 
 
 def sentences(text: str) -> list[tuple[int, int]]:
-    """Characters of each sentence: up to . ! or ? before white space, or to the end of a line."""
-    return [match.span() for match in SENTENCE.finditer(text) for _ in [0] if match[0].strip()]
+    """Characters of each sentence: up to . ! or ? before white space, or to the end of a line, without outer blanks."""
+    spans, start = [], 0
+    for match in SENTENCE_END.finditer(text):
+        part = text[start : match.end()]
+        if stripped := part.strip():
+            first = start + len(part) - len(part.lstrip())
+            spans.append((first, first + len(stripped)))
+        start = match.end()
+    return spans
 
 
 def sentence_pairs(
@@ -118,48 +136,53 @@ def sentence_tokens(window: Window, characters: Sequence[tuple[int, int]]) -> Te
     start, end = np.array(characters).T
     first = np.searchsorted(window.offsets[:, 1], start, side="right")
     last = np.searchsorted(window.offsets[:, 0], end, side="left") - 1
-    whole = (start >= window.offsets[0, 0]) & (end <= window.offsets[-1, 1]) & (first <= last)
+    after, before = window.is_first | (start >= window.offsets[0, 0]), window.is_last | (end <= window.offsets[-1, 1])
+    whole = after & before & (first <= last)
     return torch.from_numpy(window.first + np.stack([first, last])[:, whole])
 
 
-def merge_windows(context: str, windows: Sequence[Window], candidates: Sequence[tuple], n: int) -> Prediction:
-    """One example's prediction. candidates: of each of its windows the null score, and scores, starts, ends (lists).
+def window_predictions(
+    windows: Sequence[Window], null_scores: Tensor, scores: Tensor, starts: Tensor, ends: Tensor
+) -> list[Prediction]:
+    """Each window's prediction: from token positions (B, n), as best_pairs gives them, to characters."""
+    offsets = pad_sequence([torch.from_numpy(window.offsets) for window in windows], batch_first=True)  # (B, N, 2)
+    if not offsets.shape[1]:
+        return [Prediction(null, [], [], []) for null in null_scores.tolist()]
+    first = torch.tensor([window.first for window in windows])[:, None]
+    rows, last = torch.arange(len(windows))[:, None], offsets.shape[1] - 1
+    starts = offsets[rows, (starts.cpu() - first).clamp(0, last), 0].tolist()
+    ends = offsets[rows, (ends.cpu() - first).clamp(0, last), 1].tolist()
+    counts = (scores > -torch.inf).sum(1).tolist()
+    values = zip(null_scores.tolist(), scores.tolist(), starts, ends, counts)
+    return [Prediction(null, *(part[:count] for part in parts)) for null, *parts, count in values]
 
-    A span that several windows hold keeps its best score. Blanks at a span's edges, which some tokenizers count to a
-    word, are no part of it.
-    """
-    found = []
-    for window, (_, scores, starts, ends) in zip(windows, candidates):
-        character, first = window.offsets.item, window.first
-        pairs = zip(scores, starts, ends)
-        found += [(s, character(i - first, 0), character(j - first, 1)) for s, i, j in pairs if s > MINUS_INFINITY]
-    if len(windows) > 1:
+
+def merge_windows(parts: Sequence[Prediction], n: int) -> Prediction:
+    """One example's prediction from those of its windows. A span that several of them hold keeps its best score."""
+    null_score = min([part.null_score for part in parts])
+    found = [row for part in parts for row in zip(part.scores, part.starts, part.ends)]
+    if len(parts) > 1:
         found.sort(key=lambda row: -row[0])
-    spans: dict[tuple[int, int], Span] = {}
+    spans: dict[tuple[int, int], float] = {}
     for score, start, end in found:
-        while start < end and context[start].isspace():
-            start += 1
-        while start < end and context[end - 1].isspace():
-            end -= 1
-        if start < end and (start, end) not in spans:
-            spans[start, end] = Span(start, end, score)
-            if len(spans) == n:
-                break
-    return Prediction(min(row[0] for row in candidates), tuple(spans.values()))
+        if start < end:  # not where the only token is a blank
+            spans.setdefault((start, end), score)
+    best = list(spans.items())[:n]
+    return Prediction(null_score, [score for _, score in best], [s for (s, _), _ in best], [e for (_, e), _ in best])
 
 
 def probabilities(prediction: Prediction, with_null: bool) -> list[float]:
     """Softmax over the n best scores; with_null: and over the null score, which comes first."""
-    scores = np.array([prediction.null_score] * with_null + [span.score for span in prediction.spans])
-    if not len(scores):
-        return []
-    weights = np.exp(scores - scores.max())
-    return (weights / weights.sum()).tolist()
+    scores = [prediction.null_score] * with_null + prediction.scores
+    top = max(scores, default=0.0)
+    weights = [math.exp(score - top) for score in scores]
+    total = sum(weights)
+    return [weight / total for weight in weights]
 
 
 def answer(prediction: Prediction, threshold: float | None) -> Span | None:
     """The best span; None for "no answer": null - best > threshold, or no span at all."""
-    if not prediction.spans or (threshold is not None and prediction.difference > threshold):
+    if not prediction.scores or (threshold is not None and prediction.difference > threshold):
         return None
     return prediction.spans[0]
 
@@ -174,16 +197,17 @@ def apart(prediction: Prediction) -> list[Span]:
 
 
 def several_answers(prediction: Prediction, decoding: Decoding) -> list[Span]:
-    """All spans that are an answer, apart from one another, in the order of the text."""
-    spans = [s for s in apart(prediction) if prediction.null_score - s.score <= decoding.span_threshold]
-    return sorted(spans)
+    """All spans that are an answer, apart from one another, in the order of the text; of alternatives the best."""
+    if decoding.span_threshold is None:
+        return [span] if (span := answer(prediction, decoding.threshold)) else []
+    return sorted(s for s in apart(prediction) if prediction.null_score - s.score <= decoding.span_threshold)
 
 
 def no_answer_probability(prediction: Prediction, decoding: Decoding) -> float | None:
     """Calibrated on validation; None where that held one kind of example only."""
     if decoding.slope is None:
         return None
-    if not prediction.spans:
+    if not prediction.scores:
         return 1.0
     return float(1 / (1 + np.exp(-np.clip(decoding.slope * prediction.difference + decoding.intercept, -500, 500))))
 

@@ -22,13 +22,15 @@ from pathlib import Path
 if not __package__:  # run as a script: import from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from transformers import PreTrainedTokenizerFast
+
 from common.checkpoint import best_folder
 from evidence_spans.config import Config, UserError, run_path, run_script
 from evidence_spans.dataset import Example
 from evidence_spans.evaluate import answer_row, n_best, predict, read_decoding, say_precision
 from evidence_spans.model import load_model, load_tokenizer, pick_device
 from evidence_spans.postprocess import Decoding
-from evidence_spans.windows import make_windows
+from evidence_spans.windows import check_questions, make_windows
 
 BLOCK = 256  # lines that are read, and sorted by length, at a time
 
@@ -46,8 +48,18 @@ def parse_line(line: bytes) -> dict:
         raise ValueError(f"text is {text!r}, expected a non-empty string")
     if not isinstance(question, str | None):
         raise ValueError(f"question is {question!r}, expected a string")
-    (text + (question or "")).encode()  # JSON can hold half a surrogate pair: UnicodeEncodeError is a ValueError
+    if not isinstance(row.get("id"), str | int | None):
+        raise ValueError(f"id is {row['id']!r}, expected a number or a string")
+    check_text(text, question, row.get("id"))
     return {"text": text, "question": question, "id": row.get("id")}
+
+
+def check_text(*parts: object) -> None:
+    """Raise ValueError for half a surrogate pair, which JSON and a command line can hold and which is no text."""
+    try:
+        "".join(map(str, parts)).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{error.object[error.start : error.start + 1]!a} is no text") from error
 
 
 def read_rows(text: str | None, question: str | None, input: str) -> Iterator[dict | str]:
@@ -60,17 +72,22 @@ def read_rows(text: str | None, question: str | None, input: str) -> Iterator[di
                 raise UserError(f"standard input: expected UTF-8, found byte {error.object[error.start]:#x}") from error
         if not text.strip():
             raise UserError("the text is empty")
-        yield {"text": text, "question": question, "id": None}
+        try:
+            check_text(text, question)
+        except ValueError as error:
+            raise UserError(f"the text or the question: {error}") from error
+        yield {"text": text, "question": question, "id": None, "place": "the text"}
         return
     if text is not None or question is not None:
         raise UserError("--input holds texts and questions: give it, or --text and --question")
-    with open(input, "rb") as stream:
+    with open(sys.stdin.fileno() if input == "-" else input, "rb", closefd=input != "-") as stream:
         for number, line in enumerate(stream, 1):
             if line.strip():
+                place = f"{input}, line {number}"
                 try:
-                    yield parse_line(line)
+                    yield parse_line(line) | {"place": place}
                 except ValueError as error:
-                    yield f"{input}, line {number}: {error}"
+                    yield f"{place}: {error}"
 
 
 def questions_of(row: dict, decoding: Decoding, config: Config) -> dict[str | None, str]:
@@ -82,6 +99,8 @@ def questions_of(row: dict, decoding: Decoding, config: Config) -> dict[str | No
         return {None: ""}
     if given in decoding.questions:
         return {given: decoding.questions[given]}
+    if given and decoding.questions and re.fullmatch("[A-Z0-9]+(_[A-Z0-9]+)+", given):
+        raise ValueError(f"criterion {given} is unknown; this run knows {', '.join(decoding.questions)}")
     if given:
         return {None: given}
     if decoding.questions:
@@ -89,28 +108,42 @@ def questions_of(row: dict, decoding: Decoding, config: Config) -> dict[str | No
     raise ValueError("there is no question")
 
 
-def make_examples(row: dict, decoding: Decoding, config: Config) -> list[tuple[str | None, Example]]:
-    """One unlabelled example for each question of a row, with its criterion. Raises ValueError."""
+def make_examples(
+    row: dict, decoding: Decoding, tokenizer: PreTrainedTokenizerFast, config: Config
+) -> list[tuple[str | None, Example]]:
+    """One unlabelled example for each question of a row, with its criterion. Raises UserError."""
+    try:
+        asked = questions_of(row, decoding, config)
+    except ValueError as error:
+        raise UserError(f"{row['place']}: {error}") from error
+    check_questions(dict.fromkeys(asked.values(), row["place"]), tokenizer, config)
     return [
-        (criterion, Example(str(row["id"]), "", question, row["text"], (), "unannotated", together=False))
-        for criterion, question in questions_of(row, decoding, config).items()
+        (criterion, Example(row["place"], "", question, row["text"], (), "unannotated", together=False))
+        for criterion, question in asked.items()
     ]
 
 
 def highlighted(text: str, spans: Iterable[dict], colour: bool) -> str:
-    """The text with its spans in reverse video, or in [[ ]]; what a terminal would obey is shown as �."""
+    """The text with its spans in reverse video, or in [[ ]]."""
     begin, end = ("\x1b[7m", "\x1b[0m") if colour else ("[[", "]]")
     parts, place = [], 0
     for span in spans:
         parts += [text[place : span["start"]], begin, text[span["start"] : span["end"]], end]
         place = span["end"]
     parts.append(text[place:])
-    return "".join(p if p in (begin, end) else re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "�", p) for p in parts)
+    return "".join(part if part in (begin, end) else disarmed(part) for part in parts)
+
+
+def disarmed(text: str) -> str:
+    """The text with � for what a terminal would obey."""
+    return re.sub(r"\r(?!\n)|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", "�", text)
 
 
 def main(
     config: Config, text: str | None, question: str | None, input: str, several: bool, highlight: bool
 ) -> int | None:
+    if several and not highlight:
+        raise UserError("--several is for --highlight; the JSON lines hold all spans under answers")
     folder, device = best_folder(run_path(config)), pick_device()
     decoding, tokenizer = read_decoding(folder), load_tokenizer(config, folder)
     say_precision(folder.parent, config, device)
@@ -120,9 +153,9 @@ def main(
         asked: list[str | list[tuple]] = []
         for row in block:
             try:
-                asked.append(row if isinstance(row, str) else make_examples(row, decoding, config))
-            except ValueError as error:
-                asked.append(f"{input or 'the text'}: {error}")
+                asked.append(row if isinstance(row, str) else make_examples(row, decoding, tokenizer, config))
+            except UserError as error:
+                asked.append(str(error))
         examples = [example for group in asked if not isinstance(group, str) for _, example in group]
         found = iter(())
         if examples:
@@ -149,12 +182,14 @@ def main(
 
 
 def print_highlighted(answer: dict, text: str, several: bool) -> None:
-    """One answer for reading: who is asked, how sure it is, and the text with its spans marked."""
-    spans = answer["answers"] if several else [answer] if answer["start"] is not None else []
+    """One answer for reading: what is asked, how sure it is, and the text with its spans marked."""
     name = " ".join(str(part) for part in (answer["id"], answer["criterion"] or answer["question"]) if part is not None)
-    p = answer["no_answer_probability"]
-    print(f"# {name} | {'' if spans else 'no answer, '}probability {answer['probability']:.4f}", end="")
-    print(f" | no answer {p:.4f}" if p is not None else "")
+    spans = answer["answers"] if several else [answer] if answer["start"] is not None else []
+    found = f"{len(spans)} spans" if several else "best span" if spans else "no answer"
+    title = [disarmed(name), found if several else f"{found}, probability {answer['probability']:.4f}"]
+    if (p := answer["no_answer_probability"]) is not None:
+        title.append(f"that there is none {p:.4f}")
+    print("# " + " | ".join(title))
     print(highlighted(text, spans, sys.stdout.isatty()) + "\n")
 
 
@@ -162,7 +197,7 @@ if __name__ == "__main__":
     flags = {
         "text": {"help": "the text itself; without it and --input, standard input is the text"},
         "question": {"help": "the question, or a criterion's id; without it a ReDSM5 run asks about all criteria"},
-        "input": {"default": "", "help": "JSON-lines file of texts and questions"},
+        "input": {"default": "", "help": "JSON-lines file of texts and questions; -: standard input holds them"},
         "several": {"action": "store_true", "help": "highlight every span that is an answer, not the best one alone"},
         "highlight": {"action": "store_true", "help": "print the text with the answer marked, instead of JSON"},
     }

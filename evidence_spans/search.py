@@ -5,10 +5,10 @@
 
 Trials are drawn from space() below, which you may edit. All of them train for one epoch of their own schedule, the best
 third goes on to three epochs, the best third of those to nine, until the last are through; then the best is trained
-anew, whole, in best/. The folder is --run_dir, or the name that a run of this config would have, with -search.
+anew, whole, in winner/. The folder is --run_dir, or the name that a run of this config would have, with -search.
 
     study.json     what is searched            trial-00/ ...  each trial's run
-    trials.jsonl   one line a trial and rung   best/          the run of the best, the only one that scores test
+    trials.jsonl   one line a trial and rung   winner/        the run of the best, the only one that scores test
 
 Splits, their seed, the metric and the random seed are the config's: they are never searched. No trial scores test.
 """
@@ -23,13 +23,17 @@ from pathlib import Path
 if not __package__:  # run as a script: import from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import numpy as np
+import torch
 from scipy.stats import loguniform, randint, uniform
 from sklearn.model_selection import ParameterSampler
 
 from common.checkpoint import read_json, write_json, write_text
 from evidence_spans import train
-from evidence_spans.config import Config, UserError, run_config, run_path, run_script, shown
+from evidence_spans.config import Config, UnfitSettings, UserError, run_config, run_path, run_script, shown
+from evidence_spans.dataset import fingerprint, load_splits
 from evidence_spans.evaluate import table
+from evidence_spans.model import autocast_dtype, pick_device
 
 
 def space(config: Config) -> dict:
@@ -39,7 +43,7 @@ def space(config: Config) -> dict:
         "batch_size": sorted({max(config.batch_size // 2, 1), config.batch_size, config.batch_size * 2}),
         "epochs": randint(max(config.epochs // 2, 1), config.epochs + 1),
         "max_length": sorted({config.max_length * 2 // 3, config.max_length}),
-        "doc_stride": sorted({config.max_length // 8, config.max_length // 4}),
+        "doc_stride": sorted({config.doc_stride // 2, config.doc_stride}),
         "warmup_ratio": uniform(0, 0.2),
     }
 
@@ -48,8 +52,8 @@ def draw_trials(config: Config, trials: int, search_seed: int) -> list[dict]:
     """So many settings from space(config), the same ones for the same seed; floats with three digits."""
     drawn = []
     for settings in ParameterSampler(space(config), trials, random_state=search_seed):
-        plain = {name: getattr(value, "item", lambda value=value: value)() for name, value in sorted(settings.items())}
-        drawn.append({n: float(f"{v:.3g}") if isinstance(v, float) else v for n, v in plain.items()})
+        plain = {name: v.item() if isinstance(v, np.generic) else v for name, v in sorted(settings.items())}
+        drawn.append({name: float(f"{v:.3g}") if isinstance(v, float) else v for name, v in plain.items()})
     return drawn
 
 
@@ -70,8 +74,9 @@ def open_study(folder: Path, study: dict) -> list[dict]:
     whole = [line for line in lines if line.endswith("\n")]
     write_text(path, "".join(whole))
     try:
-        return [json.loads(line) for line in whole]
-    except ValueError as error:
+        known = [json.loads(line) for line in whole]
+        return [line for line in known if {"trial", "rung", "score", "error", "seconds"} <= line.keys()]
+    except (ValueError, AttributeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
 
 
@@ -81,8 +86,9 @@ def run_trial(config: Config, epochs: int, metric: str) -> dict | int:
     try:
         if status := train.main(config, pause_after=min(epochs, config.epochs)):
             return status
-    except UserError as error:  # a loss that is no number, a window too short for a question
-        return {"score": None, "error": " ".join(str(error).split()), "seconds": time.perf_counter() - began}
+    except (UnfitSettings, torch.OutOfMemoryError) as error:  # of this trial; any other error ends the search
+        message = "out of GPU memory" if isinstance(error, torch.OutOfMemoryError) else " ".join(str(error).split())
+        return {"score": None, "error": message, "seconds": time.perf_counter() - began}
     lines = (run_path(config) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     scores = [record[metric] for record in map(json.loads, lines) if record["event"] == "evaluation"]
     return {"score": max(scores), "error": None, "seconds": time.perf_counter() - began}
@@ -100,8 +106,9 @@ def results_table(drawn: list[dict], outcomes: dict[int, dict], last_rung: int) 
     rows = []
     for trial in [*order, *sorted(outcomes.keys() - set(order))]:
         outcome, settings = outcomes[trial], drawn[trial]
-        epochs = min(outcome["epochs"], settings["epochs"])
-        end = "failed" if outcome["error"] else "stopped" if outcome["epochs"] < last_rung else "finished"
+        epochs = min(outcome["rung"], settings["epochs"])
+        finished = outcome["rung"] >= min(last_rung, settings["epochs"])
+        end = "failed" if outcome["error"] else "finished" if finished else "stopped"
         values = [f"{value:g}" for value in settings.values()]
         rows.append([trial, *values, epochs, end, outcome["score"], f"{outcome['seconds']:.0f}"])
     return table(["trial", *drawn[0], "epochs trained", "end", "validation score", "seconds"], rows)
@@ -109,40 +116,42 @@ def results_table(drawn: list[dict], outcomes: dict[int, dict], last_rung: int) 
 
 def main(config: Config, trials: int, eta: int, search_seed: int) -> int | None:
     for name, value, least in (("trials", trials, 1), ("eta", eta, 2), ("search_seed", search_seed, 0)):
-        if value < least:
-            raise UserError(f"--{name} {value} is out of range: at least {least}")
+        if not least <= value < 2**32:
+            raise UserError(f"--{name} {value} is out of range: at least {least}, below 2**32")
     folder = run_path(config) if config.run_dir else run_path(config).with_name(run_path(config).name + "-search")
     drawn = draw_trials(config, trials, search_seed)
     train.main(config, check=True)  # what is wrong for every trial ends the search here
     study = {"config": run_config(config), "trials": trials, "eta": eta, "search_seed": search_seed, "drawn": drawn}
-    known = {(line["trial"], line["epochs"]): line for line in open_study(folder, study)}
+    study |= {"data_sha256": fingerprint(load_splits(config)[0])}
+    study |= {"autocast": str(autocast_dtype(config.amp, pick_device()))}
+    known = {(line["trial"], line["rung"]): line for line in open_study(folder, study)}
     outcomes: dict[int, dict] = {}
-    alive, epochs = list(range(trials)), 1
+    alive, rung = list(range(trials)), 1  # a rung is named by the epochs that it trains up to
     while alive:
         for trial in alive:
-            if (trial, epochs) not in known:
+            if (trial, rung) not in known:
                 changes = ", ".join(f"{name} {value:g}" for name, value in drawn[trial].items())
-                print(f"trial {trial} up to epoch {epochs}: {changes}")
+                print(f"trial {trial} up to epoch {rung}: {changes}")
                 trial_config = replace(config, run_dir=str(folder / f"trial-{trial:02d}"), **drawn[trial])
-                outcome = run_trial(trial_config, epochs, config.metric)
+                outcome = run_trial(trial_config, rung, config.metric)
                 if isinstance(outcome, int):
                     return outcome
-                known[trial, epochs] = {"trial": trial, "epochs": epochs} | outcome | drawn[trial]
+                known[trial, rung] = {"trial": trial, "rung": rung, **outcome, **drawn[trial]}
                 with open(folder / "trials.jsonl", "a", encoding="utf-8", newline="\n") as file:
-                    file.write(json.dumps(known[trial, epochs]) + "\n")
+                    file.write(json.dumps(known[trial, rung]) + "\n")
             earlier = outcomes.get(trial, {"seconds": 0.0})["seconds"]
-            outcome = known[trial, epochs]
+            outcome = known[trial, rung]
             outcomes[trial] = outcome | {"seconds": outcome["seconds"] + earlier}
         alive = ranked({trial: outcomes[trial] for trial in alive})
-        if all(drawn[trial]["epochs"] <= epochs for trial in alive):
+        if all(drawn[trial]["epochs"] <= rung for trial in alive):
             break
         alive = alive[: math.ceil(len(alive) / eta)]
-        epochs *= eta
-    print("\n".join(results_table(drawn, outcomes, epochs)[:-1]))
+        rung *= eta
+    print("\n".join(results_table(drawn, outcomes, rung)[:-1]))
     if not alive:
         raise UserError(f"no trial has a score; the first: {outcomes[0]['error']}")
     print(f"best: trial {alive[0]}, trained anew and whole, and only now scored on test")
-    return train.main(replace(config, run_dir=str(folder / "best"), **drawn[alive[0]])) or print(
+    return train.main(replace(config, run_dir=str(folder / "winner"), **drawn[alive[0]])) or print(
         f"search in {shown(folder)}"
     )
 

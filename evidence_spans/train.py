@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerFast, get_linear_schedule_with_warmu
 from common.checkpoint import Best, Run, StopSignal, environment, peak_memory_bytes, run_results, write_text
 from common.metrics import span_metrics
 from common.seed import seed_everything, seed_micro_batch
-from evidence_spans.config import Config, UserError, run_config, run_path, run_script, shown
+from evidence_spans.config import Config, UnfitSettings, UserError, run_config, run_path, run_script, shown
 from evidence_spans.dataset import Example, fingerprint, load_splits
 from evidence_spans.evaluate import (
     answer_texts,
@@ -125,7 +125,7 @@ def refuse_non_finite(
     for value, rows in zip(values, batches):
         if not math.isfinite(value):
             names = ", ".join(dict.fromkeys(examples[row].id for row in rows))
-            raise UserError(
+            raise UnfitSettings(
                 f"the {what} is {value} at step {step}, in the batch of examples {names}; best/ is untouched. "
                 "A lower learning_rate or amp off may help"
             )
@@ -160,7 +160,7 @@ def validate(
     """Validation scores at the threshold that is best on these examples, and what was tuned on them."""
     predictions, loss = predict(model, examples, windows, tokenizer, config, max_answer_length, device)
     if not math.isfinite(loss):
-        raise UserError("the validation loss is not finite; best/ is untouched. A lower learning_rate may help")
+        raise UnfitSettings("the validation loss is not finite; best/ is untouched. A lower learning_rate may help")
     decoding = tune(predictions, examples, max_answer_length, questions, config)
     texts = answer_texts(examples, predictions, decoding.threshold)
     scores = span_metrics(texts, [example.texts for example in examples])
@@ -169,7 +169,7 @@ def validate(
 
 
 def last_line(results: dict, path: Path) -> str:
-    parts = [f"done | {results['split']} {results['metric']} {results['best']:.4f} (epoch {results['epoch']})"]
+    parts = [f"done | {results['split']} {results['metric']} {results['best']:.4f} (epoch {results['epoch']:g})"]
     for split in ("validation", "test"):
         found = results[split]["at_threshold"]
         line = f"{split} f1 {found['f1']:.4f}, exact match {found['exact_match']:.4f}"

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
 from common.seed import epoch_generator, mix
-from evidence_spans.config import Config, UserError
+from evidence_spans.config import Config, UnfitSettings
 from evidence_spans.dataset import Example
 
 SORT_WINDOW = 100  # batches among which lengths are sorted
@@ -24,8 +24,10 @@ class Window(NamedTuple):
     """[CLS] question [SEP] a part of the context [SEP], as the tokenizer joins a pair.
 
     example: its number; input_ids, token_type_ids: (T,), the latter None where the encoder takes none; first: position
-    of the first context token; offsets: (N, 2) characters of each context token, the end exclusive; labels: (start,
-    end) positions of the answers that lie in this window whole, both inclusive; none: the label is [CLS].
+    of the first context token; offsets: (N, 2) characters of each context token, the end exclusive, without the blanks
+    that some tokenizers count to a word (for a token of blanks alone they end before they start); labels: (start, end)
+    positions of the answers that lie in this window whole, both inclusive; none: the label is [CLS]; is_first, is_last:
+    whether it begins and ends its context.
     """
 
     example: int
@@ -34,21 +36,16 @@ class Window(NamedTuple):
     first: int
     offsets: np.ndarray
     labels: tuple[tuple[int, int], ...]
+    is_first: bool = True
+    is_last: bool = True
 
 
 def make_windows(examples: list[Example], tokenizer: PreTrainedTokenizerFast, config: Config) -> list[Window]:
     """All windows, example by example and from left to right; 1,000 examples are tokenised at a time.
 
-    Raises UserError where a question leaves less room than doc_stride needs.
+    Raises UnfitSettings where a question leaves less room than doc_stride needs.
     """
-    questions = {example.question: example.id for example in examples}
-    lengths = map(len, tokenizer(list(questions), [""] * len(questions), verbose=False)["input_ids"])
-    longest, (question, name) = max(zip(lengths, questions.items()))
-    if config.max_length - longest <= config.doc_stride:
-        raise UserError(
-            f"example {name}: max_length {config.max_length} less {longest} tokens of its question {question[:40]!r} "
-            f"leaves no room beyond doc_stride {config.doc_stride}"
-        )
+    check_questions({example.question: f"example {example.id}" for example in examples}, tokenizer, config)
     windows = []
     for start in range(0, len(examples), 1000):
         some = examples[start : start + 1000]
@@ -67,14 +64,42 @@ def make_windows(examples: list[Example], tokenizer: PreTrainedTokenizerFast, co
             inside = np.flatnonzero(sequence == 1)
             first = int(inside[0]) if len(inside) else len(sequence)
             offsets = np.array(encoded["offset_mapping"][number], dtype=np.int32)[inside]  # (N, 2)
+            offsets = without_blanks(offsets, some[owner].context)
             is_first = number == 0 or owners[number - 1] != owner
             is_last = number + 1 == len(owners) or owners[number + 1] != owner
             labels = {token_span(offsets, *answer, is_first, is_last) for answer in some[owner].answers} - {None}
             types = np.array(encoded["token_type_ids"][number], np.int8) if "token_type_ids" in encoded else None
             ids = np.array(encoded["input_ids"][number], dtype=np.int32)
             labels = tuple(sorted((first + a, first + b) for a, b in labels))
-            windows.append(Window(start + owner, ids, types, first, offsets, labels))
+            windows.append(Window(start + owner, ids, types, first, offsets, labels, is_first, is_last))
     return windows
+
+
+def check_questions(questions: dict[str, str], tokenizer: PreTrainedTokenizerFast, config: Config) -> None:
+    """Raise UnfitSettings, with the name of the longest question, where it leaves less room than doc_stride needs.
+
+    questions: question -> its name.
+    """
+    lengths = map(len, tokenizer(list(questions), [""] * len(questions), verbose=False)["input_ids"])
+    longest, (question, name) = max(zip(lengths, questions.items()))
+    if config.max_length - longest <= config.doc_stride:
+        raise UnfitSettings(
+            f"{name}: max_length {config.max_length} less {longest} tokens of its question {question[:40]!r} "
+            f"leaves no room beyond doc_stride {config.doc_stride}"
+        )
+
+
+def without_blanks(offsets: np.ndarray, context: str) -> np.ndarray:
+    """(N, 2) characters of tokens, less the blanks at their edges."""
+    rows = []
+    for start, end in offsets.tolist():
+        first, last = start, end
+        while first < end and context[first].isspace():
+            first += 1
+        while last > start and context[last - 1].isspace():
+            last -= 1
+        rows.append((first, last))
+    return np.array(rows, dtype=np.int32).reshape(-1, 2)
 
 
 def token_span(offsets: np.ndarray, start: int, end: int, is_first: bool, is_last: bool) -> tuple[int, int] | None:

@@ -39,7 +39,7 @@ class Config:
     fold: int = HfArg(default=0, help="which of the folds is the test split, from 0")
     max_length: int = HfArg(default=512, help="tokens of post and criterion; a longer post loses its tail")
     share_post: bool = HfArg(default=False, help="read a post once for all criteria; it then does not see them")
-    # The model. Rank and alpha as in the DoRA paper's commonsense runs (arXiv 2402.09353, table 8: r 16, alpha 32).
+    # The model.
     adapter: Literal["dora", "lora"] = HfArg(default="dora", help="lora: without the magnitude, for comparison")
     rank: int = HfArg(default=16, help="rank of the update")
     alpha: float = HfArg(default=32.0, help="the update counts alpha / rank times")
@@ -49,7 +49,7 @@ class Config:
     # The loss: 9.7 % of ReDSM5's pairs are positive.
     class_weights: str = HfArg(default="balanced", help="balanced (N / (2 N_c)), off, or two numbers such as 0.6,5.2")
     learning_rate: float = HfArg(default=2e-5, help="peak of the schedule; the sample needs far more (README)")
-    weight_decay: float = HfArg(default=0.01, help="AdamW decay, not applied to biases, norms and magnitudes")
+    weight_decay: float = HfArg(default=0.01, help="AdamW decay, not applied to biases and magnitudes")
     warmup_ratio: float = HfArg(default=0.1, help="share of the steps with a rising learning rate, then linear decay")
     max_grad_norm: float = HfArg(default=1.0, help="gradient clipping; 0: off")
     batch_size: int = HfArg(default=4, help="pairs in a micro-batch; posts with share_post")
@@ -130,7 +130,6 @@ SAMPLE = replace(
     amp="off",
     gradient_checkpointing=False,
     eval_batch_size=32,
-    logging_steps=50,
 )
 
 

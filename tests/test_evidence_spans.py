@@ -23,7 +23,8 @@ from common.metrics import (
     token_metrics,
 )
 from evidence_spans import train
-from evidence_spans.config import ROOT, SAMPLE, UserError
+from evidence_spans.config import ROOT, UserError
+from evidence_spans.config import SAMPLE as PRESET
 from evidence_spans.dataset import (
     CRITERIA,
     Example,
@@ -61,6 +62,7 @@ from evidence_spans.postprocess import (
     sliding_maximum,
     tune_span_threshold,
     tune_threshold,
+    window_predictions,
 )
 from evidence_spans.predict import highlighted
 from evidence_spans.sample import make_model, make_sample
@@ -72,9 +74,12 @@ from evidence_spans.windows import (
     epoch_windows,
     make_loader,
     make_windows,
+    token_span,
     window_ranges,
+    without_blanks,
 )
 
+SAMPLE = replace(PRESET, init="random")  # most tests make their own tiny weights
 HEADER = "post_id,sentence_id,sentence_text,DSM5_symptom,status,explanation"
 CPU = torch.device("cpu")
 
@@ -112,6 +117,11 @@ def example(context: str, *answers: str, question: str = "Why?", name: str = "e"
     return Example(name, "p", question, context, spans, kind or ("answered" if answers else "unannotated"), True)
 
 
+def made(null_score: float, *spans: Span) -> Prediction:
+    """A prediction from its spans, best first."""
+    return Prediction(null_score, [s.score for s in spans], [s.start for s in spans], [s.end for s in spans])
+
+
 # Finding sentences
 
 
@@ -130,6 +140,8 @@ def example(context: str, *answers: str, question: str = "Why?", name: str = "e"
         ("tiredtired I am", "tired", ["tired", "tired"]),  # unless it stands nowhere else
         ("end.Next one", " Next one ", ["Next one"]),
         ("(a+b)* is no pattern", "(a+b)*", ["(a+b)*"]),
+        ("Tired. My tiredness", "tired", ["Tired"]),  # a word in another case before a part of one
+        ("  I weep.\n", "I weep.", ["I weep."]),
         ("I am sad.", "I am glad.", []),
     ],
 )
@@ -808,24 +820,27 @@ def test_windows_merge_into_the_best_distinct_spans_of_the_whole_text(tokenizer)
             everything[place] = max(score, everything.get(place, -math.inf))
     expected = sorted(everything.items(), key=lambda item: -item[1])[:20]
     found = best_pairs(start, end, batch["context_mask"], 20, 6)
-    null = (start[:, 0] + end[:, 0]).tolist()
-    candidates = [tuple(row) for row in zip(null, *(tensor.tolist() for tensor in found))]
-    prediction = merge_windows(text, windows, candidates, 20)
-    assert len(windows) > 3 and prediction.null_score == min(null)
+    null = start[:, 0] + end[:, 0]
+    prediction = merge_windows(window_predictions(windows, null, *found), 20)
+    assert len(windows) > 3 and prediction.null_score == null.min().item()
     assert [span[:2] for span in prediction.spans] == [place for place, _ in expected]
     assert [span.score for span in prediction.spans] == pytest.approx([score for _, score in expected], abs=1e-5)
 
 
 def test_blanks_at_a_tokens_edge_are_no_part_of_an_answer():
     text = "so  very tired "
-    offsets = np.array([[0, 2], [2, 8], [8, 15]])
+    offsets = without_blanks(np.array([[0, 2], [2, 4], [4, 9], [9, 15]]), text)
+    assert offsets.tolist() == [[0, 2], [4, 2], [4, 8], [9, 14]]
     window = Window(0, np.zeros(5, np.int32), None, 1, offsets, ())
-    prediction = merge_windows(text, [window], [(0.0, [3.0, 2.0, -math.inf], [2, 1, 0], [3, 3, 0])], 5)
-    assert [text[s.start : s.end] for s in prediction.spans] == ["very tired", "so  very tired"]
+    starts, ends = torch.tensor([[2, 1, 2, 2]]), torch.tensor([[4, 2, 2, 3]])
+    found = window_predictions([window], torch.zeros(1), torch.tensor([[4.0, 3.0, 2.0, 1.0]]), starts, ends)
+    spans = merge_windows(found, 5).spans
+    assert [(text[s.start : s.end], s.score) for s in spans] == [("very tired", 4.0), ("so", 3.0), ("very", 1.0)]
+    assert token_span(offsets, 4, 14, True, True) == (2, 3) and token_span(offsets, 0, 2, True, True) == (0, 0)
 
 
 def test_probabilities_sum_to_one_and_the_threshold_points_the_right_way():
-    prediction = Prediction(1.0, (Span(0, 4, 3.0), Span(5, 9, 2.5)))
+    prediction = made(1.0, Span(0, 4, 3.0), Span(5, 9, 2.5))
     assert prediction.difference == -2.0
     assert answer(prediction, -2.0) == answer(prediction, 0.0) == answer(prediction, None) == Span(0, 4, 3.0)
     assert answer(prediction, -2.1) is None  # empty iff null - best > threshold
@@ -837,12 +852,12 @@ def test_probabilities_sum_to_one_and_the_threshold_points_the_right_way():
         rows = n_best("abcd efgh", prediction, decoding)
         assert sum(row["probability"] for row in rows) == pytest.approx(1) and rows[0]["text"] == "abcd"
         assert [row["text"] for row in rows] == ["abcd", "efgh"] + [""] * (threshold is not None)
-    sharp = Prediction(-1e5, (Span(0, 4, 1e5), Span(5, 9, -1e5)))
+    sharp = made(-1e5, Span(0, 4, 1e5), Span(5, 9, -1e5))
     assert probabilities(sharp, True) == [0.0, 1.0, 0.0]  # no overflow
 
 
 def test_an_example_without_any_span_is_a_no_answer_and_does_not_crash(tokenizer):
-    nothing = Prediction(-3.0, ())
+    nothing = made(-3.0)
     decoding = Decoding(10, -5.0, 0.0, 1.0, 0.0, {})
     assert nothing.difference == math.inf and answer(nothing, 1e9) is None and answer(nothing, None) is None
     assert probabilities(nothing, True) == [1.0] and probabilities(nothing, False) == []
@@ -851,7 +866,7 @@ def test_an_example_without_any_span_is_a_no_answer_and_does_not_crash(tokenizer
     windows = make_windows([control], tokenizer, SAMPLE)
     model = tiny_model(tokenizer)
     predictions, loss = predict(model, [control], windows, tokenizer, SAMPLE, 10, CPU)
-    assert predictions[0].spans == () and math.isfinite(loss)
+    assert predictions[0].spans == [] and math.isfinite(loss)
     tuned = tune(predictions, [control], 10, {}, SAMPLE)
     assert score_split(predictions, [control], loss, tuned)["at_threshold"]["f1"] == 1.0
 
@@ -896,7 +911,7 @@ def f1_below(t: float, spans: list[tuple[float, bool]], wanted: int) -> float:
 
 def test_without_a_no_answer_example_there_is_no_threshold_and_no_calibration():
     rows = [example("I weep.", "I weep.", name=str(n)) for n in range(3)]
-    predictions = [Prediction(float(n), (Span(0, 7, 0.0),)) for n in range(3)]
+    predictions = [made(float(n), Span(0, 7, 0.0)) for n in range(3)]
     decoding = tune(predictions, rows, 5, {}, SAMPLE)
     assert decoding.threshold is None and decoding.slope is None
     scores = score_split(predictions, rows, 0.0, decoding)
@@ -912,7 +927,7 @@ def test_the_threshold_is_tuned_for_the_metric(metric):
     rows += [example("one two three", name=f"n{n}") for n in range(40)]
     differences = np.concatenate([generator.normal(0, 2, 10), generator.normal(1, 2, 40)])
     ends = [7, 7, 3, 3, 3, 3, 3, 3, 3, 3] + [3] * 40
-    predictions = [Prediction(float(d), (Span(0, end, 0.0),)) for d, end in zip(differences, ends)]
+    predictions = [made(float(d), Span(0, end, 0.0)) for d, end in zip(differences, ends)]
 
     def score(t):
         texts = ["" if d > t else "one two three"[:end] for d, end in zip(differences, ends)]
@@ -931,14 +946,14 @@ def test_the_probability_of_no_answer_is_calibrated():
     slope, intercept = calibrate(differences, unanswerable)
     assert slope == pytest.approx(0.7, abs=0.03) and intercept == pytest.approx(-0.4, abs=0.05)
     decoding = Decoding(10, 0.0, 0.0, slope, intercept, {})
-    found = no_answer_probability(Prediction(2.0, (Span(0, 1, 0.0),)), decoding)
+    found = no_answer_probability(made(2.0, Span(0, 1, 0.0)), decoding)
     assert found == pytest.approx(1 / (1 + math.exp(-(slope * 2 + intercept))))
     assert calibrate(differences, np.ones(20000, bool)) == (None, None)
 
 
 def test_several_answers_do_not_overlap_and_follow_their_threshold():
     spans = (Span(5, 9, 4.0), Span(0, 6, 3.5), Span(0, 4, 3.0), Span(9, 12, 1.0), Span(11, 15, 0.9))
-    prediction = Prediction(2.0, spans)
+    prediction = made(2.0, *spans)
     assert apart(prediction) == [spans[0], spans[2], spans[3]]
     assert several_answers(prediction, Decoding(9, 0.0, 0.0, None, None, {})) == [spans[2], spans[0]]
     assert several_answers(prediction, Decoding(9, 0.0, 1.0, None, None, {})) == [spans[2], spans[0], spans[3]]
@@ -956,6 +971,8 @@ def test_several_answers_do_not_overlap_and_follow_their_threshold():
         ("No end\n\n  Next line. ", ["No end", "Next line."]),
         ("It costs 3.50 today... Really", ["It costs 3.50 today...", "Really"]),
         ("   ", []),
+        ("I am so tired \r\nTea  ", ["I am so tired", "Tea"]),
+        ("." * 30000 + "x", ["." * 30000 + "x"]),  # in linear time
     ],
 )
 def test_sentences_end_where_readers_say(text, found):
@@ -1051,8 +1068,8 @@ def test_multi_span_metrics_compare_sets_of_whole_spans():
 def test_scores_of_several_spans_are_those_of_the_several_answers():
     rows = [example("I weep. Tea. I lie awake.", "I weep.", "I lie awake.", name="1"), example("Tea. Cake.", name="2")]
     predictions = [
-        Prediction(0.0, (Span(0, 7, 5.0), Span(13, 25, 4.0), Span(8, 12, -9.0))),
-        Prediction(0.0, (Span(0, 4, -7.0),)),
+        made(0.0, Span(0, 7, 5.0), Span(13, 25, 4.0), Span(8, 12, -9.0)),
+        made(0.0, Span(0, 4, -7.0)),
     ]
     decoding = tune(predictions, rows, 9, {}, SAMPLE)
     scores = score_split(predictions, rows, 0.0, decoding)

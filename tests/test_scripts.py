@@ -524,9 +524,17 @@ def test_evidence_says_what_is_missing_in_one_line_and_writes_nothing(flags, wor
     assert not list(tmp_path.iterdir()) and listing(ROOT / "evidence_spans") == before
 
 
-def search_flags(folder: Path) -> tuple[str, ...]:
-    flags = ("--sample", "--run_dir", str(folder), "--trials", "4", "--eta", "2", "--batch_size", "64")
-    return (*flags, "--epochs", "3", "--negatives_per_positive", "0.2", "--logging_steps", "1000")
+def few_posts(folder: Path, count: int) -> Path:
+    """ReDSM5's files with the first posts of the sample alone."""
+    folder.mkdir()
+    kept: set[str] = set()
+    for name in ("redsm5_posts.csv", "redsm5_annotations.csv"):
+        with open(ROOT / "evidence_spans/sample" / name, encoding="utf-8", newline="") as file:
+            header, *rows = csv.reader(file)
+        kept = kept or {row[0] for row in rows[:count]}
+        with open(folder / name, "w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows([header, *(row for row in rows if row[0] in kept)])
+    return folder
 
 
 def test_evidence_search_halves_resumes_and_scores_only_the_best_on_test(tmp_path, monkeypatch, capsys):
@@ -537,12 +545,15 @@ def test_evidence_search_halves_resumes_and_scores_only_the_best_on_test(tmp_pat
     own = {"trials": 4, "eta": 2, "search_seed": 0}
     scored = []
     evaluate_run = train.evaluate_run
-    monkeypatch.setattr(train, "evaluate_run", lambda run, *rest: scored.append(run.path.name) or evaluate_run(run, *rest))
-    config = load_config(search_flags(tmp_path / "whole"), "", False, **{n: {"type": int} for n in own})[0]
+    watched = lambda run, *rest: scored.append(run.path.name) or evaluate_run(run, *rest)  # noqa: E731
+    monkeypatch.setattr(train, "evaluate_run", watched)
+    data = few_posts(tmp_path / "data", 120)
+    flags = ("--sample", "--data_dir", str(data), "--question_form", "empty", "--epochs", "3")
+    config = replace(load_config(flags)[0], run_dir=str(tmp_path / "whole"))
     assert search.main(config, **own) is None
-    assert scored == ["best"]
+    assert scored == ["winner"]
     lines = [json.loads(line) for line in (tmp_path / "whole/trials.jsonl").read_text(encoding="utf-8").splitlines()]
-    first, second = ([line for line in lines if line["epochs"] == rung] for rung in (1, 2))
+    first, second = ([line for line in lines if line["rung"] == rung] for rung in (1, 2))
     assert [line["trial"] for line in first] == [0, 1, 2, 3] and len(second) == 2
     kept = sorted(first, key=lambda line: -line["score"])[:2]
     assert {line["trial"] for line in second} == {line["trial"] for line in kept}
@@ -550,8 +561,8 @@ def test_evidence_search_halves_resumes_and_scores_only_the_best_on_test(tmp_pat
     assert study["drawn"][0].keys() == {
         "learning_rate", "batch_size", "epochs", "doc_stride", "max_length", "warmup_ratio"
     }
-    results = json.loads((tmp_path / "whole/best/results.json").read_text(encoding="utf-8"))
-    assert results["best"] == max(line["score"] for line in lines if line["epochs"] >= 2)
+    results = json.loads((tmp_path / "whole/winner/results.json").read_text(encoding="utf-8"))
+    assert results["best"] == max(line["score"] for line in lines if line["rung"] >= 2)
     assert not list((tmp_path / "whole").glob("trial-*/results.json"))
     out = capsys.readouterr().out
     table = [line.split(" | ")[0] for line in out.splitlines() if " | stopped | " in line or " | finished | " in line]
@@ -574,7 +585,7 @@ def test_evidence_search_halves_resumes_and_scores_only_the_best_on_test(tmp_pat
     assert search.main(config, **own) is None
     again = [json.loads(line) for line in (tmp_path / "stopped/trials.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [line | {"seconds": 0} for line in again] == [line | {"seconds": 0} for line in lines]
-    weights = [(tmp_path / name / "best/best/model.safetensors").read_bytes() for name in ("whole", "stopped")]
+    weights = [(tmp_path / name / "winner/best/model.safetensors").read_bytes() for name in ("whole", "stopped")]
     assert weights[0] == weights[1]
     with pytest.raises(Exception, match=r"another search \(trials"):
         search.main(config, **(own | {"trials": 5}))

@@ -306,7 +306,8 @@ def read_decoding(folder: Path) -> Decoding:
     kinds = dict.fromkeys(("threshold", "span_threshold", "slope", "intercept"), (float, type(None)))
     for name, kind in (kinds | {"max_answer_length": int, "questions": dict}).items():
         value = saved.get(name, "missing")
-        if not isinstance(value, kind) or (isinstance(value, float) and not math.isfinite(value)):
+        odd = isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value))
+        if odd or not isinstance(value, kind):
             raise RunError(f"{path}: {name} is {value!r}, which no run writes")
     decoding = Decoding(**{field.name: saved[field.name] for field in fields(Decoding)})
     texts = all(isinstance(question, str) for question in decoding.questions.values())

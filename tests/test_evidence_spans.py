@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenizer
 
+from common.checkpoint import RunError
 from common.metrics import (
     answer_scores,
     multi_span_metrics,
@@ -23,7 +24,7 @@ from common.metrics import (
     token_metrics,
 )
 from evidence_spans import train
-from evidence_spans.config import ROOT, UserError
+from evidence_spans.config import ROOT, UnfitSettings, UserError
 from evidence_spans.config import SAMPLE as PRESET
 from evidence_spans.dataset import (
     CRITERIA,
@@ -34,8 +35,9 @@ from evidence_spans.dataset import (
     read_source,
     split_examples,
 )
-from evidence_spans.evaluate import longest_answer, n_best, predict, score_split, tune
+from evidence_spans.evaluate import answer_row, longest_answer, n_best, predict, read_decoding, score_split, tune
 from evidence_spans.model import (
+    MODEL_INPUTS,
     SUPPORTED,
     SpanModel,
     build_model,
@@ -57,6 +59,7 @@ from evidence_spans.postprocess import (
     no_answer_probability,
     probabilities,
     sentence_pairs,
+    sentence_tokens,
     sentences,
     several_answers,
     sliding_maximum,
@@ -1094,3 +1097,235 @@ def test_highlighting_marks_the_span_and_disarms_the_terminal():
     assert highlighted(text, spans, colour=False) == "Hi �[31mred. [[I weep.]]\nBye."
     assert highlighted(text, spans, colour=True) == "Hi �[31mred. \x1b[7mI weep.\x1b[0m\nBye."
     assert highlighted("Tea.", [], colour=True) == "Tea."
+
+
+# What a run refuses, stops at and leaves behind; small data, in this process
+
+
+def write_posts(folder, count: int) -> None:
+    """ReDSM5's files with the first posts of the sample alone."""
+    kept: set[str] = set()
+    for name in ("redsm5_posts.csv", "redsm5_annotations.csv"):
+        with open(ROOT / "evidence_spans/sample" / name, encoding="utf-8", newline="") as file:
+            header, *rows = csv.reader(file)
+        kept = kept or {row[0] for row in rows[:count]}
+        with open(folder / name, "w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows([header, *(row for row in rows if row[0] in kept)])
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A quick run's config: 120 posts, one example each."""
+    write_posts(tmp_path, 120)
+    changes = {"data_dir": str(tmp_path), "question_form": "empty", "epochs": 2, "logging_steps": 1}
+    return replace(PRESET, **changes, run_dir=str(tmp_path / "run"))
+
+
+def records(config) -> list[dict]:
+    from pathlib import Path
+
+    text = (Path(config.run_dir) / "metrics.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_a_run_lists_what_it_did_not_find_and_refuses_other_data_and_another_precision(small, tmp_path, monkeypatch):
+    with open(tmp_path / "redsm5_annotations.csv", "a", encoding="utf-8") as file:
+        post = read_source(small).examples[0].post
+        file.write(f"{post},x,This stands nowhere.,FATIGUE,1,why\n")
+    train.main(small, pause_after=1)
+    lost = (tmp_path / "run" / "not_found.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(lost[-1])["sentence_text"] == "This stands nowhere."
+    assert not (tmp_path / "run/results.json").exists()
+    monkeypatch.setattr(train, "autocast_dtype", lambda amp, device: torch.bfloat16)
+    with pytest.raises(UserError, match=r"was begun with autocast None, amp off means torch.bfloat16"):
+        train.main(small)
+    monkeypatch.undo()
+    posts = (tmp_path / "redsm5_posts.csv").read_text(encoding="utf-8")
+    (tmp_path / "redsm5_posts.csv").write_text(posts.replace("I ", "We ", 1), encoding="utf-8")
+    with pytest.raises(RunError, match="does not hold the rows"):
+        train.main(small)
+
+
+def test_patience_counts_evaluations_and_a_bad_loss_names_its_examples(small, tmp_path, monkeypatch):
+    config = replace(small, epochs=9, patience=2, evaluations_per_epoch=2, learning_rate=0.0)
+    train.main(config)
+    assert sum(record["event"] == "evaluation" for record in records(config)) == 3  # the first and two no better
+    config = replace(config, run_dir=str(tmp_path / "other"))
+    monkeypatch.setattr(train, "span_loss", lambda start, end, batch: start[:, 0] * math.nan)
+    with pytest.raises(UserError, match=r"the loss is nan at step 0, in the batch of examples s_\d+_\d+, ") as error:
+        train.main(config)
+    named = str(error.value).split("examples ")[1].split(";")[0].split(", ")
+    examples = load_splits(config)[0]["train"]
+    windows = make_windows(examples, load_tokenizer(config), config)
+    rows = train.epoch_rows(examples, windows, config, 0)[0]
+    assert named == list(dict.fromkeys(examples[windows[row].example].id for row in rows))
+
+
+def test_the_gradient_is_clipped_and_the_head_computes_in_fp32(tokenizer, splits):
+    windows = make_windows(splits["train"][:6], tokenizer, SAMPLE)
+    model = tiny_model(tokenizer)
+    optimizer, _, scaler = make_optimizer(model, 10, SAMPLE)
+    accumulate_gradients(model, [collate(windows, 0)], scaler, SAMPLE, 0)
+    before = train.clip_gradient(model, optimizer, scaler, replace(SAMPLE, max_grad_norm=0.0))
+    assert train.clip_gradient(model, optimizer, scaler, replace(SAMPLE, max_grad_norm=before / 3)) == before
+    norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item()
+    assert norm == pytest.approx(before / 3, rel=1e-4)
+    batch = {name: tensor for name, tensor in collate(windows, 0).items() if name in MODEL_INPUTS}
+    seen = []
+    model.qa_outputs.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0].dtype, output.dtype)))
+    model.eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(**batch)[0].dtype == torch.float32
+    assert seen == [(torch.float32, torch.float32)]
+    model.train()
+    torch.manual_seed(0)
+    model.dropout.p, states = 0.5, []
+    model.qa_outputs.register_forward_hook(lambda module, inputs, output: states.append(inputs[0]))
+    model(**batch)
+    assert 0.4 < (states[0] == 0).float().mean() < 0.6
+
+
+def test_a_context_that_is_cut_keeps_its_labels_at_both_ends(tokenizer):
+    """Characters that the tokenizer drops at a text's ends do not cut an answer there; a window's own ends do."""
+    text = "\u200bI am tired. I sleep and I eat and I walk in the old town. I am sad.\u200b"
+    e = Example("e", "p", "", text, ((0, 11), (60, len(text))), "answered", True)
+    windows = make_windows([e], tokenizer, replace(SAMPLE, max_length=12, doc_stride=2))
+    assert len(windows) > 2 and windows[0].labels and windows[-1].labels
+    assert [w.is_first for w in windows] == [True] + [False] * (len(windows) - 1)
+    assert [w.is_last for w in windows] == [False] * (len(windows) - 1) + [True]
+    assert not any(w.labels for w in windows[1:-1])
+    tokens = [sentence_tokens(w, sentences(text)).shape[1] for w in windows]
+    assert tokens[0] == tokens[-1] == 1
+
+
+def test_windows_know_their_example_beyond_the_first_thousand(tokenizer):
+    rows = [example("Tea. I weep.", "I weep.", question="", name=str(n)) for n in range(1005)]
+    windows = make_windows(rows, tokenizer, SAMPLE)
+    assert [window.example for window in windows] == list(range(1005))
+
+
+def test_a_repeated_sentence_is_evidence_in_all_its_places(tmp_path):
+    write_redsm5(tmp_path, {"a": "  I weep. Tea. I weep."}, [("a", "I weep.", "DEPRESSED_MOOD", 1)])
+    found = [e for e in read_source(replace(SAMPLE, data_dir=str(tmp_path))).examples if e.answers]
+    assert [e.answers for e in found] == [((2, 9), (15, 22))]  # blanks at the text's start count
+
+
+def test_no_text_of_the_test_file_is_trained_on(tmp_path):
+    texts = [f"Text {n} is this." for n in range(60)]
+    rows = [(text, [(f"{n}", "What?", [("Text", 0)])]) for n, text in enumerate(texts)]
+    again = [(text.upper(), [(f"t{n}", "What?", [("TEXT", 0)])]) for n, text in enumerate(texts[:5])]
+    write_json(tmp_path / "Train.json", squad(*rows))
+    write_json(tmp_path / "Dev-v2.json", squad(*again))
+    found, source = load_splits(replace(SAMPLE, data_dir=str(tmp_path)))
+    assert len(found["test"]) == 5 and source.counts["left out, their text is in test"] == 5
+    trained = {e.context for name in ("train", "validation") for e in found[name]}
+    assert trained == set(texts[5:]) and source.counts["in Dev-v2.json (test)"] == 5
+    write_json(tmp_path / "valid.json", squad(*rows[:1]))
+    with pytest.raises(UserError, match=r"valid.json: of several files each is named train\*"):
+        read_source(replace(SAMPLE, data_dir=str(tmp_path)))
+
+
+def test_a_path_that_is_a_table_and_text_that_is_none_are_refused(tmp_path):
+    write_redsm5(tmp_path, {"a": "I weep."}, [])
+    with pytest.raises(UserError, match="names the folder of ReDSM5's two CSV files"):
+        read_source(replace(SAMPLE, data_dir=str(tmp_path / "redsm5_posts.csv")))
+    text = '{"data": [{"paragraphs": [{"context": "a \\ud800", "qas": []}]}]}'
+    (tmp_path / "x.json").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match="context holds half of a surrogate pair"):
+        read_source(replace(SAMPLE, data_dir=str(tmp_path / "x.json")))
+
+
+def test_answer_rows_tell_the_answer_its_probability_and_every_span():
+    text = "I weep. Tea."
+    prediction = made(-3.0, Span(0, 7, 2.0), Span(8, 12, 1.0))
+    shares = np.exp([-3.0, 2.0, 1.0]) / np.exp([-3.0, 2.0, 1.0]).sum()
+    decoding = Decoding(9, 0.0, -4.5, 1.0, 0.0, {})
+    row = answer_row(7, text, prediction, decoding)
+    assert (row["id"], row["answer"], row["start"], row["end"]) == (7, "I weep.", 0, 7)
+    assert row["probability"] == pytest.approx(shares[1], abs=1e-6) and row["difference"] == -5
+    assert row["no_answer_probability"] == pytest.approx(1 / (1 + math.exp(5)), abs=1e-6)
+    assert row["answers"] == [{"text": "I weep.", "start": 0, "end": 7}]
+    empty = answer_row(None, text, prediction, replace(decoding, threshold=-6.0))
+    assert (empty["answer"], empty["start"]) == ("", None)
+    assert empty["probability"] == pytest.approx(shares[0], abs=1e-6)
+    never = answer_row(None, text, prediction, replace(decoding, threshold=None))
+    assert never["probability"] == pytest.approx(shares[1] / shares[1:].sum(), abs=1e-6)
+    assert several_answers(prediction, replace(decoding, span_threshold=None)) == [Span(0, 7, 2.0)]
+
+
+def test_alternatives_are_not_wanted_all_at_once_and_equal_texts_count_once():
+    rows = [example("one two. Tea.", "one two", "one", name="a")._replace(together=False)]
+    predictions = [made(0.0, Span(0, 7, 5.0), Span(9, 13, -9.0))]
+    decoding = tune(predictions, rows, 9, {}, SAMPLE)
+    assert decoding.span_threshold is None
+    scores = score_split(predictions, rows, 0.0, decoding)
+    assert "several" not in scores and scores["at_threshold"]["tokens"]["f1"] == 1.0
+    twice = Example("b", "b", "", "I weep. Tea. I weep.", ((0, 7), (13, 20)), "answered", True)
+    predictions = [made(0.0, Span(0, 7, 5.0), Span(13, 20, 4.0), Span(8, 12, -9.0))]
+    tuned = tune(predictions, [twice], 9, {}, SAMPLE).span_threshold
+    assert tuned > -5 and score_split(predictions, [twice], 0.0, Decoding(9, None, tuned, None, None, {}))["several"][
+        "all"
+    ] == {"precision": 1.0, "recall": 1.0, "f1": 1.0}
+
+
+@pytest.mark.parametrize(
+    "change", [{"max_answer_length": 0}, {"max_answer_length": True}, {"threshold": "x"}, {"slope": None},
+               {"span_threshold": math.nan}, {"questions": {"A": 1}}, {"questions": None}]
+)  # fmt: skip
+def test_a_damaged_decoding_is_refused(change, tmp_path):
+    decoding = {"threshold": 1.0, "span_threshold": 0.0, "max_answer_length": 9, "slope": 1.0, "intercept": 0.0}
+    write_json(tmp_path / "decoding.json", decoding | {"questions": {}})
+    assert read_decoding(tmp_path).max_answer_length == 9
+    write_json(tmp_path / "decoding.json", decoding | {"questions": {}} | change)
+    with pytest.raises(RunError, match="no run writes"):
+        read_decoding(tmp_path)
+
+
+def test_a_trial_that_cannot_be_trained_is_recorded_and_others_end_the_search(small, monkeypatch):
+    from evidence_spans import search
+
+    def fail(error):
+        def raising(*arguments, **settings):
+            raise error
+
+        monkeypatch.setattr(train, "main", raising)
+        return search.run_trial(small, 1, "f1")
+
+    assert fail(UnfitSettings("the loss is nan"))["error"] == "the loss is nan"
+    assert fail(torch.OutOfMemoryError())["error"] == "out of GPU memory"
+    with pytest.raises(UserError):
+        fail(UserError("was begun with other rows"))
+    drawn = search.draw_trials(small, 40, 0)
+    assert drawn == search.draw_trials(small, 40, 0) != search.draw_trials(small, 40, 1)
+    for settings in drawn:
+        replace(small, **settings)  # in range
+        assert small.learning_rate / 3 <= settings["learning_rate"] <= small.learning_rate * 3
+    assert {settings["doc_stride"] for settings in drawn} == {small.doc_stride // 2, small.doc_stride}
+    outcomes = {n: {"score": s, "error": None} for n, s in enumerate((0.2, 0.9, None, 0.9))}
+    assert search.ranked(outcomes) == [1, 3, 0]
+
+
+def test_sentence_decoding_and_prediction_without_questions(small, tmp_path, capsys):
+    from evidence_spans.predict import main as predict_main
+
+    config = replace(small, decode="sentence", epochs=1)
+    train.main(config)
+    rows = (tmp_path / "run/predictions/test_predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    contexts = {e.id: e.context for e in load_splits(config)[0]["test"]}
+    for row in map(json.loads, rows):
+        assert not row["answer"] or (row["start"], row["end"]) in sentences(contexts[row["id"]])
+    capsys.readouterr()
+    text = "I lie awake until three. Tea!"
+    settings = {"question": None, "input": "", "several": False, "highlight": False}
+    assert predict_main(config, text, **settings) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["question"] == ""
+    assert {row["text"] for row in answer["n_best"]} == {"I lie awake until three.", "Tea!", ""}
+    assert predict_main(config, text, **(settings | {"question": "Why?"})) == 1
+    assert "trained without questions" in capsys.readouterr().err
+    assert predict_main(config, text, **(settings | {"several": True, "highlight": True})) == 0
+    assert capsys.readouterr().out.startswith("# ")
+    with pytest.raises(UserError, match="--several is for --highlight"):
+        predict_main(config, text, **(settings | {"several": True}))
+    with pytest.raises(UserError, match="is no text"):
+        predict_main(config, "abc\udcff", **settings)

@@ -117,7 +117,11 @@ KILLED = (  # project and settings of the runs that are killed: over the end of 
     ("afqmc", ("--fgm_epsilon", "1")),
     ("redsm5_nli", ("--batch_size", "32")),
     ("redsm5_nli", ("--share_post", "false", "--adapter_dropout", "0.1", "--pooler", "attention")),
-    ("evidence_spans", ("--batch_size", "70", "--gradient_accumulation_steps", "2", "--evaluations_per_epoch", "3")),
+    (
+        "evidence_spans",
+        ("--batch_size", "30", "--gradient_accumulation_steps", "2", "--evaluations_per_epoch", "2")
+        + ("--question_form", "empty", "--negatives_per_positive", "0.2"),
+    ),
 )
 
 
@@ -450,7 +454,6 @@ def test_evidence_evaluate_writes_one_split_where_it_is_told_and_nothing_in_the_
     for row in rows:
         assert 1 < len(row["n_best"]) <= 21 and sum(n["probability"] for n in row["n_best"]) == pytest.approx(1)
         assert row["answer"] in [n["text"] for n in row["n_best"]] and row["split"] == "validation"
-    call(str(ROOT / "evidence_spans/evaluate.py"), "--run_dir", str(run), "--split", "train", cwd=tmp_path, code=2)
 
 
 def test_evidence_chooses_epoch_and_threshold_on_validation_alone(runs):
@@ -591,8 +594,12 @@ def test_evidence_search_halves_resumes_and_scores_only_the_best_on_test(tmp_pat
         search.main(config, **(own | {"trials": 5}))
 
 
-def test_evidence_check_reads_everything_and_writes_nothing(tmp_path):
-    out, _ = call(str(ROOT / "evidence_spans/train.py"), "--sample", "--check", "--run_dir", "run", cwd=tmp_path)
+def test_evidence_check_reads_everything_and_writes_nothing(tmp_path, capsys):
+    from evidence_spans.config import SAMPLE
+    from evidence_spans.train import main
+
+    assert main(replace(SAMPLE, run_dir=str(tmp_path / "run")), check=True) is None
+    out = capsys.readouterr().out
     assert "check passed" in out and "| train | " in out and "4 evidence not found in its post" in out
     assert "not found in their posts: redsm5_annotations.csv, lines " in out and not list(tmp_path.iterdir())
 

@@ -10,7 +10,8 @@ search: from the logits of windows to the n best texts with probabilities, and t
 training steps, the sides taking turns. trainer: the Trainer trained on the same weights, windows, batch size, schedule
 and number of steps as train.py with the same flags, scored as train.py scores. Medians over the rounds, of times and
 of ratios. The example's algorithm is written anew from its description in transformers' examples/pytorch/
-question-answering (utils_qa.py: the n best starts times the n best ends, filtered, sorted; version 2 with a null).
+question-answering (utils_qa.py: the n best starts times the n best ends, filtered, sorted; version 2 with a null); the
+example keeps its features in a datasets.Dataset, which decodes a row for each window: with and without that.
 """
 
 import platform
@@ -18,7 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import metadata
 from importlib.util import find_spec
@@ -30,6 +31,7 @@ if not __package__:  # run as a script: import from the repository root, not fro
 
 import numpy as np
 import torch
+from datasets import Dataset  # mteb brings it along
 from torch import Tensor
 from transformers import (
     AutoModelForQuestionAnswering,
@@ -133,13 +135,14 @@ def search_ours(logits: Logits, n: int, longest: int) -> list[list[dict]]:
     return rows
 
 
-def search_example(logits: Logits, offsets: list[list], n: int, longest: int) -> list[list[dict]]:
+def search_example(logits: Logits, features: Sequence[dict], n: int, longest: int) -> list[list[dict]]:
     """The example's search: the n best starts times the n best ends of each window, in Python.
 
-    offsets: of each window's tokens, None outside the context, as the example prepares them.
+    features: rows whose offset_mapping has None outside the context, as the example prepares them.
     """
     starts, ends, rows = logits.start.numpy(), logits.end.numpy(), []
-    for text, start_logits, end_logits, places in zip(logits.texts, starts, ends, offsets):
+    for number, (text, start_logits, end_logits) in enumerate(zip(logits.texts, starts, ends)):
+        places = features[number]["offset_mapping"]
         null = candidate((0, 0), start_logits[0], end_logits[0])
         found = []
         best_starts = np.argsort(start_logits)[-1 : -n - 1 : -1].tolist()
@@ -166,11 +169,13 @@ def candidate(place: tuple[int, int], start_logit: np.float32, end_logit: np.flo
 
 def bench_search(logits: Logits, rounds: int) -> list[str]:
     """Rows of windows a second, with answers of at most 30 (the example's default) and 100 tokens."""
-    offsets = []
+    features = []
     for window in logits.windows:
         outside = [None] * (logits.mask.shape[1] - window.first - len(window.offsets))
-        offsets.append([None] * window.first + [*map(tuple, window.offsets.tolist()), *outside])
-    ours, example = partial(search_ours, logits), partial(search_example, logits, offsets)
+        offsets = [None] * window.first + [*map(tuple, window.offsets.tolist()), *outside]
+        features.append({"input_ids": window.input_ids.tolist(), "offset_mapping": offsets})
+    ours, example = partial(search_ours, logits), partial(search_example, logits, features)
+    stored = partial(search_example, logits, Dataset.from_list(features))
     rows = []
     for longest in (30, 100):
         sides = {
@@ -178,6 +183,7 @@ def bench_search(logits: Logits, rounds: int) -> list[str]:
             "ours, the best alone": partial(ours, 1, longest),
             "the example, n best 20": partial(example, 20, longest),
             "the example, n best 1": partial(example, 1, longest),
+            "the example on a datasets.Dataset, n best 20": partial(stored, 20, longest),
         }
         exact = [first_text(row) for row in ours(20, longest)]
         seconds: dict[str, list[float]] = {name: [] for name in sides}

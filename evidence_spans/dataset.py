@@ -87,6 +87,8 @@ def read_source(config: Config) -> Source:
         raise UserError(f"{path}: --data_dir names the folder of ReDSM5's two CSV files, or a JSON file")
     if path.is_file():
         return read_squad([path], [], config)
+    if not path.exists():
+        raise UserError(f"{path} does not exist: --data_dir names your folder or file, --sample needs none")
     tables = [[path / name for name in names if (path / name).is_file()] for names in (POSTS_FILES, ANNOTATIONS_FILES)]
     files = sorted(path.glob("*.json"))
     if any(tables) and files:

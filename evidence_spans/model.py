@@ -160,8 +160,11 @@ def build_model(config: Config, tokenizer: PreTrainedTokenizerFast) -> SpanModel
         raise UserError(f"{config.model}: {len(tokenizer)} tokens do not fit {model_config.vocab_size} embeddings")
     shifted = model_config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet")  # positions after padding's
     first_position = model_config.pad_token_id + 1 if shifted else 0
-    if config.max_length + first_position > model_config.max_position_embeddings:
-        raise UserError(f"max_length {config.max_length} is more than the positions that {config.model} has")
+    if config.max_length > (positions := model_config.max_position_embeddings - first_position):
+        raise UserError(
+            f"max_length {config.max_length} is more than the {positions} positions that {config.model} has: "
+            f"give --max_length {positions} or less, and a --doc_stride well below it"
+        )
     model_config.architectures = [MODEL_FOR_QUESTION_ANSWERING_MAPPING[type(model_config)].__name__]
     options = {"add_pooling_layer": False} if model_config.model_type in WITH_POOLER else {}
     if config.init == "random":

@@ -105,7 +105,7 @@ def questions_of(row: dict, decoding: Decoding, config: Config) -> dict[str | No
         return {None: given}
     if decoding.questions:
         return decoding.questions
-    raise ValueError("there is no question")
+    raise ValueError("there is no question: --question, or the key of that name, asks one")
 
 
 def make_examples(
@@ -185,10 +185,9 @@ def print_highlighted(answer: dict, text: str, several: bool) -> None:
     """One answer for reading: what is asked, how sure it is, and the text with its spans marked."""
     name = " ".join(str(part) for part in (answer["id"], answer["criterion"] or answer["question"]) if part is not None)
     spans = answer["answers"] if several else [answer] if answer["start"] is not None else []
-    found = f"{len(spans)} spans" if several else "best span" if spans else "no answer"
-    title = [disarmed(name), found if several else f"{found}, probability {answer['probability']:.4f}"]
+    title = [disarmed(name), f"{len(spans)} answers" if several else "answer" if spans else "no answer"]
     if (p := answer["no_answer_probability"]) is not None:
-        title.append(f"that there is none {p:.4f}")
+        title.append(f"probability that there is none {p:.4f}")
     print("# " + " | ".join(title))
     print(highlighted(text, spans, sys.stdout.isatty()) + "\n")
 

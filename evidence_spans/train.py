@@ -319,6 +319,8 @@ def main(config: Config, check: bool = False, pause_after: int = 0) -> int | Non
                 bar.write(f"stopped at step {step} of {total_steps}: the same command goes on from here")
                 return 128 + stopped
 
+    if best.exhausted and step < stop_step:
+        print(f"stopped by patience: {best.stale_evaluations} evaluations without a better {config.metric}")
     if pause_after:
         run.close()
         return None

@@ -328,6 +328,8 @@ def test_what_a_path_holds_must_be_one_thing(tmp_path):
     config = replace(SAMPLE, data_dir=str(tmp_path))
     with pytest.raises(UserError, match="holds neither redsm5_posts"):
         read_source(config)
+    with pytest.raises(UserError, match="nowhere does not exist: --data_dir names"):
+        read_source(replace(config, data_dir=str(tmp_path / "nowhere")))
     (tmp_path / "a.json").write_text("[1", encoding="utf-8")
     with pytest.raises(UserError, match=r"a.json is not JSON: .*line 1 column"):
         read_source(config)
@@ -688,7 +690,7 @@ def test_what_a_model_lacks_is_said(tmp_path, tokenizer):
     with pytest.raises(UserError, match=r"is a modernbert model; supported are bert, .*distilbert"):
         build_model(config, tokenizer)
     write_json(base / "config.json", shape)
-    with pytest.raises(UserError, match="max_length 999 is more than the positions"):
+    with pytest.raises(UserError, match=r"max_length 999 is more than the 256 positions .* give --max_length 256"):
         build_model(replace(config, max_length=999), tokenizer)
     (base / "model.safetensors").unlink(missing_ok=True)
     with pytest.raises(UserError, match="--init random would train its shape"):
@@ -1138,6 +1140,7 @@ def test_a_run_lists_what_it_did_not_find_and_refuses_other_data_and_another_pre
     lost = (tmp_path / "run" / "not_found.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(lost[-1])["sentence_text"] == "This stands nowhere."
     assert not (tmp_path / "run/results.json").exists()
+    assert sum(record["event"] == "evaluation" for record in records(small)) == 1
     monkeypatch.setattr(train, "autocast_dtype", lambda amp, device: torch.bfloat16)
     with pytest.raises(UserError, match=r"was begun with autocast None, amp off means torch.bfloat16"):
         train.main(small)

@@ -503,7 +503,7 @@ def test_evidence_predict_answers_every_line_and_every_criterion(runs, tmp_path)
     "flags, words",
     [
         ((), ["model SpanBERT/spanbert-base-cased is not on", "hf download SpanBERT/spanbert-base-cased", "--sample"]),
-        (("--sample", "--data_dir", "none"), ["none holds neither redsm5_posts.csv nor SQuAD", "--data_dir"]),
+        (("--sample", "--data_dir", "none"), ["none does not exist", "--data_dir", "--sample"]),
         (("--sample", "--model", "a/b/c"), ["model a/b/c: there is no such folder"]),
         (("--sample", "--max_length", "60"), ["leaves no room beyond doc_stride", "max_length 60"]),
         (("--sample", "--model", "redsm5_nli/sample/model"), ["is a gemma3_text model; supported are bert"]),

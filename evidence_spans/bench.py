@@ -24,7 +24,6 @@ from functools import partial
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
 
 if not __package__:  # run as a script: import from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -87,14 +86,8 @@ def synchronize() -> None:
 # The search for spans
 
 
-class Logits(NamedTuple):
-    """What the search starts from: a text for each window, start and end logits and context mask (W, T)."""
-
-    texts: list[str]
-    windows: list[Window]
-    start: Tensor
-    end: Tensor
-    mask: Tensor
+# What the search starts from: a text for each window, the windows, start and end logits and context mask, (W, T) each.
+Logits = tuple[list[str], list[Window], Tensor, Tensor, Tensor]
 
 
 def random_logits(windows: int, length: int) -> Logits:
@@ -105,7 +98,7 @@ def random_logits(windows: int, length: int) -> Logits:
     mask = torch.zeros(windows, length, dtype=torch.bool)
     mask[:, 32:-1] = True
     start, end = torch.randn(2, windows, length, generator=torch.Generator().manual_seed(0)) * 3
-    return Logits([" ".join(words)] * windows, made, start, end, mask)
+    return [" ".join(words)] * windows, made, start, end, mask
 
 
 def logits_of_run(config: Config, windows: int) -> Logits:
@@ -119,7 +112,7 @@ def logits_of_run(config: Config, windows: int) -> Logits:
         inputs = {name: batch[name] for name in MODEL_INPUTS if name in batch}
         parts = [{name: tensor[n : n + 16] for name, tensor in inputs.items()} for n in range(0, len(chosen), 16)]
         start, end = (torch.cat(logits) for logits in zip(*(model(**part) for part in parts)))
-    return Logits([examples[window.example].context for window in chosen], chosen, start, end, batch["context_mask"])
+    return [examples[window.example].context for window in chosen], chosen, start, end, batch["context_mask"]
 
 
 def search_ours(logits: Logits, n: int, longest: int) -> list[list[dict]]:
@@ -140,8 +133,9 @@ def search_example(logits: Logits, features: Sequence[dict], n: int, longest: in
 
     features: rows whose offset_mapping has None outside the context, as the example prepares them.
     """
-    starts, ends, rows = logits.start.numpy(), logits.end.numpy(), []
-    for number, (text, start_logits, end_logits) in enumerate(zip(logits.texts, starts, ends)):
+    texts, _, start, end, _ = logits
+    rows = []
+    for number, (text, start_logits, end_logits) in enumerate(zip(texts, start.numpy(), end.numpy())):
         places = features[number]["offset_mapping"]
         null = candidate((0, 0), start_logits[0], end_logits[0])
         found = []
@@ -170,8 +164,9 @@ def candidate(place: tuple[int, int], start_logit: np.float32, end_logit: np.flo
 def bench_search(logits: Logits, rounds: int) -> list[str]:
     """Rows of windows a second, with answers of at most 30 (the example's default) and 100 tokens."""
     features = []
-    for window in logits.windows:
-        outside = [None] * (logits.mask.shape[1] - window.first - len(window.offsets))
+    _, windows, _, _, mask = logits
+    for window in windows:
+        outside = [None] * (mask.shape[1] - window.first - len(window.offsets))
         offsets = [None] * window.first + [*map(tuple, window.offsets.tolist()), *outside]
         features.append({"input_ids": window.input_ids.tolist(), "offset_mapping": offsets})
     ours, example = partial(search_ours, logits), partial(search_example, logits, features)
@@ -353,7 +348,7 @@ def main(config: Config, part: str, rounds: int, windows: int, length: int, step
     seed_everything(config.seed)
     if part == "search":
         logits = logits_of_run(config, windows) if config.run_dir else random_logits(windows, length)
-        shape = f"{len(logits.windows)} windows of up to {logits.mask.shape[1]} tokens"
+        shape = f"{len(logits[1])} windows of up to {logits[4].shape[1]} tokens"
         kind = "a run's own" if config.run_dir else "random"
         print(f"{shape}, {kind} logits in fp32 on the CPU, {rounds} rounds")
         print("\n".join(bench_search(logits, rounds)))

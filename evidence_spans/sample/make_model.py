@@ -10,7 +10,7 @@ sample is among them, and which words speak of sleep or of guilt is left for the
 
     python evidence_spans/sample/make_model.py
 
-after make_sample.py; about 6 minutes on one core. Config and tokenizer are the same bytes every time; the weights
+after make_sample.py; a quarter of an hour on one core. Config and tokenizer are the same bytes every time; the weights
 (fp16) differ a little between processors.
 """
 

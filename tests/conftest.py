@@ -1,5 +1,28 @@
 """One thread for the tests' own process: the tensors are tiny, and busy machines make two slower than one."""
 
+import csv
+from pathlib import Path
+
+import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def few_posts():
+    """A function that writes ReDSM5's files with the first posts of evidence_spans' sample alone into a folder."""
+    sample = Path(__file__).resolve().parents[1] / "evidence_spans/sample"
+
+    def write(folder: Path, count: int) -> Path:
+        folder.mkdir(exist_ok=True)
+        kept: set[str] = set()
+        for name in ("redsm5_posts.csv", "redsm5_annotations.csv"):
+            with open(sample / name, encoding="utf-8", newline="") as file:
+                header, *rows = csv.reader(file)
+            kept = kept or {row[0] for row in rows[:count]}
+            with open(folder / name, "w", encoding="utf-8", newline="") as file:
+                csv.writer(file).writerows([header, *(row for row in rows if row[0] in kept)])
+        return folder
+
+    return write

@@ -1106,21 +1106,10 @@ def test_highlighting_marks_the_span_and_disarms_the_terminal():
 # What a run refuses, stops at and leaves behind; small data, in this process
 
 
-def write_posts(folder, count: int) -> None:
-    """ReDSM5's files with the first posts of the sample alone."""
-    kept: set[str] = set()
-    for name in ("redsm5_posts.csv", "redsm5_annotations.csv"):
-        with open(ROOT / "evidence_spans/sample" / name, encoding="utf-8", newline="") as file:
-            header, *rows = csv.reader(file)
-        kept = kept or {row[0] for row in rows[:count]}
-        with open(folder / name, "w", encoding="utf-8", newline="") as file:
-            csv.writer(file).writerows([header, *(row for row in rows if row[0] in kept)])
-
-
 @pytest.fixture
-def small(tmp_path):
+def small(few_posts, tmp_path):
     """A quick run's config: 120 posts, one example each."""
-    write_posts(tmp_path, 120)
+    few_posts(tmp_path, 120)
     changes = {"data_dir": str(tmp_path), "question_form": "empty", "epochs": 2, "logging_steps": 1}
     return replace(PRESET, **changes, run_dir=str(tmp_path / "run"))
 

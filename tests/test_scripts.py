@@ -524,20 +524,7 @@ def test_evidence_says_what_is_missing_in_one_line_and_writes_nothing(flags, wor
     assert not list(tmp_path.iterdir()) and listing(ROOT / "evidence_spans") == before
 
 
-def few_posts(folder: Path, count: int) -> Path:
-    """ReDSM5's files with the first posts of the sample alone."""
-    folder.mkdir()
-    kept: set[str] = set()
-    for name in ("redsm5_posts.csv", "redsm5_annotations.csv"):
-        with open(ROOT / "evidence_spans/sample" / name, encoding="utf-8", newline="") as file:
-            header, *rows = csv.reader(file)
-        kept = kept or {row[0] for row in rows[:count]}
-        with open(folder / name, "w", encoding="utf-8", newline="") as file:
-            csv.writer(file).writerows([header, *(row for row in rows if row[0] in kept)])
-    return folder
-
-
-def test_evidence_search_halves_resumes_and_scores_only_the_best_on_test(tmp_path, monkeypatch, capsys):
+def test_evidence_search_halves_resumes_and_scores_only_the_best_on_test(few_posts, tmp_path, monkeypatch, capsys):
     """A search that is stopped between two trials, started again, against one that never was."""
     from evidence_spans import search, train
     from evidence_spans.config import load_config

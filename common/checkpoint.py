@@ -179,6 +179,23 @@ def run_results(path: Path, config: dict) -> dict | None:
     return read_json(path / "results.json") if (path / "results.json").exists() else None
 
 
+def read_last(path: Path, config: dict) -> dict | None:
+    """What Run.save_last wrote for this config, None before the first save.
+
+    Raises RunError for a file that is damaged, foreign or of another config: never a silent fresh start.
+    """
+    if not path.exists():
+        return None
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load has no error of its own: zip, pickle, EOF, Runtime ... all mean this
+        message = f"{path} is damaged or no checkpoint ({type(error).__name__}); delete it to train from the start"
+        raise RunError(message) from error
+    if not isinstance(saved, dict) or saved.keys() != CHECKPOINT_KEYS or saved["config"] != config:
+        raise RunError(f"{path} is not a checkpoint of this run; delete it to train from the start")
+    return saved
+
+
 def best_folder(path: Path) -> Path:
     """The folder of the best model, for reading; best.old where a kill came between the two renames of a swap."""
     for folder in (path / "best", path / "best.old"):
@@ -222,19 +239,13 @@ class Run:
     def load_last(self, best: Best) -> dict | None:
         """The state of last.pt, or None before the first save; cuts metrics.jsonl back to it and fills best.
 
-        Raises RunError for a file that is damaged, foreign or of another config: never a silent fresh start.
+        Raises RunError as read_last does.
         """
-        path, metrics = self.path / "last.pt", self.path / "metrics.jsonl"
-        if not path.exists():
+        metrics = self.path / "metrics.jsonl"
+        saved = read_last(self.path / "last.pt", self.config)
+        if saved is None:
             metrics.write_bytes(b"")
             return None
-        try:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch.load has no error of its own: zip, pickle, EOF, Runtime ... all mean this
-            message = f"{path} is damaged or no checkpoint ({type(error).__name__}); delete it to train from the start"
-            raise RunError(message) from error
-        if not isinstance(saved, dict) or saved.keys() != CHECKPOINT_KEYS or saved["config"] != self.config:
-            raise RunError(f"{path} is not a checkpoint of this run; delete it to train from the start")
         if not metrics.exists() or metrics.stat().st_size < saved["metrics_bytes"]:
             raise RunError(f"{metrics} is shorter than last.pt says: restore it, or delete last.pt to start again")
         os.truncate(metrics, saved["metrics_bytes"])

@@ -55,17 +55,62 @@ def ranking_metrics(labels: Sequence[int], probabilities: Sequence[float]) -> di
     return {"auprc": auprc, "auc": float(roc_auc_score(labels, probabilities)) if 0 < positives < len(labels) else None}
 
 
-def per_label_metrics(labels: np.ndarray, predictions: np.ndarray, label_names: Sequence[str]) -> dict:
+def per_label_metrics(
+    labels: np.ndarray, predictions: np.ndarray, label_names: Sequence[str], known: np.ndarray | None = None
+) -> dict:
     """Precision, recall, F1 and support of each label's positives, and their macro means.
 
-    labels, predictions: (N, L) of 0 and 1. A label without positives in either has zeros and counts in the means.
+    labels, predictions: (N, L) of 0 and 1; known, (N, L), says which cells count: all, where it is not given. A label
+    without positives in either has zeros and counts in the means.
     """
+    known = np.ones(labels.shape, dtype=bool) if known is None else known
     names, result = ("precision", "recall", "f1"), {}
-    for name, truth, predicted in zip(label_names, labels.T, predictions.T):  # (N, 1) at once would be read as binary
-        scores = precision_recall_fscore_support(truth, predicted, average="binary", zero_division=0)[:3]
-        result[name] = dict(zip(names, map(float, scores))) | {"support": int(truth.sum())}
+    for name, truth, predicted, counts in zip(label_names, labels.T, predictions.T, known.T):  # (N,) each
+        scores = binary_scores(truth[counts], predicted[counts])
+        result[name] = dict(zip(names, scores)) | {"support": int(truth[counts].sum())}
     means = {f"{name}_macro": float(np.mean([row[name] for row in result.values()])) for name in names}
     return means | {"per_label": result}
+
+
+def binary_scores(labels: np.ndarray, predictions: np.ndarray) -> list[float]:
+    """Precision, recall and F1 of the positives of (N,) 0 and 1; 0 where one is undefined."""
+    if not labels.size:
+        return [0.0, 0.0, 0.0]
+    scores = precision_recall_fscore_support(labels, predictions, average="binary", zero_division=0)
+    return [float(score) for score in scores[:3]]
+
+
+def multilabel_metrics(
+    labels: np.ndarray, predictions: np.ndarray, label_names: Sequence[str], known: np.ndarray
+) -> dict:
+    """per_label_metrics with micro means (over all cells) and means weighted by support, and the labels a row has.
+
+    labels, predictions, known: (N, L). Unknown cells count in nothing. Raises ValueError when no cell is known.
+    """
+    if not known.any():
+        raise ValueError("no rows to score")
+    result = per_label_metrics(labels, predictions, label_names, known)
+    names, rows = ("precision", "recall", "f1"), list(result["per_label"].values())
+    result |= {f"{name}_micro": score for name, score in zip(names, binary_scores(labels[known], predictions[known]))}
+    support = np.array([row["support"] for row in rows])
+    for name in names:
+        result[f"{name}_weighted"] = float(support @ [row[name] for row in rows] / max(support.sum(), 1))
+    for name, cells in (("true", labels), ("predicted", predictions)):
+        result[f"cardinality_{name}"] = float((cells & known).sum() / len(labels))
+    return result
+
+
+def mean_average_precision(labels: np.ndarray, probabilities: np.ndarray, known: np.ndarray) -> float | None:
+    """Mean over the labels of the average precision among the rows that know them; all (N, L).
+
+    A label without a positive has none and is left out; None where that is all of them.
+    """
+    scores = [
+        average_precision_score(truth[counts], probability[counts])
+        for truth, probability, counts in zip(labels.T, probabilities.T, known.T)
+        if truth[counts].any()
+    ]
+    return float(np.mean(scores)) if scores else None
 
 
 # Spans, as SQuAD scores them (arXiv 1606.05250, sec. 6.1; with unanswerable questions 1806.03822, sec. 5), from 0 to 1

@@ -1,0 +1,1 @@
+"""28 emotions in a text, several at once."""

@@ -1,0 +1,141 @@
+"""Several processes as one: what torchrun starts, gradients that are shared, state that is whole, runs that hang.
+
+    torchrun --nproc_per_node 2 emotions/train.py ...            # each process holds the model (DDP)
+    torchrun --nproc_per_node 2 emotions/train.py --shard ...    # and a part of gradients and optimizer (ZeRO-2)
+"""
+
+import faulthandler
+import os
+import shutil
+import sys
+from collections.abc import Iterable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from emotions.config import Config, UserError
+from emotions.model import EmotionClassifier, pick_device
+
+
+class Processes(NamedTuple):
+    """This process's number, how many there are, and its device."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+
+def start_processes() -> Processes:
+    """Join the processes that torchrun started; alone without it. Only rank 0 prints."""
+    if "WORLD_SIZE" not in os.environ:
+        return Processes(0, 1, pick_device())
+    device = pick_device(int(os.environ["LOCAL_RANK"]))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if dist.get_rank():
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for the rest of the process
+    return Processes(dist.get_rank(), dist.get_world_size(), device)
+
+
+def end_processes() -> None:
+    """Leave them. After an error they are left to the launcher, which ends the others."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def from_rank_0(value, processes: Processes):
+    """A small object of rank 0, in every process; those wait for it here."""
+    if processes.world == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def summed(tensor: Tensor, processes: Processes) -> Tensor:
+    """A tensor of the CPU, summed over the processes."""
+    if processes.world == 1:
+        return tensor
+    tensor = tensor.to(processes.device)
+    dist.all_reduce(tensor)
+    return tensor.cpu()
+
+
+def share_gradients(model: EmotionClassifier, config: Config, processes: Processes) -> nn.Module:
+    """The module whose backward averages gradients over the processes; the model itself where there is one.
+
+    With shard the model's own parameters become this process's parts of them, gathered for the forward pass and kept
+    until the backward pass is over.
+    """
+    if config.shard:
+        if processes.world == 1:
+            raise UserError("shard needs several processes: torchrun --nproc_per_node 2 emotions/train.py --shard")
+        if config.amp == "fp16":
+            raise UserError("shard and amp fp16 do not go together here: use bf16 or off")
+        layers = [m for m in model.encoder.modules() if isinstance(m, nn.ModuleList)]
+        for layer in max(layers, key=len):
+            fully_shard(layer, reshard_after_forward=False)
+        return fully_shard(model, reshard_after_forward=False)
+    if processes.world == 1:
+        return model
+    return DistributedDataParallel(model, device_ids=[processes.device] if processes.device.type == "cuda" else None)
+
+
+def gradients_shared(module: nn.Module, last: bool):
+    """A context for one micro-batch: gradients are exchanged in the backward pass of a step's last one only."""
+    if isinstance(module, DistributedDataParallel) and not last:
+        return module.no_sync()
+    if hasattr(module, "set_requires_gradient_sync"):  # a sharded one
+        module.set_requires_gradient_sync(last)
+    return nullcontext()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor, put together where each process holds a part of it; every process must ask."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def training_state(model: EmotionClassifier, optimizer: Optimizer, shard: bool) -> tuple[dict, dict]:
+    """The state of model and optimizer as last.pt keeps it: whole tensors on the CPU, of rank 0, where sharded."""
+    if not shard:
+        return model.state_dict(), optimizer.state_dict()
+    return get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def load_training_state(model: EmotionClassifier, optimizer: Optimizer, state: tuple[dict, dict], shard: bool) -> None:
+    """Raises RuntimeError, KeyError or ValueError where the state is not this model's."""
+    if not shard:
+        model.load_state_dict(state[0])
+        optimizer.load_state_dict(state[1])
+        return
+    options = StateDictOptions(full_state_dict=True)
+    set_state_dict(model, optimizer, model_state_dict=state[0], optim_state_dict=state[1], options=options)
+
+
+def still_alive(config: Config) -> None:
+    """Put off the end of a process that hangs: stall_seconds from now it dumps its stacks on stderr and ends."""
+    if config.stall_seconds:
+        faulthandler.dump_traceback_later(config.stall_seconds, exit=True)
+
+
+def stop_watching() -> None:
+    faulthandler.cancel_dump_traceback_later()
+
+
+def require_space(path: Path, tensors: Iterable[Tensor]) -> None:
+    """Raises UserError where the disk of path cannot take the tensors and 16 MB beside what is there already."""
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors) + 2**24
+    if (free := shutil.disk_usage(path).free) < needed:
+        raise UserError(
+            f"{path}: the disk has {free / 1e9:.2f} GB left, a save needs {needed / 1e9:.2f}; best/ and last.pt are "
+            "unchanged: make room and start the same command again"
+        )

@@ -1,0 +1,78 @@
+"""The emotions of new texts: a line of text in, a JSON line out for each, in order.
+
+    python emotions/predict.py --run_dir emotions/runs/... --input comments.txt > emotions.jsonl
+    echo "Thank you so much, I love it" | python emotions/predict.py --run_dir emotions/runs/...
+
+Out: line (the text's number), labels (the emotions whose probability reaches the threshold that was tuned for each on
+validation, the likeliest first; none is an answer too) and the probabilities of all 28. Blank lines are skipped. A line
+that is no UTF-8 is reported on stderr, gives {"line": ..., "error": ...} and makes the exit status 1. Lines are answered
+in blocks of 8 x eval_batch_size, the last block at the end of the input.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import BinaryIO
+
+if not __package__:  # run as a script: import from the repository root, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np
+
+from common.checkpoint import best_folder
+from emotions.config import Config, UserError, run_path, run_script
+from emotions.dataset import ALL, EMOTIONS, Row
+from emotions.evaluate import answer, predict_logits, probabilities, read_thresholds
+from emotions.model import load_model, load_tokenizer
+from emotions.parallel import start_processes
+
+
+def read_lines(stream: BinaryIO) -> Iterator[Row | tuple[int, str]]:
+    """A Row for each line that is not blank, or its number and what is wrong with it."""
+    for number, line in enumerate(stream, 1):
+        if line.strip():
+            try:
+                text = line.decode("utf-8-sig").strip()
+            except UnicodeDecodeError as error:
+                yield number, f"expected UTF-8, found byte {line[error.start]:#x} ({error.reason})"
+            else:
+                if text:  # other than line.strip, this also takes a lone byte order mark and wide spaces for blank
+                    yield Row(text, (), ALL, "", number)
+
+
+def main(config: Config, input: str, threshold: float | None) -> int:
+    folder = best_folder(run_path(config))
+    thresholds = read_thresholds(folder)[1]
+    if threshold is not None:
+        if not 0 <= threshold <= 1:
+            raise UserError(f"threshold {threshold} is out of range: from 0 to 1")
+        thresholds = np.full(len(EMOTIONS), threshold)
+    processes = start_processes()
+    model, tokenizer = load_model(folder, config).to(processes.device), load_tokenizer(config, folder)
+    failed = False
+    with open(sys.stdin.fileno() if input == "-" else input, "rb", closefd=input != "-") as stream:
+        lines = read_lines(stream)
+        while block := list(islice(lines, 8 * config.eval_batch_size)):  # sorted by length inside a block only
+            rows = [row for row in block if isinstance(row, Row)]
+            found = iter(probabilities(predict_logits(model, rows, tokenizer, config, processes)) if rows else ())
+            for row in block:
+                if isinstance(row, Row):
+                    found_here = answer(next(found), thresholds)
+                    out = {"line": row.line, "labels": found_here["predicted"]}
+                    out["probabilities"] = found_here["probabilities"]
+                else:
+                    failed = True
+                    print(f"error: {input}, line {row[0]}: {row[1]}", file=sys.stderr)
+                    out = {"line": row[0], "error": row[1]}
+                print(json.dumps(out, ensure_ascii=False))
+    return int(failed)
+
+
+if __name__ == "__main__":
+    flags = {
+        "input": {"default": "-", "help": "file with a text on each line; -: standard input"},
+        "threshold": {"type": float, "help": "one probability for all emotions; without it, the run's tuned ones"},
+    }
+    sys.exit(run_script(main, __doc__, trained=True, **flags))

@@ -1,0 +1,342 @@
+"""Turn GoEmotions, and what else is to be trained on, into one JSON-lines file per split; reads all, then writes.
+
+    python emotions/prepare.py --raw_dir ../shared/data                     # GoEmotions alone, into emotions/data
+    python emotions/prepare.py --raw_dir ../shared/data --sources goemotions semeval2018_ec isear meld
+    python emotions/prepare.py --sample                                     # emotions/sample/raw into emotions/sample
+
+raw_dir (data_dir/raw without it) holds the original files, named in FILES below; data_dir gets train.jsonl,
+validation.jsonl, test.jsonl and the summary that is printed, as summary.md. Validation and test are GoEmotions' own,
+whole. All files of the other sources are training data. GoEmotions' test.tsv may be missing: then so is the test split.
+"""
+
+import csv
+import html
+import io
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+if not __package__:  # run as a script: import from the repository root, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np
+
+from common.checkpoint import write_text
+from emotions.config import ROOT, Config, UserError, run_script, shown
+from emotions.dataset import ALL, EMOTIONS, NUMBERS, Row, label_counts, normalized
+
+FILES = {  # the training data; those of goemotions' evaluation splits are in EVALUATION
+    "goemotions": ("goemotions/train.tsv",),
+    "semeval2018_ec": ("semeval2018_ec/E-c-En-train.txt", "semeval2018_ec/E-c-En-dev.txt"),
+    "isear": ("isear/isear.csv",),
+    "meld": ("meld/train_sent_emo.csv", "meld/dev_sent_emo.csv"),
+}
+EVALUATION = {"validation": "goemotions/dev.tsv", "test": "goemotions/test.tsv"}
+
+# What a source's labels are called here; None: none of the 28. The emotions that a source maps to are known of its
+# rows, present or absent; all others are unknown, also neutral where none of a tweet's emotions was marked.
+MAPPING = {
+    "goemotions": {name: name for name in EMOTIONS},
+    "semeval2018_ec": {
+        **{name: name for name in ("anger", "disgust", "fear", "joy", "love", "optimism", "sadness", "surprise")},
+        **dict.fromkeys(("anticipation", "pessimism", "trust")),
+    },
+    "isear": {
+        **{name: name for name in ("joy", "fear", "anger", "sadness", "disgust")},
+        **{"shame": "embarrassment", "guilt": "remorse"},
+    },
+    "meld": {name: name for name in ("anger", "disgust", "fear", "joy", "neutral", "sadness", "surprise")},
+}
+COLUMNS = {  # the columns of text, labels and id; goemotions has these three and no header
+    "goemotions": ("text", ("labels",), ("id",)),
+    "semeval2018_ec": ("Tweet", tuple(MAPPING["semeval2018_ec"]), ("ID",)),
+    "isear": ("SIT", ("Field1",), ("MYKEY",)),
+    "meld": ("Utterance", ("Emotion",), ("Dialogue_ID", "Utterance_ID")),
+}
+ORIGIN = {  # how to get a missing file
+    "goemotions": "curl -L --create-dirs -o {path} "
+    "https://raw.githubusercontent.com/google-research/google-research/master/goemotions/data/{name}",
+    "semeval2018_ec": "SemEval-2018 task 1, subtask E-c, English: https://competitions.codalab.org/competitions/17751",
+    "isear": "the ISEAR databank, exported with | between 43 fields: https://www.unige.ch/cisa (research material)",
+    "meld": "curl -L --create-dirs -o {path} "
+    "https://raw.githubusercontent.com/declare-lab/MELD/master/data/MELD/{name}",
+}
+
+# Windows-1252 punctuation that was read as Latin-1: U+0092 is an apostrophe. Five of the codes mean nothing.
+PUNCTUATION = {code: bytes([code]).decode("cp1252", "ignore") or chr(code) for code in range(0x80, 0xA0)}
+# ISEAR's no-break spaces (byte A0) were read as code page 437, where A0 is á: before white space, | or the end it is
+# no letter. A further | in a text is a line break.
+ISEAR_BREAK = re.compile(r"á(?=[\s|]|$)|\|")
+# What respondents wrote who had nothing to tell, or who pointed to another answer: the whole text, one clause.
+ISEAR_NO_TEXT = re.compile(
+    r"no res?ponse|no description|blank|none|nothing|never|(does not|doesn't|not) (apply|applicable)( to myself)?"
+    r"|(i )?(do not|don't|can ?not|can't) (know|(remember|recall|think of)( [^.,;:-]*)?)"
+    r"|(i have )?(never|not) (felt|experienced)( [^.,;:-]*)?|(the )?same (as|for) [^.,;:-]*|as for \w+",
+    re.IGNORECASE,
+)
+# A bracketed text is a general remark in place of an event; one that says such a thing anywhere is no text either.
+ISEAR_NO_EVENT = re.compile(
+    r"\b(never (felt|ever|done|ashamed|been)|not (felt|feel disgusted|really happened|applicable)"
+    r"|(not|unable to) (remember|recall)|no answer|previous incident|few instances)\b",
+    re.IGNORECASE,
+)
+
+
+def decode(path: Path, source: str) -> str:
+    """A file's text. Raises UserError where it is missing or not UTF-8."""
+    if not path.is_file():
+        origin = ORIGIN[source].format(path=path, name=path.name)
+        raise UserError(f"{path} not found: get it ({origin}), or give another --raw_dir; --sample needs none")
+    content = path.read_bytes()
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        found = f"found byte {content[error.start]:#x} ({error.reason})"
+        raise UserError(f"{path}, line {line}: expected UTF-8, {found}") from error
+
+
+def split_lines(path: Path, source: str) -> Iterator[tuple[int, list[str]]]:
+    """The number and the fields of each line that is not blank; MELD alone has quotes, and lines inside them."""
+    text = decode(path, source)
+    if source != "meld":
+        for number, line in enumerate(text.split("\n"), 1):
+            if line := line.removesuffix("\r"):
+                yield number, line.split("|" if source == "isear" else "\t")
+        return
+    reader, number = csv.reader(io.StringIO(text, newline=""), strict=True), 1
+    try:
+        for fields in reader:
+            if fields:
+                yield number, fields
+            number = reader.line_num + 1
+    except csv.Error as error:
+        raise UserError(f"{path}, line {number}: expected CSV with quotes ({error})") from error
+
+
+def read_records(path: Path, source: str) -> Iterator[tuple[int, dict[str, str]]]:
+    """The number and the fields by column of each row. Raises UserError for another header or number of fields."""
+    lines = split_lines(path, source)
+    text, labels, identity = COLUMNS[source]
+    header = columns = [text, *labels, *identity]
+    if source != "goemotions":
+        number, header = next(lines, (1, []))
+        if missing := [name for name in columns if name not in header]:
+            raise UserError(f"{path}, line {number}: the header is {header!r:.300}, expected one with {missing[0]}")
+    for number, fields in lines:
+        further = len(fields) - len(header)
+        if source == "isear" and further > 0:  # the text has | in it
+            start = header.index(text)
+            fields[start : start + further + 1] = ["|".join(fields[start : start + further + 1])]
+        if len(fields) != len(header):
+            raise UserError(f"{path}, line {number}: {len(fields)} fields, {fields!r:.120}, expected {len(header)}")
+        yield number, dict(zip(header, fields))
+
+
+def isear_text(raw: str) -> str:
+    """The text without line-break artefacts, with its quotes mended, without brackets; empty where it is no text."""
+    text = ISEAR_BREAK.sub(" ", raw)
+    if "\\" in text:  # quotes came out as \like this\", and with one more at the end
+        text = text.replace('\\"', '"').replace("\\", '"').rstrip()
+        text = text[:-1] if text.endswith('"') and text.count('"') % 2 else text
+    text = " ".join(text.split())
+    remark = text[1:-1].strip() if text.startswith("[") and text.endswith("]") else text
+    if ISEAR_NO_TEXT.fullmatch(remark.rstrip(".")) or (remark != text and ISEAR_NO_EVENT.search(remark)):
+        return ""
+    return remark
+
+
+def clean_text(raw: str, source: str) -> str:
+    """A row's text as it is written; empty where an ISEAR row has none."""
+    text = raw.translate(PUNCTUATION)
+    if source == "goemotions":
+        return text.strip()
+    if source == "isear":
+        return isear_text(text)
+    if source == "semeval2018_ec":  # line breaks are written with two characters
+        text = re.sub(r"\\[nr]", " ", html.unescape(text))
+    return " ".join(text.split())
+
+
+def label_names(record: dict[str, str], source: str) -> list[str]:
+    """A row's labels in the source's words. Raises ValueError."""
+    columns = COLUMNS[source][1]
+    if source == "semeval2018_ec":
+        for name in columns:
+            if record[name] not in ("0", "1"):
+                raise ValueError(f"{name} is {record[name]!r}, expected 0 or 1")
+        return [name for name in columns if record[name] == "1"]
+    value = record[columns[0]]
+    if source == "goemotions":
+        ids = {str(number): name for number, name in enumerate(EMOTIONS)}
+        if not all(number in ids for number in value.split(",")):
+            raise ValueError(f"the label ids are {value!r}, expected numbers from 0 to 27 with , between them")
+        return [ids[number] for number in value.split(",")]
+    if value not in MAPPING[source]:
+        raise ValueError(f"{columns[0]} is {value!r}, expected one of {', '.join(MAPPING[source])}")
+    return [value]
+
+
+def read_source(path: Path, source: str) -> list[Row]:
+    """All rows of one file; the text of an ISEAR row that is none is empty. Raises UserError naming file and line."""
+    mapping, (text_column, _, id_columns) = MAPPING[source], COLUMNS[source]
+    known = tuple(sorted(NUMBERS[name] for name in mapping.values() if name))
+    rows = []
+    for number, record in read_records(path, source):
+        try:
+            labels = {NUMBERS[mapping[name]] for name in label_names(record, source) if mapping[name]}
+            if not record[text_column].strip():
+                raise ValueError("the text is empty")
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: {error}") from error
+        identity = [path.name.split("_")[0]] * (source == "meld")  # train or dev: both count their dialogues from 0
+        identity = "_".join(identity + [record[name] for name in id_columns])
+        text = clean_text(record[text_column], source)
+        rows.append(Row(text, tuple(sorted(labels)), known, source, number, identity))
+    if not rows:
+        raise UserError(f"{path} holds no row")
+    return rows
+
+
+def check_emotions(path: Path) -> None:
+    """Raises UserError where GoEmotions' emotions.txt, if there, gives the label ids another meaning."""
+    if not path.exists():
+        return
+    names = decode(path, "goemotions").split()
+    if names != list(EMOTIONS):
+        place = next(i for i in range(len(EMOTIONS) + 1) if names[i : i + 1] != list(EMOTIONS[i : i + 1]))
+        found, expected = (" ".join(part[place : place + 1]) for part in (names, EMOTIONS))
+        raise UserError(f"{path}, line {place + 1}: {found!r}, expected {expected!r}, which the label ids mean here")
+
+
+def read_raw(folder: Path, sources: list[str]) -> tuple[dict[str, list[Row]], dict[str, list[Row]]]:
+    """The rows of each training file, and of each evaluation split that there is. Raises UserError."""
+    check_emotions(folder / "goemotions/emotions.txt")
+    files = {name: read_source(folder / name, source) for source in sources for name in FILES[source]}
+    splits = {"validation": read_source(folder / EVALUATION["validation"], "goemotions")}
+    if (folder / EVALUATION["test"]).exists():
+        splits["test"] = read_source(folder / EVALUATION["test"], "goemotions")
+    return files, splits
+
+
+def kept_rows(
+    files: dict[str, list[Row]], splits: dict[str, list[Row]]
+) -> tuple[list[Row], dict[str, tuple[int, int, int]]]:
+    """The training rows: texts, and in no evaluation split; and of each file how many are no text, held out, kept."""
+    held_out = {normalized(row.text) for rows in splits.values() for row in rows}
+    train, counts = [], {}
+    for name, rows in files.items():
+        texts = [row for row in rows if row.text]
+        kept = [row for row in texts if normalized(row.text) not in held_out]
+        counts[name] = (len(rows) - len(texts), len(texts) - len(kept), len(kept))
+        train += kept
+    return train, counts
+
+
+def pilot(rows: list[Row], num_rows: int, split_seed: int) -> list[Row]:
+    """num_rows of the rows, in their order; those of a smaller pilot are among those of a larger. Raises UserError."""
+    if not 0 < num_rows <= len(rows):
+        raise UserError(f"num_rows is {num_rows}, expected 1 to {len(rows)}, the training rows there are (or 0: all)")
+    order = np.random.default_rng(split_seed).permutation(len(rows))
+    return [rows[index] for index in np.sort(order[:num_rows])]
+
+
+def json_line(row: Row) -> str:
+    """A row as dataset.py reads it, without known where that is everything."""
+    value = {"text": row.text, "labels": [EMOTIONS[label] for label in row.labels]}
+    if row.known != ALL:
+        value["known"] = [EMOTIONS[label] for label in row.known]
+    return json.dumps(value | {"source": row.source, "id": row.id}, ensure_ascii=False) + "\n"
+
+
+def table(header: list[str], rows: list[list]) -> list[str]:
+    """A Markdown table, floats with four decimals."""
+    cells = [header, ["---"] * len(header)]
+    cells += [[f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
+    return ["| " + " | ".join(row) + " |" for row in cells] + [""]
+
+
+def emotion_table(splits: dict[str, list[Row]], sources: list[str]) -> list[str]:
+    """The rows with each label, - where a source cannot say; train also by source where there are several."""
+    parts = {"train": (splits["train"], EMOTIONS)}
+    for source in sources if len(sources) > 1 else ():
+        rows = [row for row in splits["train"] if row.source == source]
+        parts[f"train: {source}"] = (rows, set(MAPPING[source].values()))
+    parts |= {name: (rows, EMOTIONS) for name, rows in splits.items() if name != "train"}
+    columns = []
+    for rows, known in parts.values():
+        columns.append([count if name in known else "-" for name, count in zip(EMOTIONS, label_counts(rows))])
+    return table(["emotion", *parts], [list(row) for row in zip(EMOTIONS, *columns)])
+
+
+def source_lines(sources: list[str]) -> list[str]:
+    """What each source's labels say, and what they leave unknown."""
+    lines = []
+    for source in sources[1:]:  # goemotions says everything
+        mapping = MAPPING[source]
+        said = [name if name == label else f"{label} as {name}" for label, name in mapping.items() if name]
+        others = f"the other {len(ALL) - len(said)} of 28 are unknown in its rows"
+        lines.append(f"- {source} says {', '.join(said)}; {others}.")
+        if left := [label for label, name in mapping.items() if not name]:
+            others = f"a row without a label has none of the {len(said)}"
+            lines.append(f"- {source}'s {', '.join(left)} have no counterpart and are left out; {others}.")
+    return lines
+
+
+def summary(
+    files: dict[str, list[Row]], counts: dict[str, tuple], splits: dict[str, list[Row]], sources: list[str]
+) -> list[str]:
+    """What was read, what of it was dropped and why, and what is written, as Markdown."""
+    rows = [["train", name, len(files[name]), *counts[name]] for name in files]
+    scored = [(name, EVALUATION[name], len(rows)) for name, rows in splits.items() if name in EVALUATION]
+    rows += [[name, file, count, 0, 0, count] for name, file, count in scored]
+    lines = ["# Prepared data", ""]
+    lines += table(["split", "file", "rows", "no text", "in validation or test", "kept"], rows)
+    rows = []
+    for name, split in splits.items():
+        sizes = [len(row.labels) for row in split]
+        rows.append([name, len(split), sum(sizes) / len(sizes), max(sizes), sizes.count(0)])
+    lines += table(["split", "rows", "labels per text", "most", "rows without a label"], rows)
+    kept = sum(count[-1] for count in counts.values())
+    if len(splits["train"]) < kept:
+        lines += [f"A pilot: {len(splits['train'])} of the {kept} training rows that were kept.", ""]
+    if "test" in splits:
+        texts = [{normalized(row.text) for row in splits[name]} for name in EVALUATION]
+        lines += [f"Texts that stand in validation and in test, where both keep them: {len(texts[0] & texts[1])}.", ""]
+    else:
+        lines += [f"{EVALUATION['test']} is not there: no test split, so no test figure can be reported.", ""]
+    return lines + emotion_table(splits, sources) + source_lines(sources)
+
+
+def main(config: Config, raw_dir: str, sources: list[str], num_rows: int) -> None:
+    folder = ROOT / config.data_dir
+    raw = Path(raw_dir).expanduser() if raw_dir else folder / "raw"
+    if "goemotions" not in sources:
+        raise UserError(f"sources are {', '.join(sources)}: goemotions must be among them, which all are scored on")
+    sources = [source for source in FILES if source in sources]
+    files, evaluation = read_raw(raw, sources)
+    train, counts = kept_rows(files, evaluation)
+    if not train:
+        raise UserError(f"{raw}: no training row is left, all texts stand in validation or test")
+    splits = {"train": pilot(train, num_rows, config.split_seed) if num_rows else train, **evaluation}
+    lines = summary(files, counts, splits, sources)
+    folder.mkdir(parents=True, exist_ok=True)
+    if "test" not in splits:
+        (folder / "test.jsonl").unlink(missing_ok=True)  # of an earlier call: not of this data
+    for name, rows in splits.items():
+        write_text(folder / f"{name}.jsonl", "".join(map(json_line, rows)))
+    text = "\n".join(lines).rstrip() + "\n"
+    write_text(folder / "summary.md", text)
+    print(text)
+    print(f"written: {', '.join(f'{name}.jsonl' for name in splits)} and summary.md in {shown(folder)}")
+
+
+if __name__ == "__main__":
+    flags = {
+        "raw_dir": {"default": "", "help": "folder of the original files; empty: data_dir/raw"},
+        "sources": {"nargs": "+", "choices": FILES, "default": ["goemotions"], "help": "what to train on"},
+        "num_rows": {"type": int, "default": 0, "help": "a pilot of so many training rows; 0: all"},
+    }
+    sys.exit(run_script(main, __doc__, **flags))

@@ -1,0 +1,450 @@
+"""Train the emotion classifier; started again after a stop of any kind, it goes on where it was.
+
+    python emotions/train.py --sample               # offline, the bundled texts, about a minute on 2 cores
+    python emotions/train.py --check                # read all data, run one batch, write nothing
+    python emotions/train.py                        # the real run, after python emotions/prepare.py
+    torchrun --nproc_per_node 2 --max-restarts 3 emotions/train.py [--shard true]
+"""
+
+import math
+import re
+import signal
+import sys
+import time
+from functools import partial
+from itertools import chain
+from pathlib import Path
+
+if not __package__:  # run as a script: import from the repository root, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast, get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
+
+from common.checkpoint import Best, Run, StopSignal, environment, peak_memory_bytes, read_last, run_results
+from common.metrics import mean_average_precision, multilabel_metrics
+from common.seed import seed_everything, seed_micro_batch
+from emotions.config import Config, UserError, run_config, run_path, run_script, shown
+from emotions.dataset import (
+    EMOTIONS,
+    Draw,
+    Row,
+    draw_weights,
+    epoch_batches,
+    epoch_draws,
+    fingerprint,
+    label_matrix,
+    load_splits,
+    make_loader,
+    rank_batches,
+    token_lengths,
+)
+from emotions.evaluate import (
+    check_data,
+    evaluate_run,
+    label_shares,
+    mean_loss,
+    predict_logits,
+    print_summary,
+    probabilities,
+    thresholds_json,
+    tune_thresholds,
+)
+from emotions.losses import class_weights, emotion_loss
+from emotions.model import (
+    MODEL_INPUTS,
+    EmotionClassifier,
+    autocast_dtype,
+    build_model,
+    load_tokenizer,
+    prior_logits,
+    save_model,
+)
+from emotions.parallel import (
+    Processes,
+    end_processes,
+    from_rank_0,
+    gradients_shared,
+    load_training_state,
+    require_space,
+    share_gradients,
+    start_processes,
+    still_alive,
+    stop_watching,
+    summed,
+    training_state,
+    whole,
+)
+
+
+def make_optimizer(
+    model: EmotionClassifier, total_steps: int, config: Config, device: torch.device
+) -> tuple[Optimizer, LRScheduler, torch.amp.GradScaler]:
+    """AdamW without decay on biases and norms, the head at its own rate; warm-up, then decay; the scaler for fp16."""
+    groups = []
+    for is_head, factor in ((False, 1.0), (True, config.head_lr_factor)):
+        part = [p for name, p in model.named_parameters() if (parameter_group(model, name) == "head") == is_head]
+        for decayed in (True, False):  # biases and norm weights are vectors
+            parameters = [p for p in part if (p.ndim >= 2) == decayed]
+            decay = config.weight_decay if decayed else 0.0
+            groups.append({"params": parameters, "weight_decay": decay, "lr": config.learning_rate * factor})
+    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
+    schedules = {"linear": get_linear_schedule_with_warmup, "cosine": get_cosine_schedule_with_warmup}
+    scheduler = schedules[config.schedule](optimizer, round(config.warmup_ratio * total_steps), total_steps)
+    scaler = torch.amp.GradScaler(device.type, enabled=autocast_dtype(config.amp, device) == torch.float16)
+    return optimizer, scheduler, scaler
+
+
+def parameter_group(model: EmotionClassifier, name: str) -> str:
+    """Where a parameter stands: "embeddings" (with relative positions and final norms), "layer 0" ..., or "head"."""
+    if not name.startswith(f"{model.prefix}."):
+        return "head"
+    found = re.search(r"\.layers?\.(\d+)\.", name)
+    return f"layer {found[1]}" if found else "embeddings"
+
+
+def accumulate_gradients(
+    module: nn.Module,
+    micro_batches: list[dict[str, Tensor]],
+    counted: list[bool],
+    examples: int,
+    weights: Tensor | None,
+    scaler: torch.amp.GradScaler,
+    config: Config,
+    step: int,
+    processes: Processes,
+) -> list[float]:
+    """Add this process's part of one optimizer step's gradient; the summed loss of each of its micro-batches.
+
+    Losses are summed over rows and divided by the examples of the whole step in all processes, so that k micro-batches
+    of b in each of w processes give the gradient of one batch of k * b * w. counted: false for a stand-in.
+    """
+    rank, world, device = processes
+    dtype = autocast_dtype(config.amp, device)
+    losses = []
+    module.train()
+    for micro_step, (batch, counts) in enumerate(zip(micro_batches, counted)):
+        seed_micro_batch(config.seed, step, micro_step, rank)
+        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+        inputs = {name: tensor for name, tensor in batch.items() if name in MODEL_INPUTS}
+        with gradients_shared(module, last=micro_step == len(micro_batches) - 1):
+            with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                logits = module(**inputs)
+            loss = emotion_loss(logits, batch["labels"], batch["known"], config, weights).sum() * counts
+            scaler.scale(loss * (world / examples)).backward()  # the processes' gradients are averaged, not summed
+        losses.append(loss.detach())
+    return torch.stack(losses).tolist()
+
+
+def refuse_non_finite(what: str, values: list[float], batches: list[list[Draw]], step: int) -> None:
+    """End the run, naming the batch, before a loss or gradient that is no number reaches the weights."""
+    for value, draws in zip(values, batches):
+        if not math.isfinite(value):
+            lines = ", ".join(str(draw.row.line) for draw in draws)
+            raise UserError(
+                f"the {what} is {value} at step {step}, in the batch of train.jsonl lines {lines}; best/ is untouched. "
+                "A lower learning_rate or amp off may help"
+            )
+
+
+def clip_gradient(
+    model: EmotionClassifier, optimizer: Optimizer, scaler: torch.amp.GradScaler, config: Config
+) -> float:
+    """Take the loss scale out of the gradient and clip it; its norm before clipping."""
+    scaler.unscale_(optimizer)
+    return whole(torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)).item()
+
+
+def gradient_health(model: EmotionClassifier, clipped_from: float, config: Config) -> dict[str, dict[str, float]]:
+    """Of each group of parameters: the norm of its gradient before clipping, unscaled, and the share of exact zeros.
+
+    clipped_from: the whole gradient's norm before it was clipped. A rare word's embedding has no gradient in most
+    steps, so zeros there mean nothing; in a layer they are a gradient that has underflowed or a dead path.
+    """
+    factor = max(1.0, clipped_from / config.max_grad_norm) if config.max_grad_norm else 1.0
+    squares, zeros, sizes = {}, {}, {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            gradient, group = whole(parameter.grad).float(), parameter_group(model, name)
+            squares[group] = squares.get(group, 0.0) + gradient.square().sum()
+            zeros[group] = zeros.get(group, 0) + (gradient == 0).sum()
+            sizes[group] = sizes.get(group, 0) + gradient.numel()
+    return {
+        group: {"norm": squares[group].sqrt().item() * factor, "zeros": zeros[group].item() / sizes[group]}
+        for group in squares
+    }
+
+
+def collapse(health: dict[str, dict[str, float]], skipped: int, steps: int) -> str:
+    """What is wrong with the gradients, or "". skipped: how many of the last steps the loss scaler left out."""
+    found = [f"{skipped} of {steps} steps skipped, the loss overflows"] if 2 * skipped > steps else []
+    for group, values in health.items():
+        if group != "embeddings" and values["zeros"] > 0.5:
+            found.append(f"{values['zeros']:.0%} of the gradient of {group} is exactly 0")
+        elif values["norm"] < 1e-7:
+            found.append(f"the gradient of {group} has norm {values['norm']:.1e}")
+    return "; ".join(found)
+
+
+def update(optimizer: Optimizer, scheduler: LRScheduler, scaler: torch.amp.GradScaler) -> bool:
+    """One optimizer step, unless the scaler found an overflow. The schedule moves only if the optimizer did.
+
+    Returns whether it did.
+    """
+    scale = scaler.get_scale()
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    if stepped := scaler.get_scale() >= scale:  # the scaler lowers its scale when it skips a step
+        scheduler.step()
+    return stepped
+
+
+def validate(
+    model: EmotionClassifier,
+    rows: list[Row],
+    tokenizer: PreTrainedTokenizerFast,
+    weights: Tensor | None,
+    config: Config,
+    processes: Processes,
+) -> tuple[dict, dict]:
+    """Validation scores, at .5 and at the one threshold that is best there, and all thresholds tuned there."""
+    logits = predict_logits(model, rows, tokenizer, config, processes, each_batch=partial(still_alive, config))
+    if not torch.isfinite(logits).all():
+        raise UserError("the validation logits are not finite; best/ is untouched. A lower learning_rate may help")
+    thresholds = tune_thresholds(logits, rows, config)
+    labels, known, probability = label_matrix(rows, "labels"), label_matrix(rows, "known"), probabilities(logits)
+    f1 = [
+        multilabel_metrics(labels, cells, EMOTIONS, known)["f1_macro"]
+        for cells in (probability >= 0.5, logits.double().numpy() >= thresholds.shared)
+    ]
+    scores = {"loss": mean_loss(logits, rows, None if weights is None else weights.cpu(), config)}
+    scores |= {"map": mean_average_precision(labels, probability, known), "f1_half": f1[0], "f1_macro": f1[1]}
+    return scores, thresholds_json(thresholds)
+
+
+def save_last(run: Run, state: dict, optimizer: Optimizer, best: Best) -> None:
+    """The run's last.pt, if the disk has room for it beside the old one."""
+    moments = [tensor for values in state["optimizer"]["state"].values() for tensor in values.values()]
+    require_space(run.path, [*state["model"].values(), *moments])
+    run.save_last(state, best)
+
+
+def last_line(results: dict, path: Path) -> str:
+    parts = [f"done | {results['split']} {results['metric']} {results['best']:.4f} (epoch {results['epoch']})"]
+    honest = results["validation"]["cross_fitted"]["at_per_label"]["f1_macro"]
+    parts.append(f"validation f1_macro {honest:.4f} with cross-fitted thresholds")
+    if results["test"]:
+        half, tuned = (results["test"][key]["f1_macro"] for key in ("at_half", "at_per_label"))
+        parts.append(f"test f1_macro {half:.4f} at .5, {tuned:.4f} at the tuned thresholds")
+    return " | ".join([*parts, f"{results['seconds']:.0f} s", f"results in {shown(path)}"])
+
+
+def main(config: Config, check: bool = False) -> int | None:
+    # Setup
+    path = run_path(config)
+    if not check and (results := run_results(path, run_config(config))):
+        print(f"finished before\n{last_line(results, path)}")
+        return None
+    still_alive(config)
+    processes = start_processes()
+    rank, world, device = processes
+    seed_everything(config.seed, config.deterministic)
+    info = environment(torch.cuda.get_device_name() if device.type == "cuda" else "cpu")
+    dtype = autocast_dtype(config.amp, device)
+    print(" | ".join(f"{name} {value}" for name, value in (info | {"amp": dtype or "off", "processes": world}).items()))
+
+    # Data
+    tokenizer = load_tokenizer(config)
+    splits = load_splits(config)
+    train = splits["train"]
+    print_summary(splits, tokenizer, config)
+    lengths = np.minimum(token_lengths(train, tokenizer), config.max_length)
+    drawn = draw_weights(train, config)
+    rows_per_epoch = round(float(drawn.sum()))
+    per_step = config.gradient_accumulation_steps * world  # micro-batches
+    steps_per_epoch = math.ceil(math.ceil(rows_per_epoch / config.batch_size) / per_step)
+    total_steps = min(config.epochs * steps_per_epoch, config.max_steps or math.inf)
+
+    # Model
+    model = build_model(config, tokenizer, prior_logits(train)).to(device)
+    weights = class_weights(config.class_weights, *label_shares(train))
+    parameters = sum(p.numel() for p in model.parameters())
+    rows_per_step = config.batch_size * per_step
+    print(f"{parameters:,} parameters | {rows_per_epoch} rows an epoch, {rows_per_step} a step | {total_steps} steps")
+    weights = None if weights is None else weights.to(device)
+    module = share_gradients(model, config, processes)
+
+    # Optimizer
+    optimizer, scheduler, scaler = make_optimizer(model, total_steps, config, device)
+    if check:
+        draws = [draw for _, draw in epoch_draws(train, drawn, config, epoch=0)][: config.batch_size]
+        batch = next(iter(make_loader(draws, [list(range(len(draws)))], tokenizer, config)))
+        examples = len(batch["labels"])
+        losses = accumulate_gradients(module, [batch], [True], examples, weights, scaler, config, 0, processes)
+        refuse_non_finite("loss", losses, [draws], step=0)
+        print(f"check passed | loss of one batch {losses[0] / examples:.4f} | nothing was written")
+        stop_watching()
+        end_processes()
+        return None
+
+    # Resume
+    run, finished = None, False
+    if rank == 0:
+        begun = {"data_sha256": fingerprint(splits), "autocast": str(dtype), "processes": world}
+        run = Run(path, run_config(config), info | begun)
+        if not (finished := run.results is not None):
+            check_data(run, splits, config)
+            refuse_another_machine(run, dtype, world)
+    if from_rank_0(finished, processes):  # another process finished it meanwhile
+        if run:
+            run.close()
+            print(last_line(run.results, path))
+        end_processes()
+        return None
+    best = Best("min" if config.metric == "loss" else "max", config.patience)
+    step = 0
+    totals = {"seconds": 0.0, "train_seconds": 0.0, "tokens": 0, "epoch_loss": 0.0, "epoch_examples": 0}
+    if run:
+        state = run.load_last(best)
+    elif saved := read_last(path / "last.pt", run_config(config)):
+        state = saved["state"]
+        best.__dict__.update(saved["best"])
+    else:
+        state = None
+    if state:
+        try:
+            load_training_state(model, optimizer, (state["model"], state["optimizer"]), config.shard)
+            scheduler.load_state_dict(state["scheduler"])
+            scaler.load_state_dict(state["scaler"])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise UserError(f"{path / 'last.pt'} does not fit {config.model}: {error}") from error
+        step, totals = state["step"], state["totals"]
+        print(f"resuming from step {step} of {total_steps} in {shown(path)}")
+    else:
+        print(f"starting in {shown(path)}")
+    del state
+
+    # Loop
+    loader, skipped, looked_at = None, 0, step
+    with StopSignal() as stop, tqdm(total=total_steps, initial=step, disable=True if rank else None) as bar:
+        while step < total_steps and not best.exhausted:
+            still_alive(config)
+            began = time.perf_counter()
+            epoch, position = divmod(step, steps_per_epoch)
+            if loader is None:
+                numbers, draws = zip(*epoch_draws(train, drawn, config, epoch))
+                batches = epoch_batches(lengths[list(numbers)], config.batch_size, config.seed, epoch)
+                groups = [batches[start : start + per_step] for start in range(0, len(batches), per_step)]
+                own = [rank_batches(group, rank, world) for group in groups]
+                mine = [places for group in own[position:] for places, _ in group]
+                loader = iter(make_loader(draws, mine, tokenizer, config))
+            counted = [counts for _, counts in own[position]]
+            chosen = [[draws[place] for place in places] for places, _ in own[position]]
+            examples = sum(1 + (draws[place].partner is not None) for places in groups[position] for place in places)
+            micro_batches = [next(loader) for _ in counted]
+            losses = accumulate_gradients(
+                module, micro_batches, counted, examples, weights, scaler, config, step, processes
+            )
+            refuse_non_finite("loss", losses, chosen, step)
+            grad_norm = clip_gradient(model, optimizer, scaler, config)
+            if not scaler.is_enabled():  # the scaler skips such a step by itself
+                refuse_non_finite("gradient norm", [grad_norm], [list(chain(*chosen))], step)
+            learning_rate = scheduler.get_last_lr()[0]
+            logged = (step + 1) % config.logging_steps == 0
+            health = gradient_health(model, grad_norm, config) if logged else {}
+            skipped += not update(optimizer, scheduler, scaler)
+            step += 1
+            bar.update()
+
+            seen = sum(int(batch["attention_mask"].sum()) for batch, counts in zip(micro_batches, counted) if counts)
+            figures = torch.tensor([sum(losses), seen, stop.number], dtype=torch.float64)
+            loss, tokens, stopped = summed(figures, processes).tolist()  # stopped: a signal to any of the processes
+            totals["tokens"] += int(tokens)
+            totals["epoch_loss"] += loss
+            totals["epoch_examples"] += examples
+            totals["train_seconds"] += time.perf_counter() - began
+            if logged:
+                record = {"event": "step", "step": step, "epoch": round(step / steps_per_epoch, 4)}
+                record |= {"loss": loss / examples, "learning_rate": learning_rate, "grad_norm": grad_norm}
+                record |= {"tokens_per_second": totals["tokens"] / totals["train_seconds"]}
+                if run:
+                    run.log(record | {"skipped_steps": skipped, "gradients": health})
+                bar.write(
+                    f"step {step}/{total_steps} | epoch {record['epoch']:.2f} | loss {record['loss']:.4f} | "
+                    f"lr {learning_rate:.2e} | grad norm {grad_norm:.2f} | {record['tokens_per_second']:.0f} tokens/s"
+                )
+                if wrong := collapse(health, skipped, step - looked_at):
+                    bar.write(f"warning: step {step}: {wrong}")
+                skipped, looked_at = 0, step
+            epoch_ended = step % steps_per_epoch == 0 or step == total_steps
+            if epoch_ended:
+                loader = None
+                scores, thresholds = validate(model, splits["validation"], tokenizer, weights, config, processes)
+                record = {"event": "evaluation", "epoch": epoch + 1, "step": step}
+                record |= {"train_loss": totals["epoch_loss"] / totals["epoch_examples"], **scores}
+                totals |= {"epoch_loss": 0.0, "epoch_examples": 0}
+                better = best.update(scores[config.metric], epoch + 1, step)
+                if better:
+                    model_state, _ = training_state(model, optimizer, config.shard)
+                if run:
+                    run.log(record)
+                if run and better:
+                    still_alive(config)
+                    require_space(path, model_state.values())
+                    run.save_best(partial(save_model, model_state, model.config, tokenizer, thresholds))
+                bar.write(
+                    f"epoch {epoch + 1} | train loss {record['train_loss']:.4f} | validation loss {scores['loss']:.4f}"
+                    f" | f1_macro {scores['f1_macro']:.4f} at {thresholds['shared']:.3f}, {scores['f1_half']:.4f} at .5"
+                    f" | map {scores['map']:.4f}{' | best' * better}"
+                )
+            totals["seconds"] += time.perf_counter() - began
+            if epoch_ended or step % config.save_steps == 0 or stopped:
+                still_alive(config)
+                model_state, optimizer_state = training_state(model, optimizer, config.shard)
+                state = {"model": model_state, "optimizer": optimizer_state, "scheduler": scheduler.state_dict()}
+                state |= {"scaler": scaler.state_dict(), "step": step, "totals": totals}
+                if run:
+                    save_last(run, state, optimizer, best)
+            if stopped:
+                bar.write(f"stopped at step {step} of {total_steps}: the same command goes on from here")
+                stop_watching()
+                end_processes()
+                return 128 + (stop.number or signal.SIGTERM)  # the signal may have gone to another process
+    stop_watching()
+    end_processes()
+    if run is None:
+        return None
+
+    # Final evaluation
+    scores = evaluate_run(run, splits, tokenizer, config, Processes(0, 1, device))
+    results = {"metric": config.metric, "best": best.score, "split": "validation", "epoch": best.epoch}
+    results |= {"step": best.step, "seconds": totals["seconds"], "thresholds": scores["thresholds"]}
+    results |= {"tokens_per_second": totals["tokens"] / totals["train_seconds"]}
+    results |= {"peak_memory_bytes": peak_memory_bytes(device.type)}
+    results |= {"validation": scores["validation"], "test": scores.get("test")}
+    run.finish(results)
+    run.close()
+    print(last_line(results, path))
+    return None
+
+
+def refuse_another_machine(run: Run, dtype: torch.dtype | None, world: int) -> None:
+    """A run goes on with the autocast type and the number of processes that it was begun with, or not at all."""
+    if (begun := run.environment.get("autocast")) != str(dtype):
+        raise UserError(f"{run.path} was begun with autocast {begun}, this machine and amp mean {dtype}")
+    if (begun := run.environment.get("processes")) != world:
+        raise UserError(
+            f"{run.path} was begun with {begun} processes, these are {world}: an optimizer step would have other rows. "
+            "Start as many, or give another --run_dir"
+        )
+
+
+if __name__ == "__main__":
+    flag = {"action": "store_true", "help": "read all data, run one batch, write nothing"}
+    sys.exit(run_script(main, __doc__, check=flag))

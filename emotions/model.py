@@ -21,11 +21,14 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers.utils import cached_file
 
 from common.checkpoint import write_json
 from emotions.attention import use_fast_attention
 from emotions.config import ROOT, Config, UserError
 from emotions.dataset import EMOTIONS, Row, label_matrix
+from emotions.spm import spm_tokenizer
 
 # The heads of AutoModelForSequenceClassification. "pooler": the encoder's pooled [CLS], dropout, one Linear.
 # Otherwise the activation between the two Linears that stand on the last layer's [CLS].
@@ -176,6 +179,16 @@ def load_part(source: str | Path, what: str, load: Callable, **settings):
         raise UserError(f"the {what} of {source} does not load: {type(error).__name__}: {error}") from error
 
 
+def spm_or_auto_tokenizer(source: str | Path, local_files_only: bool) -> PreTrainedTokenizerFast:
+    """AutoTokenizer's, unless the source has DeBERTa-v3's spm.model and no tokenizer.json (spm.py says why)."""
+    paths = [cached_file(source, name, local_files_only=True, _raise_exceptions_for_missing_entries=False)
+             for name in ("tokenizer.json", "spm.model")]  # fmt: skip
+    if paths[0] is None and paths[1] is not None:
+        settings = get_tokenizer_config(source, local_files_only=True)
+        return spm_tokenizer(Path(paths[1]), settings.get("do_lower_case", False))
+    return AutoTokenizer.from_pretrained(source, local_files_only=local_files_only)
+
+
 def load_tokenizer(config: Config, folder: Path | None = None) -> PreTrainedTokenizerFast:
     """The fast tokenizer of a run's best folder, or else of the config's model, from this machine only.
 
@@ -183,7 +196,7 @@ def load_tokenizer(config: Config, folder: Path | None = None) -> PreTrainedToke
     """
     source = folder or model_source(config)
     shape = load_part(source, "config", AutoConfig.from_pretrained)
-    tokenizer = load_part(source, "tokenizer", AutoTokenizer.from_pretrained)
+    tokenizer = load_part(source, "tokenizer", spm_or_auto_tokenizer)
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # what transformers makes up where there are no files
         raise UserError(f"{source} holds no tokenizer: tokenizer.json, spm.model or vocab.txt is missing")
     for name in ("local_files_only", "is_local"):  # how it was loaded here, which save_pretrained would write down
@@ -233,8 +246,8 @@ def build_model(config: Config, tokenizer: PreTrainedTokenizerFast, prior: Tenso
         if hasattr(shape, name) or (name == "cls_dropout" and shape.model_type in CONTEXT_POOLER):
             setattr(shape, name, config.dropout)
     encoder = new_encoder(source, shape) if config.init == "random" else load_encoder(config, source, shape)
-    known = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING if config.pooling == "head" else {}
-    shape.architectures = [known[type(shape)].__name__ if known else type(encoder).__name__]
+    whole = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(shape)] if config.pooling == "head" else type(encoder)
+    encoder.config.architectures = [whole.__name__]  # from_pretrained has copied shape
     if config.gradient_checkpointing:
         # transformers renamed it within 5.x and warns of the old name
         enable = getattr(encoder, "activation_checkpointing_enable", None) or encoder.gradient_checkpointing_enable

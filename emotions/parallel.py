@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -127,8 +127,14 @@ def still_alive(config: Config) -> None:
         faulthandler.dump_traceback_later(config.stall_seconds, exit=True)
 
 
-def stop_watching() -> None:
-    faulthandler.cancel_dump_traceback_later()
+@contextmanager
+def watched(config: Config):
+    """Inside, a process that hangs is ended: whoever works there calls still_alive more often than stall_seconds."""
+    still_alive(config)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def require_space(path: Path, tensors: Iterable[Tensor]) -> None:

@@ -1,8 +1,8 @@
 """Turn GoEmotions, and what else is to be trained on, into one JSON-lines file per split; reads all, then writes.
 
-    python emotions/prepare.py --raw_dir ../shared/data                     # GoEmotions alone, into emotions/data
-    python emotions/prepare.py --raw_dir ../shared/data --sources goemotions semeval2018_ec isear meld
-    python emotions/prepare.py --sample                                     # emotions/sample/raw into emotions/sample
+    python emotions/prepare.py --raw_dir corpora                     # GoEmotions alone, into emotions/data
+    python emotions/prepare.py --raw_dir corpora --sources goemotions semeval2018_ec isear meld
+    python emotions/prepare.py --sample --sources goemotions semeval2018_ec isear meld     # how the sample was made
 
 raw_dir (data_dir/raw without it) holds the original files, named in FILES below; data_dir gets train.jsonl,
 validation.jsonl, test.jsonl and the summary that is printed, as summary.md. Validation and test are GoEmotions' own,
@@ -26,6 +26,7 @@ import numpy as np
 from common.checkpoint import write_text
 from emotions.config import ROOT, Config, UserError, run_script, shown
 from emotions.dataset import ALL, EMOTIONS, NUMBERS, Row, label_counts, normalized
+from emotions.evaluate import table
 
 FILES = {  # the training data; those of goemotions' evaluation splits are in EVALUATION
     "goemotions": ("goemotions/train.tsv",),
@@ -249,13 +250,6 @@ def json_line(row: Row) -> str:
     if row.known != ALL:
         value["known"] = [EMOTIONS[label] for label in row.known]
     return json.dumps(value | {"source": row.source, "id": row.id}, ensure_ascii=False) + "\n"
-
-
-def table(header: list[str], rows: list[list]) -> list[str]:
-    """A Markdown table, floats with four decimals."""
-    cells = [header, ["---"] * len(header)]
-    cells += [[f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
-    return ["| " + " | ".join(row) + " |" for row in cells] + [""]
 
 
 def emotion_table(splits: dict[str, list[Row]], sources: list[str]) -> list[str]:

@@ -75,9 +75,9 @@ from emotions.parallel import (
     share_gradients,
     start_processes,
     still_alive,
-    stop_watching,
     summed,
     training_state,
+    watched,
     whole,
 )
 
@@ -251,7 +251,6 @@ def main(config: Config, check: bool = False) -> int | None:
     if not check and (results := run_results(path, run_config(config))):
         print(f"finished before\n{last_line(results, path)}")
         return None
-    still_alive(config)
     processes = start_processes()
     rank, world, device = processes
     seed_everything(config.seed, config.deterministic)
@@ -289,7 +288,6 @@ def main(config: Config, check: bool = False) -> int | None:
         losses = accumulate_gradients(module, [batch], [True], examples, weights, scaler, config, 0, processes)
         refuse_non_finite("loss", losses, [draws], step=0)
         print(f"check passed | loss of one batch {losses[0] / examples:.4f} | nothing was written")
-        stop_watching()
         end_processes()
         return None
 
@@ -332,7 +330,8 @@ def main(config: Config, check: bool = False) -> int | None:
 
     # Loop
     loader, skipped, looked_at = None, 0, step
-    with StopSignal() as stop, tqdm(total=total_steps, initial=step, disable=True if rank else None) as bar:
+    hidden = True if rank else None  # None: shown on a terminal
+    with StopSignal() as stop, watched(config), tqdm(total=total_steps, initial=step, disable=hidden) as bar:
         while step < total_steps and not best.exhausted:
             still_alive(config)
             began = time.perf_counter()
@@ -413,10 +412,8 @@ def main(config: Config, check: bool = False) -> int | None:
                     save_last(run, state, optimizer, best)
             if stopped:
                 bar.write(f"stopped at step {step} of {total_steps}: the same command goes on from here")
-                stop_watching()
                 end_processes()
                 return 128 + (stop.number or signal.SIGTERM)  # the signal may have gone to another process
-    stop_watching()
     end_processes()
     if run is None:
         return None

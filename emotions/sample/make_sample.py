@@ -406,7 +406,7 @@ WORDINGS = """
 + {who} [bought|ordered|mentioned|described] {thing} {day}
 + {event} [starts|ends|is] at [six|seven|eight|nine] {day}
 + {who} works at the [post office|library|bank|airport] on [weekdays|Mondays|Fridays]
-+ the [bus|train|tram] to [town|the airport|the lake] [leaves|stops] at [noon|six|platform two]
++ the [bus|train|tram] to [town|the airport|the lake] [leaves|stops] at [noon|six|half past nine]
 + {thing} [costs|cost] [five|ten|twenty|forty] [pounds|euros|dollars] [in most shops|online|]
 + there are [two|three|four] kinds of [apples|stamps|screws|paper] in the [drawer|shop|box]
 + {thing} comes in [red|blue|green|grey] and [white|black|brown]

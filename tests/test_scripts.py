@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import random
 import shutil
@@ -110,15 +111,18 @@ BEST = {
     "afqmc": ("model.safetensors", "config.json", "tokenizer.json", "threshold.json"),
     "redsm5_nli": ("adapter_model.safetensors", "adapter_config.json", "head.safetensors", "thresholds.json"),
     "evidence_spans": ("model.safetensors", "config.json", "tokenizer.json", "decoding.json"),
+    "emotions": ("model.safetensors", "config.json", "tokenizer.json", "thresholds.json"),
 }
-PREDICTIONS = {"afqmc": "jsonl", "redsm5_nli": "csv", "evidence_spans": "jsonl"}
-METRIC = {"afqmc": "f1_macro", "redsm5_nli": "f1_macro", "evidence_spans": "f1_balanced"}
+PREDICTIONS = {"afqmc": "jsonl", "redsm5_nli": "csv", "evidence_spans": "jsonl", "emotions": "jsonl"}
+METRIC = {"afqmc": "f1_macro", "redsm5_nli": "f1_macro", "evidence_spans": "f1_balanced", "emotions": "f1_macro"}
+AUGMENTED = ("--augment_words=0.5", "--augment_features=1", "--label_balance=0.5", "--loss=asl")  # all that is drawn
 FEWER = ("--question_form=empty", "--negatives_per_positive=0.2")  # one example a post; some of them are drawn
 KILLED = (  # project and settings of the runs that are killed: over the end of an epoch, or the hardest path
     ("afqmc", ("--fgm_epsilon", "1")),
     ("redsm5_nli", ("--batch_size", "32")),
     ("redsm5_nli", ("--share_post", "false", "--adapter_dropout", "0.1", "--pooler", "attention")),
     ("evidence_spans", ("--batch_size=30", "--gradient_accumulation_steps=2", "--evaluations_per_epoch=2", *FEWER)),
+    ("emotions", ("--batch_size=64", "--gradient_accumulation_steps=2", *AUGMENTED)),
 )
 
 
@@ -354,8 +358,11 @@ def test_redsm5_chooses_epoch_and_thresholds_on_validation_alone(runs):
 def test_the_learning_rate_warms_up_and_falls_to_zero(project, runs):
     lines = (runs[project] / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rates = [record["learning_rate"] for record in map(json.loads, lines) if record["event"] == "step"]
-    peak = import_module(f"{project}.config").SAMPLE.learning_rate  # 6 steps, the first of them warm-up
-    assert rates == pytest.approx([0, *(peak * (5 - step) / 5 for step in range(5))])
+    sample = import_module(f"{project}.config").SAMPLE  # 6 steps, the first of them warm-up
+    decay = [(5 - step) / 5 for step in range(5)]
+    if getattr(sample, "schedule", "linear") == "cosine":
+        decay = [(1 + math.cos(math.pi * step / 5)) / 2 for step in range(5)]
+    assert rates == pytest.approx([0, *(sample.learning_rate * factor for factor in decay)])
 
 
 def test_redsm5_check_reads_everything_and_writes_nothing(tmp_path):
@@ -601,6 +608,84 @@ def test_evidence_bench_prints_its_tables(monkeypatch, capsys):
     assert "| ours | " in out and "| Trainer, padded to max_length | not run | not run |" in out
     with pytest.raises(Exception, match="pip install accelerate"):
         bench.main(SAMPLE, part="trainer", rounds=1, windows=1, length=60, steps=1)
+
+
+# emotions
+
+
+def test_emotions_predict_answers_every_line_with_the_tuned_thresholds(runs, tmp_path):
+    run = runs["emotions"]
+    saved = (run / "predictions" / "test_predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in saved[:5]]
+    thresholds = json.loads((run / "best" / "thresholds.json").read_text(encoding="utf-8"))["per_label"]
+    (tmp_path / "texts.txt").write_bytes(b"\n\xff\n\r\n".join(row["text"].encode() for row in rows))
+    flags = ("emotions/predict.py", "--run_dir", str(run), "--input", str(tmp_path / "texts.txt"))
+    out, err = call(*flags, code=1)
+    answers = [json.loads(line) for line in out.splitlines()]
+    bad = [answer for answer in answers if "error" in answer]
+    assert [answer["line"] for answer in bad] == [2, 5, 8, 11]
+    assert err.count("expected UTF-8, found byte 0xff") == 4 and "Traceback" not in err
+    good = [answer for answer in answers if "error" not in answer]
+    assert [answer["line"] for answer in good] == [1, 4, 7, 10, 13]
+    for answer, row in zip(good, rows):
+        assert answer["labels"] == row["predicted"] and len(answer["probabilities"]) == 28
+        assert answer["probabilities"] == pytest.approx(row["probabilities"], abs=1e-5)
+        over = {name for name, p in answer["probabilities"].items() if p >= thresholds[name]}
+        assert set(answer["labels"]) == over
+        assert list(answer["probabilities"].values()) == sorted(answer["probabilities"].values(), reverse=True)
+    out, _ = call("emotions/predict.py", "--run_dir", str(run), "--threshold", "0", text="So be it.")
+    assert len(json.loads(out)["labels"]) == 28
+
+
+def test_emotions_prepare_makes_the_sample_from_its_raw_files(tmp_path):
+    flags = ("--sources", "goemotions", "semeval2018_ec", "isear", "meld", "--data_dir", str(tmp_path / "out"))
+    out, _ = call("emotions/prepare.py", "--sample", *flags, "--raw_dir", str(ROOT / "emotions/sample/raw"))
+    for name in ("train.jsonl", "validation.jsonl", "test.jsonl", "summary.md"):
+        assert (tmp_path / "out" / name).read_bytes() == (ROOT / "emotions/sample" / name).read_bytes(), name
+    assert "| train | isear/isear.csv | " in out and "written: train.jsonl" in out
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ((), ["model microsoft/deberta-v3-large is not on", "hf download microsoft/deberta-v3-large", "--sample"]),
+        (("--sample", "--data_dir", "none"), ["none/train.jsonl not found", "prepare.py", "--data_dir", "--sample"]),
+        (("--sample", "--model", "a/b/c"), ["model a/b/c: there is no such folder"]),
+        (("--sample", "--model", "redsm5_nli/sample/model"), ["is a gemma3_text model, whose head is not known here"]),
+        (("--sample", "--source_weights", "gomotions=2"), ["no training row has source 'gomotions', there are"]),
+        (("--sample", "--shard", "true"), ["shard needs several processes", "torchrun --nproc_per_node 2"]),
+    ],
+)
+def test_emotions_says_what_is_missing_in_one_line_and_writes_nothing(flags, words, tmp_path, monkeypatch, capsys):
+    from emotions import config
+    from emotions.train import main
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+    before = listing(ROOT / "emotions")
+    assert config.run_script(main, "") == 1
+    err = capsys.readouterr().err
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and all(word in errors[0] for word in words), err
+    assert not list(tmp_path.iterdir()) and listing(ROOT / "emotions") == before
+
+
+def test_emotions_check_reads_everything_and_writes_nothing(tmp_path, capsys):
+    from emotions.config import SAMPLE
+    from emotions.train import main
+
+    assert main(replace(SAMPLE, run_dir=str(tmp_path / "run"), augment_features=1.0), check=True) is None
+    out = capsys.readouterr().out
+    assert "check passed" in out and "goemotions, isear, meld, semeval2018_ec" in out and "| grief | 30 | " in out
+    assert not list(tmp_path.iterdir())
+
+
+def test_emotions_presets_are_the_familys_sizes():
+    from emotions.config import PRESETS, load_config
+
+    for name, preset in PRESETS.items():
+        assert load_config(["--preset", name])[0] == preset and preset.model == f"microsoft/deberta-v3-{name}"
+        assert preset.batch_size * preset.gradient_accumulation_steps == 16
 
 
 # Stopped at any moment

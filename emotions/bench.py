@@ -1,32 +1,55 @@
-"""Speed of this project's disentangled attention against transformers' own.
+"""Speed: the disentangled attention against transformers' own, and a slice of an epoch against transformers.Trainer.
 
     python emotions/bench.py --part attention                       # base- and large-shaped, fp32 and bf16
     python emotions/bench.py --part attention --dtypes bf16 fp16    # fp16 on a GPU only
+    pip install accelerate                                          # for the Trainer's sides
+    python emotions/bench.py --part epoch --model minilm --batch_size 32 --gradient_accumulation_steps 1
+    python emotions/bench.py --part epoch --model minilm --shapes base --rows 64
 
-Random models of DeBERTa-v3's shapes with fewer layers and 1000 tokens in the vocabulary, so that the embedding does not
-matter; batches of 16 whose rows are padded by up to half; dropout 0.1, training mode. The sides take turns in one
-process. Medians over the rounds in milliseconds; the ratio is the median of the rounds' ratios, transformers to ours.
+attention: random models of DeBERTa-v3's shapes with fewer layers and 1000 tokens in the vocabulary, so that the
+embedding does not matter; batches of 16 whose rows are padded by up to half; dropout 0.1, training mode. Medians over
+the rounds in milliseconds; the ratio is the median of the rounds' ratios, transformers to ours.
+epoch: data_dir's training texts with the tokenizer of --model, in its shape or (--shapes) DeBERTa-v3's, random weights,
+optimizer included. Ours tokenizes as it goes, the Trainer's rows are tokenized before. The sides take turns.
 """
 
 import copy
 import platform
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 if not __package__:  # run as a script: import from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import numpy as np
 import torch
 from torch import nn
-from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    DataCollatorWithPadding,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+)
 
 from common.checkpoint import environment
 from emotions.attention import use_fast_attention
 from emotions.config import Config, UserError, run_script
-from emotions.model import pick_device
+from emotions.dataset import Draw, Row, epoch_batches, label_matrix, load_splits, make_loader, token_lengths
+from emotions.model import EmotionClassifier, autocast_dtype, load_tokenizer, model_source, pick_device
+from emotions.parallel import Processes
+from emotions.train import accumulate_gradients, clip_gradient, make_optimizer, update
 
 BATCH, LABELS = 16, 28
 SHAPES = {  # hidden size, heads, intermediate size of deberta-v3-base and -large
@@ -34,7 +57,7 @@ SHAPES = {  # hidden size, heads, intermediate size of deberta-v3-base and -larg
     "large": (1024, 16, 4096),
 }
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-PARTS = ("attention",)
+SIDES = ("ours", "ours, the library's attention", "Trainer, group_by_length", "Trainer, padded to max_length")
 
 
 def processor() -> str:
@@ -52,11 +75,11 @@ def print_hardware() -> None:
     print(" | ".join(f"{name} {value}" for name, value in environment(hardware).items()))
 
 
-def build_sides(shape: str, layers: int) -> dict[str, nn.Module]:
-    """The same random classifier twice, with transformers' attention and with ours."""
+def deberta_shape(shape: str, layers: int, vocab_size: int) -> DebertaV2Config:
+    """DeBERTa-v3's, with so many layers and tokens."""
     hidden, heads, intermediate = SHAPES[shape]
-    config = DebertaV2Config(
-        vocab_size=1000,
+    return DebertaV2Config(
+        vocab_size=vocab_size,
         hidden_size=hidden,
         num_hidden_layers=layers,
         num_attention_heads=heads,
@@ -71,8 +94,12 @@ def build_sides(shape: str, layers: int) -> dict[str, nn.Module]:
         norm_rel_ebd="layer_norm",
         num_labels=LABELS,
     )
+
+
+def build_sides(shape: str, layers: int) -> dict[str, nn.Module]:
+    """The same random classifier twice, with transformers' attention and with ours."""
     torch.manual_seed(0)
-    theirs = DebertaV2ForSequenceClassification(config).to(pick_device()).train()
+    theirs = DebertaV2ForSequenceClassification(deberta_shape(shape, layers, vocab_size=1000)).to(pick_device()).train()
     ours = copy.deepcopy(theirs)
     use_fast_attention(ours)
     return {"transformers": theirs, "ours": ours}
@@ -118,13 +145,16 @@ def training_step(model: nn.Module, batch: dict[str, torch.Tensor], dtype: torch
 
 def timed(step: Callable[[], None]) -> float:
     """Milliseconds."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    began = time.perf_counter()
+    began = clock()
     step()
+    return (clock() - began) * 1000
+
+
+def clock() -> float:
+    """Seconds, once the device has done what it was given."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return (time.perf_counter() - began) * 1000
+    return time.perf_counter()
 
 
 def compare(sides: dict[str, nn.Module], make_step: Callable, batch: dict, dtype: torch.dtype | None, rounds: int):
@@ -161,22 +191,130 @@ def bench_attention(shapes: list[str], lengths: list[int], dtypes: list[str], la
                     print(row + (f" | {update:.1f}" if optimizer else "") + " |")
 
 
+def run_ours(
+    shape: PreTrainedConfig, rows: list[Row], tokenizer: PreTrainedTokenizerFast, config: Config, epoch: int
+) -> float:
+    """Seconds of this project's loop over the rows."""
+    torch.manual_seed(0)
+    alone = Processes(0, 1, pick_device())
+    model = EmotionClassifier(AutoModel.from_config(shape), "head", config.dropout).to(alone.device)
+    if config.attention == "fast":
+        use_fast_attention(model)
+    lengths = np.minimum(token_lengths(rows, tokenizer), config.max_length)  # once in a run, not in an epoch
+    began = clock()
+    batches = epoch_batches(lengths, config.batch_size, config.seed, epoch)
+    k = config.gradient_accumulation_steps
+    groups = [batches[start : start + k] for start in range(0, len(batches), k)]
+    optimizer, scheduler, scaler = make_optimizer(model, len(groups), config, alone.device)
+    loader = iter(make_loader([Draw(row, row.text) for row in rows], batches, tokenizer, config))
+    for step, group in enumerate(groups):
+        micro_batches = [next(loader) for _ in group]
+        counted, examples = [True] * len(group), sum(map(len, group))
+        accumulate_gradients(model, micro_batches, counted, examples, None, scaler, config, step, alone)
+        clip_gradient(model, optimizer, scaler, config)
+        update(optimizer, scheduler, scaler)
+    return clock() - began
+
+
+def run_trainer(
+    side: str, shape: PreTrainedConfig, rows: list[Row], tokenizer: PreTrainedTokenizerFast, config: Config, epoch: int
+) -> float:
+    """Seconds of transformers.Trainer over the same rows with the same hyper-parameters."""
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(shape)
+    encoded = tokenizer([row.text for row in rows], truncation=True, max_length=config.max_length)["input_ids"]
+    labels = label_matrix(rows, "labels").astype(float).tolist()
+    data = [{"input_ids": ids, "attention_mask": [1] * len(ids), "labels": own} for ids, own in zip(encoded, labels)]
+    padding = {"padding": "max_length", "max_length": config.max_length} if "padded" in side else {}
+    dtype = autocast_dtype(config.amp, pick_device())
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            folder,
+            per_device_train_batch_size=config.batch_size,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            learning_rate=config.learning_rate,
+            weight_decay=config.weight_decay,
+            max_grad_norm=config.max_grad_norm,
+            num_train_epochs=1,
+            bf16=dtype == torch.bfloat16,
+            fp16=dtype == torch.float16,
+            use_cpu=pick_device().type == "cpu",
+            optim="adamw_torch_fused",
+            train_sampling_strategy="group_by_length" if "group" in side else "random",
+            seed=epoch,
+            logging_strategy="no",
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+        )
+        trainer = Trainer(model, arguments, DataCollatorWithPadding(tokenizer, **padding), train_dataset=data)
+        began = clock()
+        trainer.train()
+        return clock() - began
+
+
+def bench_epoch(config: Config, shape: str, layers: int, rows: int, rounds: int) -> None:
+    """A Markdown table of texts a second, sides in turn, with the ratio of ours to each."""
+    tokenizer = load_tokenizer(config)
+    texts = load_splits(config)["train"]
+    chosen = [texts[place] for place in np.random.default_rng(0).permutation(len(texts))[:rows]]
+    if shape:
+        model_config = deberta_shape(shape, layers, len(tokenizer))
+    else:
+        model_config = AutoConfig.from_pretrained(model_source(config), num_labels=LABELS, local_files_only=True)
+    model_config.problem_type = "multi_label_classification"
+    sides = [side for side in SIDES if side.startswith("ours") or find_spec("accelerate")]
+    if model_config.model_type != "deberta-v2":
+        sides.remove("ours, the library's attention")
+    seconds: dict[str, list[float]] = {side: [] for side in sides}
+    for number in range(rounds + 1):
+        some = chosen if number else chosen[: 2 * config.batch_size]  # the first round warms up
+        for side in sides:
+            if side.startswith("ours"):
+                own = replace(config, attention="fast" if side == "ours" else "library")
+                spent = run_ours(model_config, some, tokenizer, own, number)
+            else:
+                spent = run_trainer(side, model_config, some, tokenizer, config, number)
+            if number:
+                seconds[side].append(spent)
+                print(f"{side}: {rows / spent:.1f} texts/s", flush=True)
+    dtype = autocast_dtype(config.amp, pick_device()) or "fp32"
+    print(f"\n{len(chosen)} texts, {shape or config.model}, {dtype}, batch {config.batch_size}\n")
+    print("| side | texts/s | ours is faster by |\n| --- | --- | --- |")
+    for side in SIDES:
+        if side in sides:
+            ratio = statistics.median(b / a for a, b in zip(seconds["ours"], seconds[side]))
+            print(f"| {side} | {len(chosen) / statistics.median(seconds[side]):.1f} | {ratio:.2f} |")
+        elif side.startswith("Trainer"):
+            print(f"| {side} | not run | not run |")
+
+
 def main(
-    config: Config, part: str, shapes: list[str], lengths: list[int], dtypes: list[str], layers: int, rounds: int
+    config: Config,
+    part: str,
+    shapes: list[str],
+    lengths: list[int],
+    dtypes: list[str],
+    layers: int,
+    rounds: int,
+    rows: int,
 ) -> None:
     print_hardware()
-    print(f"batch {BATCH}, {layers} layers, {rounds} rounds after the warm-up")
     if part == "attention":
-        bench_attention(shapes, lengths, dtypes, layers, rounds)
+        print(f"batch {BATCH}, {layers} layers, {rounds} rounds after the warm-up")
+        bench_attention(shapes or list(SHAPES), lengths, dtypes, layers, rounds)
+    for shape in (shapes or [""]) if part == "epoch" else []:
+        bench_epoch(config, shape, layers, rows, rounds)
 
 
 if __name__ == "__main__":
     flags = {
-        "part": {"choices": PARTS, "default": "attention", "help": "what to measure"},
-        "shapes": {"nargs": "+", "choices": list(SHAPES), "default": list(SHAPES), "help": "the models' shapes"},
+        "part": {"choices": ("attention", "epoch"), "default": "attention", "help": "what to measure"},
+        "shapes": {"nargs": "+", "choices": list(SHAPES), "default": [], "help": "DeBERTa-v3's; or both, or --model's"},
         "lengths": {"nargs": "+", "type": int, "default": [32, 64, 128, 256], "help": "tokens in a row"},
         "dtypes": {"nargs": "+", "choices": list(DTYPES), "default": ["fp32", "bf16"], "help": "autocast, fp32: none"},
         "layers": {"type": int, "default": 2, "help": "layers of the models"},
         "rounds": {"type": int, "default": 7, "help": "rounds after the warm-up"},
+        "rows": {"type": int, "default": 512, "help": "training texts of the epoch's slice"},
     }
     sys.exit(run_script(main, __doc__, **flags))

@@ -294,7 +294,7 @@ def main(config: Config) -> None:
     check_data(run, splits, config)
     if run.results is None:
         print("the run is not finished: this is its best epoch so far", file=sys.stderr)
-    evaluate_run(run, splits, tokenizer, config, start_processes())
+    evaluate_run(run, splits, tokenizer, config, start_processes(config))
     print((path / "report.md").read_text(encoding="utf-8"))
     run.close()
 

@@ -33,14 +33,20 @@ class Processes(NamedTuple):
     device: torch.device
 
 
-def start_processes() -> Processes:
+def start_processes(config: Config) -> Processes:
     """Join the processes that torchrun started; alone without it. Only rank 0 prints."""
     if "WORLD_SIZE" not in os.environ:
         return Processes(0, 1, pick_device())
     device = pick_device(int(os.environ["LOCAL_RANK"]))
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    with watched(config):
+        store, rank, world = next(dist.rendezvous("env://"))
+        # After a restart torchrun's store still holds the addresses of the processes that are gone: names of its own
+        # keep this attempt from waiting for them.
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     if dist.get_rank():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for the rest of the process
     return Processes(dist.get_rank(), dist.get_world_size(), device)

@@ -49,7 +49,7 @@ def main(config: Config, input: str, threshold: float | None) -> int:
         if not 0 <= threshold <= 1:
             raise UserError(f"threshold {threshold} is out of range: from 0 to 1")
         thresholds = np.full(len(EMOTIONS), threshold)
-    processes = start_processes()
+    processes = start_processes(config)
     model, tokenizer = load_model(folder, config).to(processes.device), load_tokenizer(config, folder)
     failed = False
     with open(sys.stdin.fileno() if input == "-" else input, "rb", closefd=input != "-") as stream:

@@ -251,7 +251,7 @@ def main(config: Config, check: bool = False) -> int | None:
     if not check and (results := run_results(path, run_config(config))):
         print(f"finished before\n{last_line(results, path)}")
         return None
-    processes = start_processes()
+    processes = start_processes(config)
     rank, world, device = processes
     seed_everything(config.seed, config.deterministic)
     info = environment(torch.cuda.get_device_name() if device.type == "cuda" else "cpu")

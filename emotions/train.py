@@ -228,7 +228,7 @@ def validate(
     return scores, thresholds_json(thresholds)
 
 
-def save_last(run: Run, state: dict, optimizer: Optimizer, best: Best) -> None:
+def save_last(run: Run, state: dict, best: Best) -> None:
     """The run's last.pt, if the disk has room for it beside the old one."""
     moments = [tensor for values in state["optimizer"]["state"].values() for tensor in values.values()]
     require_space(run.path, [*state["model"].values(), *moments])
@@ -308,6 +308,7 @@ def main(config: Config, check: bool = False) -> int | None:
     best = Best("min" if config.metric == "loss" else "max", config.patience)
     step = 0
     totals = {"seconds": 0.0, "train_seconds": 0.0, "tokens": 0, "epoch_loss": 0.0, "epoch_examples": 0}
+    totals |= {"skipped_steps": 0}  # since the last line
     if run:
         state = run.load_last(best)
     elif saved := read_last(path / "last.pt", run_config(config)):
@@ -329,7 +330,7 @@ def main(config: Config, check: bool = False) -> int | None:
     del state
 
     # Loop
-    loader, skipped, looked_at = None, 0, step
+    loader = None
     hidden = True if rank else None  # None: shown on a terminal
     with StopSignal() as stop, watched(config), tqdm(total=total_steps, initial=step, disable=hidden) as bar:
         while step < total_steps and not best.exhausted:
@@ -356,8 +357,8 @@ def main(config: Config, check: bool = False) -> int | None:
                 refuse_non_finite("gradient norm", [grad_norm], [list(chain(*chosen))], step)
             learning_rate = scheduler.get_last_lr()[0]
             logged = (step + 1) % config.logging_steps == 0
-            health = gradient_health(model, grad_norm, config) if logged else {}
-            skipped += not update(optimizer, scheduler, scaler)
+            health = gradient_health(model, grad_norm, config) if logged and math.isfinite(grad_norm) else {}
+            totals["skipped_steps"] += not update(optimizer, scheduler, scaler)
             step += 1
             bar.update()
 
@@ -373,14 +374,14 @@ def main(config: Config, check: bool = False) -> int | None:
                 record |= {"loss": loss / examples, "learning_rate": learning_rate, "grad_norm": grad_norm}
                 record |= {"tokens_per_second": totals["tokens"] / totals["train_seconds"]}
                 if run:
-                    run.log(record | {"skipped_steps": skipped, "gradients": health})
+                    run.log(record | {"skipped_steps": totals["skipped_steps"], "gradients": health})
                 bar.write(
                     f"step {step}/{total_steps} | epoch {record['epoch']:.2f} | loss {record['loss']:.4f} | "
                     f"lr {learning_rate:.2e} | grad norm {grad_norm:.2f} | {record['tokens_per_second']:.0f} tokens/s"
                 )
-                if wrong := collapse(health, skipped, step - looked_at):
+                if wrong := collapse(health, totals["skipped_steps"], config.logging_steps):
                     bar.write(f"warning: step {step}: {wrong}")
-                skipped, looked_at = 0, step
+                totals["skipped_steps"] = 0
             epoch_ended = step % steps_per_epoch == 0 or step == total_steps
             if epoch_ended:
                 loader = None
@@ -409,7 +410,7 @@ def main(config: Config, check: bool = False) -> int | None:
                 state = {"model": model_state, "optimizer": optimizer_state, "scheduler": scheduler.state_dict()}
                 state |= {"scaler": scaler.state_dict(), "step": step, "totals": totals}
                 if run:
-                    save_last(run, state, optimizer, best)
+                    save_last(run, state, best)
             if stopped:
                 bar.write(f"stopped at step {step} of {total_steps}: the same command goes on from here")
                 end_processes()

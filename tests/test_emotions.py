@@ -723,7 +723,9 @@ def test_fast_attention_in_bf16():
 def test_fast_attention_with_gradient_checkpointing():
     _, plain, _ = deberta_pair(hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.2)
     checkpointed = copy.deepcopy(plain)
-    checkpointed.gradient_checkpointing_enable({"use_reentrant": False})
+    new = getattr(checkpointed, "activation_checkpointing_enable", None)  # as in model.py
+    enable = new or checkpointed.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
     results = []
     for model in (plain.train(), checkpointed.train()):
         torch.manual_seed(3)

@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import average_precision_score, precision_recall_fscore_support
 
 from common import checkpoint
 from common.checkpoint import Best, Run, RunError, StopSignal, best_folder, run_results, write_atomically, write_json
-from common.metrics import classification_metrics
+from common.metrics import classification_metrics, mean_average_precision, multilabel_metrics
 from common.seed import epoch_generator, mix, seed_everything, seed_micro_batch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -89,6 +90,36 @@ def test_an_absent_class_scores_zero_and_counts():
 def test_metrics_refuse_nothing_and_foreign_classes(labels, predictions):
     with pytest.raises(ValueError):
         classification_metrics(labels, predictions, ("a", "b"))
+
+
+def test_multilabel_metrics_are_scikit_learns_and_leave_unknown_cells_out():
+    generator = np.random.default_rng(0)
+    labels, predictions = generator.random((50, 4)) < 0.3, generator.random((50, 4)) < 0.4
+    labels[:, 3] = False  # no positive: zeros, which count in the macro mean
+    names, everything = ["a", "b", "c", "d"], np.ones((50, 4), dtype=bool)
+    found = multilabel_metrics(labels, predictions, names, everything)
+    for average in ("macro", "micro", "weighted"):
+        scores = precision_recall_fscore_support(labels, predictions, average=average, zero_division=0)[:3]
+        for name, score in zip(("precision", "recall", "f1"), scores):
+            assert found[f"{name}_{average}"] == pytest.approx(score), (name, average)
+    assert found["cardinality_true"] == labels.sum() / 50 and found["cardinality_predicted"] == predictions.sum() / 50
+    known = generator.random((50, 4)) < 0.7
+    masked = multilabel_metrics(labels, predictions, names, known)
+    assert masked == multilabel_metrics(labels & known, predictions & known, names, known)
+    assert masked == multilabel_metrics(labels | ~known, predictions ^ ~known, names, known)
+    assert masked["per_label"]["a"]["support"] == (labels & known)[:, 0].sum() != labels[:, 0].sum()
+    with pytest.raises(ValueError, match="no rows to score"):
+        multilabel_metrics(labels, predictions, names, ~everything)
+
+
+def test_mean_average_precision_leaves_out_labels_without_positives_and_unknown_cells():
+    generator = np.random.default_rng(0)
+    labels, probabilities = generator.random((50, 3)) < 0.3, generator.random((50, 3))
+    labels[:, 2] = False
+    known = generator.random((50, 3)) < 0.7
+    expected = [average_precision_score(labels[known[:, c], c], probabilities[known[:, c], c]) for c in (0, 1)]
+    assert mean_average_precision(labels, probabilities, known) == pytest.approx(np.mean(expected))
+    assert mean_average_precision(labels & False, probabilities, known) is None
 
 
 # Best and patience

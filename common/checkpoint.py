@@ -179,10 +179,10 @@ def run_results(path: Path, config: dict) -> dict | None:
     return read_json(path / "results.json") if (path / "results.json").exists() else None
 
 
-def read_last(path: Path, config: dict) -> dict | None:
-    """What Run.save_last wrote for this config, None before the first save.
+def read_last(path: Path, config: dict, best: Best) -> tuple[dict, int] | None:
+    """The state that Run.save_last wrote for this config, and the length of metrics.jsonl then; fills best.
 
-    Raises RunError for a file that is damaged, foreign or of another config: never a silent fresh start.
+    None before the first save. Raises RunError for a file that is damaged, foreign or of another config: never a silent fresh start.
     """
     if not path.exists():
         return None
@@ -193,7 +193,8 @@ def read_last(path: Path, config: dict) -> dict | None:
         raise RunError(message) from error
     if not isinstance(saved, dict) or saved.keys() != CHECKPOINT_KEYS or saved["config"] != config:
         raise RunError(f"{path} is not a checkpoint of this run; delete it to train from the start")
-    return saved
+    best.__dict__.update(saved["best"])
+    return saved["state"], saved["metrics_bytes"]
 
 
 def best_folder(path: Path) -> Path:
@@ -242,15 +243,15 @@ class Run:
         Raises RunError as read_last does.
         """
         metrics = self.path / "metrics.jsonl"
-        saved = read_last(self.path / "last.pt", self.config)
+        saved = read_last(self.path / "last.pt", self.config, best)
         if saved is None:
             metrics.write_bytes(b"")
             return None
-        if not metrics.exists() or metrics.stat().st_size < saved["metrics_bytes"]:
+        state, metrics_bytes = saved
+        if not metrics.exists() or metrics.stat().st_size < metrics_bytes:
             raise RunError(f"{metrics} is shorter than last.pt says: restore it, or delete last.pt to start again")
-        os.truncate(metrics, saved["metrics_bytes"])
-        best.__dict__.update(saved["best"])
-        return saved["state"]
+        os.truncate(metrics, metrics_bytes)
+        return state
 
     def save_last(self, state: dict, best: Best) -> None:
         """Write last.pt: tensors and plain values only, so that it loads with weights_only."""

@@ -61,14 +61,15 @@ def per_label_metrics(
     """Precision, recall, F1 and support of each label's positives, and their macro means.
 
     labels, predictions: (N, L) of 0 and 1; known, (N, L), says which cells count: all, where it is not given. A label
-    without positives in either has zeros and counts in the means.
+    without positives in either has zeros and counts in the means, unless no row knows it.
     """
     known = np.ones(labels.shape, dtype=bool) if known is None else known
     names, result = ("precision", "recall", "f1"), {}
     for name, truth, predicted, counts in zip(label_names, labels.T, predictions.T, known.T):  # (N,) each
         scores = binary_scores(truth[counts], predicted[counts])
         result[name] = dict(zip(names, scores)) | {"support": int(truth[counts].sum())}
-    means = {f"{name}_macro": float(np.mean([row[name] for row in result.values()])) for name in names}
+    counted = [row for row, counts in zip(result.values(), known.T) if counts.any()]
+    means = {f"{name}_macro": float(np.mean([row[name] for row in counted])) for name in names}
     return means | {"per_label": result}
 
 

@@ -12,7 +12,10 @@ transformers projects all 512 rows in every layer, repeats them over the batch, 
 Here only the rows that occur are projected (2T - 1 of them while the log buckets are the identity, T <= 129 in
 DeBERTa-v3), in one matrix product with the tokens. They are laid out so that d falls by one from column to column:
 score[i, j] stands in column T - 1 - i + j, and a strided view of the relative scores, one column shorter per row, is
-the (T, T) matrix ("skewing", arXiv 1809.04281): no gather, and its gradient is a copy.
+the (T, T) matrix ("skewing", arXiv 1809.04281): no gather, and its gradient is a copy. For T = 3 the columns are the
+distances 2 1 0 -1 -2; row 0 reads columns 2 3 4 (0 -1 -2), row 1 columns 1 2 3 (1 0 -1), row 2 columns 0 1 2 (2 1 0).
+
+Equal to transformers in fp32 to rounding. Under autocast scores and probabilities have the autocast type throughout.
 """
 
 from functools import lru_cache

@@ -46,7 +46,7 @@ from transformers import (
 from common.checkpoint import environment
 from emotions.attention import use_fast_attention
 from emotions.config import Config, UserError, run_script
-from emotions.dataset import Draw, Row, epoch_batches, label_matrix, load_splits, make_loader, token_lengths
+from emotions.dataset import Row, epoch_steps, label_matrix, load_splits, make_loader, token_lengths
 from emotions.model import EmotionClassifier, autocast_dtype, load_tokenizer, model_source, pick_device
 from emotions.parallel import Processes
 from emotions.train import accumulate_gradients, clip_gradient, make_optimizer, update
@@ -202,14 +202,11 @@ def run_ours(
         use_fast_attention(model)
     lengths = np.minimum(token_lengths(rows, tokenizer), config.max_length)  # once in a run, not in an epoch
     began = clock()
-    batches = epoch_batches(lengths, config.batch_size, config.seed, epoch)
-    k = config.gradient_accumulation_steps
-    groups = [batches[start : start + k] for start in range(0, len(batches), k)]
-    optimizer, scheduler, scaler = make_optimizer(model, len(groups), config, alone.device)
-    loader = iter(make_loader([Draw(row, row.text) for row in rows], batches, tokenizer, config))
-    for step, group in enumerate(groups):
-        micro_batches = [next(loader) for _ in group]
-        counted, examples = [True] * len(group), sum(map(len, group))
+    steps = epoch_steps(rows, np.ones(len(rows)), lengths, config, epoch, 0, 1)
+    optimizer, scheduler, scaler = make_optimizer(model, len(steps), config, alone.device)
+    loader = iter(make_loader([draws for step in steps for draws in step.micro_batches], tokenizer, config))
+    for step, (chosen, counted, examples) in enumerate(steps):
+        micro_batches = [next(loader) for _ in chosen]
         accumulate_gradients(model, micro_batches, counted, examples, None, scaler, config, step, alone)
         clip_gradient(model, optimizer, scaler, config)
         update(optimizer, scheduler, scaler)

@@ -19,7 +19,7 @@ from common.checkpoint import RunError, read_json
 
 ROOT = Path(__file__).resolve().parents[1]  # relative paths in a config are relative to this folder
 # What evaluate.py and predict.py may change.
-ANY_RUN = {"data_dir", "eval_batch_size", "num_workers", "amp", "stall_seconds"}
+ANY_RUN = {"data_dir", "eval_batch_size", "num_workers", "amp"}
 
 
 class UserError(Exception):
@@ -172,8 +172,8 @@ class ConfigParser(HfArgumentParser):
 
 
 def run_config(config: Config) -> dict:
-    """The fields that define a run: all but the folder's own name."""
-    return {name: value for name, value in asdict(config).items() if name != "run_dir"}
+    """The fields that define a run: all but the folder's own name, and how long a hung process is waited for."""
+    return {name: value for name, value in asdict(config).items() if name not in ("run_dir", "stall_seconds")}
 
 
 def run_path(config: Config) -> Path:
@@ -239,7 +239,10 @@ def load_config(
     if given.preset:
         parser.set_defaults(**asdict(PRESETS[given.preset]))
     if trained and given.run_dir:
-        saved = saved_config(ROOT / portable(given.run_dir) / "config.json")
+        folder = ROOT / portable(given.run_dir)
+        if not (folder / "config.json").exists():
+            raise RunError(f"{folder} is no run: --run_dir names what train.py's last line calls results in")
+        saved = saved_config(folder / "config.json")
         parser.set_defaults(**saved)
     try:
         config, arguments, unknown = parser.parse_args_into_dataclasses(

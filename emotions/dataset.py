@@ -9,7 +9,7 @@ import hashlib
 import json
 import signal
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -29,7 +29,9 @@ EMOTIONS = (
     *("love", "nervousness", "optimism", "pride", "realization", "relief", "remorse", "sadness", "surprise", "neutral"),
 )
 NUMBERS = {name: number for number, name in enumerate(EMOTIONS)}
+KEYS = ("text", "labels", "known", "source", "id")
 ALL = tuple(range(len(EMOTIONS)))
+FOLDS = 5  # that validation is cut into to cross-fit the thresholds
 SORT_WINDOW = 100  # batches among which lengths are sorted
 
 
@@ -42,6 +44,14 @@ class Row(NamedTuple):
     source: str
     line: int
     id: object = None
+
+
+class Step(NamedTuple):
+    """One process's part of an optimizer step: its micro-batches, which of them count, all processes' examples."""
+
+    micro_batches: list[list["Draw"]]
+    counted: list[bool]
+    examples: int
 
 
 class Draw(NamedTuple):
@@ -75,6 +85,8 @@ def parse_row(line: bytes, number: int) -> Row:
         raise ValueError(f"expected a JSON object, found {text[:40]!r} ({error})") from error
     if not isinstance(row, dict):
         raise ValueError(f"expected a JSON object, found {text[:40]!r}")
+    if unread := [name for name in row if name not in KEYS]:  # a mistyped "known" would make unknown labels absent
+        raise ValueError(f"{unread[0]!r} is no key of a row, expected some of {', '.join(KEYS)}")
     if not isinstance(row.get("text"), str) or not row["text"].strip():
         raise ValueError(f"text is {row.get('text')!r}, expected a non-empty string")
     if not isinstance(row.get("id"), str | int | None):
@@ -131,13 +143,16 @@ def load_splits(config: Config) -> dict[str, list[Row]]:
     splits = {name: read_rows(folder / f"{name}.jsonl") for name in names}
     if not label_matrix(splits["validation"], "labels").any():
         raise UserError(f"{folder / 'validation.jsonl'} holds no label: nothing could choose the epoch")
+    if len(splits["validation"]) < FOLDS:
+        found = len(splits["validation"])
+        raise UserError(f"{folder / 'validation.jsonl'} holds {found} rows, expected {FOLDS} or more to tune on")
     seen = {normalized(row.text): row.line for row in splits["train"]}
     for name in names[1:]:
         for row in splits[name]:
             if (line := seen.get(normalized(row.text))) is not None:
                 raise UserError(
                     f"{folder / name}.jsonl, line {row.line}: its text is also in train.jsonl, line {line}; "
-                    "a text that is scored must not be trained on: remove one (prepare.py does)"
+                    "a text that is scored must not be trained on: remove one"
                 )
     return splits
 
@@ -169,13 +184,20 @@ def draw_weights(rows: list[Row], config: Config) -> np.ndarray:
         raise UserError(f"source_weights: no training row has source {absent[0]!r}, there are {sorted(present)}")
     weights = np.array([by_source.get(row.source, 1.0) for row in rows])
     if weights.sum() < 1:
-        raise UserError("source_weights leaves no training row")
+        raise UserError("source_weights leaves less than one training row in an epoch")
     if config.label_balance:
         counts = label_counts(rows)
         rarest = np.array([min((counts[label] for label in row.labels), default=max(counts)) for row in rows])
         factor = np.maximum(rarest, 1.0) ** -config.label_balance
         weights = weights * factor * (weights.sum() / (weights * factor).sum())
     return weights
+
+
+def label_shares(rows: list[Row], config: Config) -> tuple[np.ndarray, np.ndarray]:
+    """(28,) each: the draws of an epoch that have a label, and those that know it, on average."""
+    weights = draw_weights(rows, config)
+    positives, known = (weights @ label_matrix(rows, field) for field in ("labels", "known"))
+    return positives, known
 
 
 def label_counts(rows: Sequence[Row]) -> list[int]:
@@ -193,7 +215,7 @@ def draw_rows(weights: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     generator = np.random.default_rng(mix(seed, epoch, 0))
     order = generator.permutation(len(weights))
     ends = np.cumsum(weights[order])
-    count = round(float(ends[-1]))
+    count = round(float(weights.sum()))  # not ends[-1]: another order of addition can round to another number
     points = (np.arange(count) + generator.random()) * (ends[-1] / count)
     return order[np.minimum(np.searchsorted(ends, points, side="right"), len(order) - 1)]
 
@@ -278,6 +300,25 @@ def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -
     return [batches[index].tolist() for index in torch.randperm(len(batches), generator=generator)]
 
 
+def epoch_steps(
+    rows: list[Row], weights: np.ndarray, lengths: np.ndarray, config: Config, epoch: int, rank: int, world: int
+) -> list[Step]:
+    """The optimizer steps of an epoch as one of world processes sees them; weights, lengths: (N,) of draws and tokens.
+
+    A pure function of its arguments; all epochs have equally many steps.
+    """
+    numbers, draws = zip(*epoch_draws(rows, weights, config, epoch))
+    batches = epoch_batches(lengths[list(numbers)], config.batch_size, config.seed, epoch)
+    per_step, steps = config.gradient_accumulation_steps * world, []
+    for start in range(0, len(batches), per_step):
+        group = batches[start : start + per_step]
+        own = rank_batches(group, rank, world)
+        examples = sum(1 + (draws[place].partner is not None) for places in group for place in places)
+        micro_batches = [[draws[place] for place in places] for places, _ in own]
+        steps.append(Step(micro_batches, [counts for _, counts in own], examples))
+    return steps
+
+
 def rank_batches(group: list[list[int]], rank: int, world: int) -> list[tuple[list[int], bool]]:
     """One process's micro-batches of an optimizer step whose batches are group: every world-th, from its rank on.
 
@@ -300,13 +341,11 @@ def leave_signals_to_the_loop(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def make_loader(
-    draws: list[Draw], batches: Iterable[list[int]], tokenizer: PreTrainedTokenizerFast, config: Config
-) -> DataLoader:
+def make_loader(batches: list[list[Draw]], tokenizer: PreTrainedTokenizerFast, config: Config) -> DataLoader:
     """Batches in the given order, tokenised as they are needed; pinned where a GPU will take them."""
     return DataLoader(
-        draws,
-        batch_sampler=batches,
+        batches,
+        batch_size=None,
         collate_fn=partial(collate, tokenizer=tokenizer, max_length=config.max_length),
         num_workers=config.num_workers,
         worker_init_fn=leave_signals_to_the_loop,

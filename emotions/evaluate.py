@@ -6,6 +6,7 @@
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 if not __package__:  # run as a script: import from the repository root, not from this folder
@@ -27,14 +28,15 @@ from emotions.dataset import (
     fingerprint,
     label_counts,
     label_matrix,
+    label_shares,
     load_splits,
     make_loader,
     sorted_batches,
     token_lengths,
 )
 from emotions.losses import class_weights, emotion_loss
-from emotions.model import MODEL_INPUTS, EmotionClassifier, autocast_dtype, load_model, load_tokenizer
-from emotions.parallel import Processes, start_processes, summed
+from emotions.model import MODEL_INPUTS, EmotionClassifier, autocast_dtype, load_model, load_tokenizer, pick_device
+from emotions.parallel import Processes, still_alive, summed, watched
 from emotions.thresholds import Thresholds, cross_fitted, tune
 
 # Ekman's six with neutral, and the sentiments: GoEmotions' own groups (arXiv 2005.00547, sec. 3 and appendix).
@@ -80,7 +82,8 @@ def predict_logits(
     logits = torch.zeros(len(rows), len(EMOTIONS))
     dtype = autocast_dtype(config.amp, device)
     model.eval()
-    loader = make_loader([Draw(row, row.text) for row in rows], own, tokenizer, config)
+    draws = [Draw(row, row.text) for row in rows]
+    loader = make_loader([[draws[place] for place in places] for places in own], tokenizer, config)
     bar = tqdm(loader, leave=False, disable=True if rank else None, desc="evaluating")
     # no_grad, not inference_mode: a sharded model keeps what it gathers here for the next training step
     with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype is not None):
@@ -157,12 +160,13 @@ def evaluate_run(
     folder = best_folder(run.path)
     model = load_model(folder, config).to(processes.device)
     shared, per_label = read_thresholds(folder)
-    weights = class_weights(config.class_weights, *label_shares(splits["train"]))
+    weights = class_weights(config.class_weights, *map(torch.from_numpy, label_shares(splits["train"], config)))
     scores: dict = {"thresholds": {"shared": shared, "per_label": dict(zip(EMOTIONS, per_label.tolist()))}}
     (run.path / "predictions").mkdir(exist_ok=True)
     for name in [name for name in splits if name != "train"]:
         rows = splits[name]
-        logits = predict_logits(model, rows, tokenizer, config, processes)
+        with watched(config):
+            logits = predict_logits(model, rows, tokenizer, config, processes, partial(still_alive, config))
         loss = mean_loss(logits, rows, weights, config)
         scores[name] = score_split(logits, rows, shared, per_label, loss, config)
         if name == "validation":
@@ -178,13 +182,8 @@ def evaluate_run(
     return scores
 
 
-def label_shares(rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(28,) each: the rows that have a label, the rows that know it."""
-    return tuple(torch.from_numpy(label_matrix(rows, field).sum(axis=0)) for field in ("labels", "known"))
-
-
 def cross_fitted_scores(logits: torch.Tensor, rows: list[Row], config: Config) -> dict:
-    """Scores on rows whose thresholds were tuned on other rows: what to expect of new text."""
+    """Scores on rows whose thresholds were tuned on other rows. The epoch alone was chosen with these."""
     labels, known = label_matrix(rows, "labels"), label_matrix(rows, "known")
     arguments = (config.threshold_smoothing, config.split_seed)
     found = cross_fitted(logits.double().numpy(), labels, known, *arguments)
@@ -212,7 +211,8 @@ def table(columns: list[str], rows: list[list]) -> list[str]:
 
 def print_summary(splits: dict[str, list[Row]], tokenizer: PreTrainedTokenizerFast, config: Config) -> None:
     """The data as the run sees it: rows, sources, labels, what is cut, each label's rows."""
-    columns = ["split", "rows", "sources", "labels a row", "without label", "tokens 50 / 95 / 100 %", "cut"]
+    columns = ["split", "rows", "sources", "labels a row", "without label", "tokens 50 / 95 / 100 %"]
+    columns.append(f"cut at {config.max_length}")
     rows = []
     for name, split in splits.items():
         lengths = token_lengths(split, tokenizer)
@@ -227,6 +227,11 @@ def print_summary(splits: dict[str, list[Row]], tokenizer: PreTrainedTokenizerFa
     counts = [label_counts(split) for split in splits.values()]
     rows = [[name, *(count[n] for count in counts), known[n]] for n, name in enumerate(EMOTIONS)]
     print("\n".join(table(["emotion", *splits, "known in train"], rows)))
+    for name, count in zip(list(splits)[1:], counts[1:]):
+        if missing := count.count(0):
+            print(f"{missing} of 28 emotions have no positive in {name}: those it knows count as 0 in f1_macro")
+    if untaught := [EMOTIONS[n] for n in np.flatnonzero(known == 0)]:
+        print(f"no training row knows {', '.join(untaught)}: never predicted, and in no score that does not know them")
     if "test" not in splits:
         print("no test.jsonl: no test figure will be reported")
 
@@ -235,10 +240,14 @@ def report(scores: dict, splits: dict[str, list[Row]], history: list[dict], conf
     """The readable evaluation; its detail is of the test split, or of validation where there is no test."""
     detail = "test" if "test" in scores else "validation"
     lines = [f"# {config.model} on {config.data_dir}", ""]
-    lines += ["The epoch and all thresholds were chosen on validation: its rows marked tuned flatter, those marked"]
-    lines += ["cross-fitted (thresholds tuned on four fifths, scored on the last, in turn) estimate new text."]
+    lines += ["The epoch and all thresholds were chosen on validation, so its rows marked tuned flatter. Those marked"]
+    lines += ["cross-fitted (thresholds tuned on four fifths, scored on the last, in turn) owe only the epoch to it."]
     lines += ["Nothing was chosen on test." if detail == "test" else "There is no test split: no test figure.", ""]
-    lines += ["## Scores", "", *table(["split", "thresholds", *SCORE_COLUMNS], score_rows(scores)), ""]
+    for name in [name for name in splits if name != "train"]:
+        per_label, known = scores[name]["at_half"]["per_label"], label_matrix(splits[name], "known").any(axis=0)
+        if missing := sum(known[n] and not per_label[emotion]["support"] for n, emotion in enumerate(EMOTIONS)):
+            lines += [f"{missing} emotions have no positive in {name}: each counts as 0 in f1_macro.", ""]
+    lines += ["## Scores", "", *table(["split", "thresholds", *SCORE_COLUMNS], score_rows(scores))]
     for name in GROUPINGS:
         metrics = scores[detail][name]["at_per_label"]
         lines += [f"## {detail}: {name}, per-label thresholds", "", *per_label_table(metrics["per_label"])]
@@ -294,7 +303,7 @@ def main(config: Config) -> None:
     check_data(run, splits, config)
     if run.results is None:
         print("the run is not finished: this is its best epoch so far", file=sys.stderr)
-    evaluate_run(run, splits, tokenizer, config, start_processes(config))
+    evaluate_run(run, splits, tokenizer, config, Processes(0, 1, pick_device()))
     print((path / "report.md").read_text(encoding="utf-8"))
     run.close()
 

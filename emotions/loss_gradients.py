@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from emotions.config import Config, run_script
+from emotions.evaluate import table
 from emotions.losses import emotion_loss
 
 PROBABILITIES = (0.001, 0.01, 0.05, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99)
@@ -29,11 +30,9 @@ LOSS_SCALE = 2.0**16  # GradScaler's first
 FP16_SMALLEST = torch.finfo(torch.float16).tiny * torch.finfo(torch.float16).eps  # subnormal, 2^-24
 
 
-def table(header: list[str], rows: list[list]) -> str:
+def shown_table(header: list[str], rows: list[list]) -> str:
     """A Markdown table, floats with two significant digits."""
-    cells = [header, ["---"] * len(header)]
-    cells += [[f"{cell:.2g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
-    return "\n".join("| " + " | ".join(row) + " |" for row in cells) + "\n"
+    return "\n".join(table(header, [[f"{x:.2g}" if isinstance(x, float) else x for x in row] for row in rows]))
 
 
 def row_of_cells() -> tuple[Tensor, Tensor]:
@@ -76,7 +75,7 @@ def optimizer_gradient(config: Config, max_norm: float, unscale: bool) -> float:
 def print_gradients(title: str, columns: dict[str, Tensor]) -> None:
     kinds = [(kind, p) for kind in ("negative", "positive") for p in PROBABILITIES]
     rows = [[kind, f"{p:g}", *(column[i].item() for column in columns.values())] for i, (kind, p) in enumerate(kinds)]
-    print(f"{title}\n\n{table(['label', 'p', *columns], rows)}")
+    print(f"{title}\n\n{shown_table(['label', 'p', *columns], rows)}")
 
 
 def print_vanishing(columns: dict[str, Tensor]) -> None:
@@ -116,7 +115,7 @@ def print_clipping(configs: dict[str, Config], columns: dict[str, Tensor]) -> No
     found = {name: [optimizer_gradient(configs[name], *way) for way in ways] for name in names}
     header = [f"max_norm {limit:g}, {'unscaled first' if unscale else 'still scaled'}" for limit, unscale in ways]
     print("Norm of the gradient of all cells above: as it is, and as the optimizer gets it after clipping\n")
-    print(table(["loss", "norm", *header], [[name, columns[name].norm().item(), *found[name]] for name in names]))
+    print(shown_table(["loss", "norm", *header], [[name, columns[name].norm().item(), *found[name]] for name in names]))
     print(
         "What is not vanishing: a gradient clipped while the loss scale is still on it. The optimizer then gets at "
         f"most max_norm / {LOSS_SCALE:.0f}, from BCE as from ASL: {1 / LOSS_SCALE:.1e} for max_norm 1, "

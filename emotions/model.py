@@ -27,7 +27,7 @@ from transformers.utils import cached_file
 from common.checkpoint import write_json
 from emotions.attention import use_fast_attention
 from emotions.config import ROOT, Config, UserError
-from emotions.dataset import EMOTIONS, Row, label_matrix
+from emotions.dataset import EMOTIONS
 from emotions.spm import spm_tokenizer
 
 # The heads of AutoModelForSequenceClassification. "pooler": the encoder's pooled [CLS], dropout, one Linear.
@@ -44,6 +44,7 @@ HEADS = {
     "electra": F.gelu,
 }
 CONTEXT_POOLER = {"deberta-v2", "deberta"}  # their two Linears are called pooler.dense and classifier
+NEVER = -10.0  # the logit of p = .00005
 MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "anchors", "shares")
 
 
@@ -144,11 +145,13 @@ class EmotionClassifier(nn.Module):
             return self.output(self.dropout(features))
 
 
-def prior_logits(rows: list[Row]) -> Tensor:
-    """(L,) log odds of each label among the rows that know it, with one row more on either side (Laplace)."""
-    positives, known = (label_matrix(rows, field).sum(axis=0) for field in ("labels", "known"))
+def prior_logits(positives: np.ndarray, known: np.ndarray) -> Tensor:
+    """(L,) log odds of each label from label_shares, with one row more on either side (Laplace).
+
+    A label that no row knows will not be trained: it starts where nothing predicts it.
+    """
     prior = (positives + 1) / (known + 2)
-    return torch.from_numpy(np.log(prior / (1 - prior))).float()
+    return torch.from_numpy(np.where(known > 0, np.log(prior / (1 - prior)), NEVER)).float()
 
 
 def model_source(config: Config) -> str:

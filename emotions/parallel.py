@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from emotions.config import Config, UserError
-from emotions.model import EmotionClassifier, pick_device
+from emotions.model import EmotionClassifier, autocast_dtype, pick_device
 
 
 class Processes(NamedTuple):
@@ -38,6 +38,8 @@ def start_processes(config: Config) -> Processes:
     if "WORLD_SIZE" not in os.environ:
         return Processes(0, 1, pick_device())
     device = pick_device(int(os.environ["LOCAL_RANK"]))
+    if device.type == "cuda" and device.index >= torch.cuda.device_count():
+        raise UserError(f"more processes than GPUs: this machine has {torch.cuda.device_count()}, see --nproc_per_node")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     with watched(config):
@@ -67,6 +69,13 @@ def from_rank_0(value, processes: Processes):
     return values[0]
 
 
+def wait_for_all(processes: Processes, config: Config) -> None:
+    """Until every process is here; each then has stall_seconds anew."""
+    if processes.world > 1:
+        dist.barrier()
+    still_alive(config)
+
+
 def summed(tensor: Tensor, processes: Processes) -> Tensor:
     """A tensor of the CPU, summed over the processes."""
     if processes.world == 1:
@@ -85,8 +94,8 @@ def share_gradients(model: EmotionClassifier, config: Config, processes: Process
     if config.shard:
         if processes.world == 1:
             raise UserError("shard needs several processes: torchrun --nproc_per_node 2 emotions/train.py --shard")
-        if config.amp == "fp16":
-            raise UserError("shard and amp fp16 do not go together here: use bf16 or off")
+        if autocast_dtype(config.amp, processes.device) == torch.float16:
+            raise UserError("shard and fp16 do not go together here: set amp bf16 or off")
         layers = [m for m in model.encoder.modules() if isinstance(m, nn.ModuleList)]
         for layer in max(layers, key=len):
             fully_shard(layer, reshard_after_forward=False)
@@ -97,12 +106,12 @@ def share_gradients(model: EmotionClassifier, config: Config, processes: Process
 
 
 def gradients_shared(module: nn.Module, last: bool):
-    """A context for one micro-batch: gradients are exchanged in the backward pass of a step's last one only."""
-    if isinstance(module, DistributedDataParallel) and not last:
-        return module.no_sync()
-    if hasattr(module, "set_requires_gradient_sync"):  # a sharded one
-        module.set_requires_gradient_sync(last)
-    return nullcontext()
+    """A context for one micro-batch: DDP exchanges gradients in the backward pass of a step's last one only.
+
+    A sharded model does so each time: whole gradients, kept from one micro-batch to the next, are what it has no room
+    for.
+    """
+    return module.no_sync() if isinstance(module, DistributedDataParallel) and not last else nullcontext()
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -130,7 +139,8 @@ def load_training_state(model: EmotionClassifier, optimizer: Optimizer, state: t
 def still_alive(config: Config) -> None:
     """Put off the end of a process that hangs: stall_seconds from now it dumps its stacks on stderr and ends."""
     if config.stall_seconds:
-        faulthandler.dump_traceback_later(config.stall_seconds, exit=True)
+        # not sys.stderr: in a notebook that is no file
+        faulthandler.dump_traceback_later(config.stall_seconds, exit=True, file=sys.__stderr__)
 
 
 @contextmanager

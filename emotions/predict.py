@@ -25,8 +25,8 @@ from common.checkpoint import best_folder
 from emotions.config import Config, UserError, run_path, run_script
 from emotions.dataset import ALL, EMOTIONS, Row
 from emotions.evaluate import answer, predict_logits, probabilities, read_thresholds
-from emotions.model import load_model, load_tokenizer
-from emotions.parallel import start_processes
+from emotions.model import load_model, load_tokenizer, pick_device
+from emotions.parallel import Processes
 
 
 def read_lines(stream: BinaryIO) -> Iterator[Row | tuple[int, str]]:
@@ -49,7 +49,7 @@ def main(config: Config, input: str, threshold: float | None) -> int:
         if not 0 <= threshold <= 1:
             raise UserError(f"threshold {threshold} is out of range: from 0 to 1")
         thresholds = np.full(len(EMOTIONS), threshold)
-    processes = start_processes(config)
+    processes = Processes(0, 1, pick_device())
     model, tokenizer = load_model(folder, config).to(processes.device), load_tokenizer(config, folder)
     failed = False
     with open(sys.stdin.fileno() if input == "-" else input, "rb", closefd=input != "-") as stream:

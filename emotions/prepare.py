@@ -34,6 +34,7 @@ FILES = {  # the training data; those of goemotions' evaluation splits are in EV
     "isear": ("isear/isear.csv",),
     "meld": ("meld/train_sent_emo.csv", "meld/dev_sent_emo.csv"),
 }
+TITLE = "# Prepared data"  # of summary.md
 EVALUATION = {"validation": "goemotions/dev.tsv", "test": "goemotions/test.tsv"}
 
 # What a source's labels are called here; None: none of the 28. The emotions that a source maps to are known of its
@@ -286,7 +287,7 @@ def summary(
     rows = [["train", name, len(files[name]), *counts[name]] for name in files]
     scored = [(name, EVALUATION[name], len(rows)) for name, rows in splits.items() if name in EVALUATION]
     rows += [[name, file, count, 0, 0, count] for name, file, count in scored]
-    lines = ["# Prepared data", ""]
+    lines = [TITLE, ""]
     lines += table(["split", "file", "rows", "no text", "in validation or test", "kept"], rows)
     rows = []
     for name, split in splits.items():
@@ -304,6 +305,16 @@ def summary(
     return lines + emotion_table(splits, sources) + source_lines(sources)
 
 
+def refuse_foreign_files(folder: Path) -> None:
+    """Raises UserError where the folder holds splits that this script did not write."""
+    marker = folder / "summary.md"
+    if marker.exists() and marker.read_text(encoding="utf-8").startswith(TITLE):
+        return
+    for name in ("train", "validation", "test"):
+        if (folder / f"{name}.jsonl").exists():
+            raise UserError(f"{folder / name}.jsonl was not written by prepare.py: give another --data_dir")
+
+
 def main(config: Config, raw_dir: str, sources: list[str], num_rows: int) -> None:
     folder = ROOT / config.data_dir
     raw = Path(raw_dir).expanduser() if raw_dir else folder / "raw"
@@ -316,9 +327,11 @@ def main(config: Config, raw_dir: str, sources: list[str], num_rows: int) -> Non
         raise UserError(f"{raw}: no training row is left, all texts stand in validation or test")
     splits = {"train": pilot(train, num_rows, config.split_seed) if num_rows else train, **evaluation}
     lines = summary(files, counts, splits, sources)
+    refuse_foreign_files(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if "test" not in splits:
-        (folder / "test.jsonl").unlink(missing_ok=True)  # of an earlier call: not of this data
+    if "test" not in splits and (folder / "test.jsonl").exists():
+        (folder / "test.jsonl").unlink()
+        lines += ["", "The test.jsonl of an earlier call, which was not of this data, is removed."]
     for name, rows in splits.items():
         write_text(folder / f"{name}.jsonl", "".join(map(json_line, rows)))
     text = "\n".join(lines).rstrip() + "\n"

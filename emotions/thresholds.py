@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-FOLDS = 5
+from emotions.dataset import FOLDS
 
 
 class Thresholds(NamedTuple):

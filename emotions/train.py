@@ -35,19 +35,17 @@ from emotions.dataset import (
     Draw,
     Row,
     draw_weights,
-    epoch_batches,
-    epoch_draws,
+    epoch_steps,
     fingerprint,
     label_matrix,
+    label_shares,
     load_splits,
     make_loader,
-    rank_batches,
     token_lengths,
 )
 from emotions.evaluate import (
     check_data,
     evaluate_run,
-    label_shares,
     mean_loss,
     predict_logits,
     print_summary,
@@ -77,6 +75,7 @@ from emotions.parallel import (
     still_alive,
     summed,
     training_state,
+    wait_for_all,
     watched,
     whole,
 )
@@ -104,7 +103,7 @@ def parameter_group(model: EmotionClassifier, name: str) -> str:
     """Where a parameter stands: "embeddings" (with relative positions and final norms), "layer 0" ..., or "head"."""
     if not name.startswith(f"{model.prefix}."):
         return "head"
-    found = re.search(r"\.layers?\.(\d+)\.", name)
+    found = re.search(r"layers?\.(\d+)\.", name)
     return f"layer {found[1]}" if found else "embeddings"
 
 
@@ -184,7 +183,7 @@ def collapse(health: dict[str, dict[str, float]], skipped: int, steps: int) -> s
     """What is wrong with the gradients, or "". skipped: how many of the last steps the loss scaler left out."""
     found = [f"{skipped} of {steps} steps skipped, the loss overflows"] if 2 * skipped > steps else []
     for group, values in health.items():
-        if group != "embeddings" and values["zeros"] > 0.5:
+        if group not in ("embeddings", "head") and values["zeros"] > 0.5:  # of the head ASL's clip leaves labels out
             found.append(f"{values['zeros']:.0%} of the gradient of {group} is exactly 0")
         elif values["norm"] < 1e-7:
             found.append(f"the gradient of {group} has norm {values['norm']:.1e}")
@@ -235,6 +234,17 @@ def save_last(run: Run, state: dict, best: Best) -> None:
     run.save_last(state, best)
 
 
+def refuse_another_machine(run: Run, dtype: torch.dtype | None, world: int) -> None:
+    """A run goes on with the autocast type and the number of processes that it was begun with, or not at all."""
+    if (begun := run.environment.get("autocast")) != str(dtype):
+        raise UserError(f"{run.path} was begun with autocast {begun}, this machine and amp mean {dtype}")
+    if (begun := run.environment.get("processes")) != world:
+        raise UserError(
+            f"{run.path} was begun with {begun} processes, these are {world}: an optimizer step would have other rows. "
+            "Start as many, or give another --run_dir"
+        )
+
+
 def last_line(results: dict, path: Path) -> str:
     parts = [f"done | {results['split']} {results['metric']} {results['best']:.4f} (epoch {results['epoch']})"]
     honest = results["validation"]["cross_fitted"]["at_per_label"]["f1_macro"]
@@ -248,11 +258,12 @@ def last_line(results: dict, path: Path) -> str:
 def main(config: Config, check: bool = False) -> int | None:
     # Setup
     path = run_path(config)
-    if not check and (results := run_results(path, run_config(config))):
-        print(f"finished before\n{last_line(results, path)}")
-        return None
     processes = start_processes(config)
     rank, world, device = processes
+    if not check and (results := run_results(path, run_config(config))):
+        print(f"finished before\n{last_line(results, path)}")
+        end_processes()
+        return None
     seed_everything(config.seed, config.deterministic)
     info = environment(torch.cuda.get_device_name() if device.type == "cuda" else "cpu")
     dtype = autocast_dtype(config.amp, device)
@@ -271,8 +282,9 @@ def main(config: Config, check: bool = False) -> int | None:
     total_steps = min(config.epochs * steps_per_epoch, config.max_steps or math.inf)
 
     # Model
-    model = build_model(config, tokenizer, prior_logits(train)).to(device)
-    weights = class_weights(config.class_weights, *label_shares(train))
+    shares = label_shares(train, config)
+    model = build_model(config, tokenizer, prior_logits(*shares)).to(device)
+    weights = class_weights(config.class_weights, *map(torch.from_numpy, shares))
     parameters = sum(p.numel() for p in model.parameters())
     rows_per_step = config.batch_size * per_step
     print(f"{parameters:,} parameters | {rows_per_epoch} rows an epoch, {rows_per_step} a step | {total_steps} steps")
@@ -282,11 +294,11 @@ def main(config: Config, check: bool = False) -> int | None:
     # Optimizer
     optimizer, scheduler, scaler = make_optimizer(model, total_steps, config, device)
     if check:
-        draws = [draw for _, draw in epoch_draws(train, drawn, config, epoch=0)][: config.batch_size]
-        batch = next(iter(make_loader(draws, [list(range(len(draws)))], tokenizer, config)))
+        draws = epoch_steps(train, drawn, lengths, config, 0, rank, world)[0].micro_batches[:1]
+        batch = next(iter(make_loader(draws, tokenizer, config)))
         examples = len(batch["labels"])
         losses = accumulate_gradients(module, [batch], [True], examples, weights, scaler, config, 0, processes)
-        refuse_non_finite("loss", losses, [draws], step=0)
+        refuse_non_finite("loss", losses, draws, step=0)
         print(f"check passed | loss of one batch {losses[0] / examples:.4f} | nothing was written")
         end_processes()
         return None
@@ -311,11 +323,8 @@ def main(config: Config, check: bool = False) -> int | None:
     totals |= {"skipped_steps": 0}  # since the last line
     if run:
         state = run.load_last(best)
-    elif saved := read_last(path / "last.pt", run_config(config)):
-        state = saved["state"]
-        best.__dict__.update(saved["best"])
     else:
-        state = None
+        state, _ = read_last(path / "last.pt", run_config(config), best) or (None, 0)
     if state:
         try:
             load_training_state(model, optimizer, (state["model"], state["optimizer"]), config.shard)
@@ -338,16 +347,11 @@ def main(config: Config, check: bool = False) -> int | None:
             began = time.perf_counter()
             epoch, position = divmod(step, steps_per_epoch)
             if loader is None:
-                numbers, draws = zip(*epoch_draws(train, drawn, config, epoch))
-                batches = epoch_batches(lengths[list(numbers)], config.batch_size, config.seed, epoch)
-                groups = [batches[start : start + per_step] for start in range(0, len(batches), per_step)]
-                own = [rank_batches(group, rank, world) for group in groups]
-                mine = [places for group in own[position:] for places, _ in group]
-                loader = iter(make_loader(draws, mine, tokenizer, config))
-            counted = [counts for _, counts in own[position]]
-            chosen = [[draws[place] for place in places] for places, _ in own[position]]
-            examples = sum(1 + (draws[place].partner is not None) for places in groups[position] for place in places)
-            micro_batches = [next(loader) for _ in counted]
+                steps = epoch_steps(train, drawn, lengths, config, epoch, rank, world)
+                rest = [draws for later in steps[position:] for draws in later.micro_batches]
+                loader = iter(make_loader(rest, tokenizer, config))
+            chosen, counted, examples = steps[position]
+            micro_batches = [next(loader) for _ in chosen]
             losses = accumulate_gradients(
                 module, micro_batches, counted, examples, weights, scaler, config, step, processes
             )
@@ -390,14 +394,8 @@ def main(config: Config, check: bool = False) -> int | None:
                 record |= {"train_loss": totals["epoch_loss"] / totals["epoch_examples"], **scores}
                 totals |= {"epoch_loss": 0.0, "epoch_examples": 0}
                 better = best.update(scores[config.metric], epoch + 1, step)
-                if better:
-                    model_state, _ = training_state(model, optimizer, config.shard)
                 if run:
                     run.log(record)
-                if run and better:
-                    still_alive(config)
-                    require_space(path, model_state.values())
-                    run.save_best(partial(save_model, model_state, model.config, tokenizer, thresholds))
                 bar.write(
                     f"epoch {epoch + 1} | train loss {record['train_loss']:.4f} | validation loss {scores['loss']:.4f}"
                     f" | f1_macro {scores['f1_macro']:.4f} at {thresholds['shared']:.3f}, {scores['f1_half']:.4f} at .5"
@@ -405,12 +403,16 @@ def main(config: Config, check: bool = False) -> int | None:
                 )
             totals["seconds"] += time.perf_counter() - began
             if epoch_ended or step % config.save_steps == 0 or stopped:
-                still_alive(config)
                 model_state, optimizer_state = training_state(model, optimizer, config.shard)
                 state = {"model": model_state, "optimizer": optimizer_state, "scheduler": scheduler.state_dict()}
                 state |= {"scaler": scaler.state_dict(), "step": step, "totals": totals}
+                if run and epoch_ended and better:
+                    require_space(path, model_state.values())
+                    run.save_best(partial(save_model, model_state, model.config, tokenizer, thresholds))
+                wait_for_all(processes, config)
                 if run:
                     save_last(run, state, best)
+                wait_for_all(processes, config)
             if stopped:
                 bar.write(f"stopped at step {step} of {total_steps}: the same command goes on from here")
                 end_processes()
@@ -430,17 +432,6 @@ def main(config: Config, check: bool = False) -> int | None:
     run.close()
     print(last_line(results, path))
     return None
-
-
-def refuse_another_machine(run: Run, dtype: torch.dtype | None, world: int) -> None:
-    """A run goes on with the autocast type and the number of processes that it was begun with, or not at all."""
-    if (begun := run.environment.get("autocast")) != str(dtype):
-        raise UserError(f"{run.path} was begun with autocast {begun}, this machine and amp mean {dtype}")
-    if (begun := run.environment.get("processes")) != world:
-        raise UserError(
-            f"{run.path} was begun with {begun} processes, these are {world}: an optimizer step would have other rows. "
-            "Start as many, or give another --run_dir"
-        )
 
 
 if __name__ == "__main__":

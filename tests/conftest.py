@@ -1,11 +1,13 @@
-"""One thread for the tests' own process: the tensors are tiny, and busy machines make two slower than one."""
+"""The tests are of the CPU, also where there is a GPU, with one thread: on a busy machine two are slower."""
 
 import csv
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before the first look for a GPU; the scripts that tests start inherit it
 torch.set_num_threads(1)
 
 

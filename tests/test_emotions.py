@@ -49,6 +49,7 @@ from emotions.dataset import (
     epoch_draws,
     label_counts,
     label_matrix,
+    label_shares,
     load_splits,
     make_loader,
     normalized,
@@ -141,6 +142,7 @@ GOOD = {"text": "I love it", "labels": ["love", "joy"]}
         (GOOD | {"labels": [], "known": []}, "line 3: known is empty"),
         (GOOD | {"id": [1]}, "line 3: id is [1], expected a number or a string"),
         (GOOD | {"source": 1}, "line 3: source is 1, expected a string"),
+        (GOOD | {"konwn": ["joy"]}, "line 3: 'konwn' is no key of a row, expected some of text, labels, known"),
     ],
 )
 def test_a_bad_line_is_named_with_file_and_line(tmp_path, line, message):
@@ -176,11 +178,14 @@ def test_missing_empty_and_leaking_files_are_named(tmp_path):
     write_lines(tmp_path / "validation.jsonl", [{"text": "so", "labels": []}])
     with pytest.raises(UserError, match=r"validation\.jsonl holds no label"):
         load_splits(config)
-    lines = [{"text": "so", "labels": ["joy"]}, {"text": "I LOVE it!", "labels": []}]
-    write_lines(tmp_path / "validation.jsonl", lines)
-    with pytest.raises(UserError, match=r"validation\.jsonl, line 2: its text is also in train\.jsonl, line 1"):
+    four = [{"text": f"text {n}", "labels": ["joy"]} for n in range(4)]
+    write_lines(tmp_path / "validation.jsonl", four)
+    with pytest.raises(UserError, match=r"validation\.jsonl holds 4 rows, expected 5 or more to tune on"):
         load_splits(config)
-    write_lines(tmp_path / "validation.jsonl", [{"text": "so", "labels": ["joy"]}])
+    write_lines(tmp_path / "validation.jsonl", [*four, {"text": "I LOVE it!", "labels": []}])
+    with pytest.raises(UserError, match=r"validation\.jsonl, line 5: its text is also in train\.jsonl, line 1"):
+        load_splits(config)
+    write_lines(tmp_path / "validation.jsonl", [*four, {"text": "so", "labels": ["joy"]}])
     assert set(load_splits(config)) == {"train", "validation"}
     write_lines(tmp_path / "test.jsonl", [{"text": "so", "labels": ["joy"]}])  # also validation's: both stay whole
     assert set(load_splits(config)) == {"train", "validation", "test"}
@@ -220,6 +225,13 @@ def test_a_row_of_weight_w_is_drawn_w_times_on_average_and_never_far_from_it():
     assert np.abs(counts.mean(axis=0) - weights).max() < 0.1  # a standard deviation is at most .5 / sqrt(400) = .025
 
 
+def test_an_epoch_has_as_many_draws_as_its_weights_say_whatever_they_add_up_to():
+    for rows in range(2, 400):
+        weights = np.where(np.arange(rows) % 3 == 0, 0.5, 1.0) * np.random.default_rng(rows).uniform(0.9, 1.1, rows)
+        weights *= (rows // 2 + 0.5) / weights.sum()  # half a row over, where a last bit decides
+        assert {len(draw_rows(weights, 0, epoch)) for epoch in range(3)} == {round(float(weights.sum()))}
+
+
 def test_weights_by_source_and_by_the_rarest_label():
     rows = [row("a", "joy"), row("b", "joy", "fear"), row("c", "joy", source="isear"), row("d", source="isear")]
     config = replace(SAMPLE, source_weights="isear=0.5")
@@ -232,7 +244,7 @@ def test_weights_by_source_and_by_the_rarest_label():
     assert half == pytest.approx(factor * 3 / factor.sum())
     with pytest.raises(UserError, match=r"no training row has source 'meld', there are \['isear', 's'\]"):
         draw_weights(rows, replace(SAMPLE, source_weights="meld=1"))
-    with pytest.raises(UserError, match="leaves no training row"):
+    with pytest.raises(UserError, match="leaves less than one training row"):
         draw_weights(rows, replace(SAMPLE, source_weights="s=0,isear=0"))
 
 
@@ -331,10 +343,10 @@ def test_the_processes_share_a_steps_batches_and_take_equally_many_turns(world, 
 
 
 def test_loader_workers_change_nothing(tokenizer, splits):
-    draws, batches = as_draws(splits["train"][:40]), [[3, 4], [5], [0, 1, 2]]
-    alone, workers = (
-        list(make_loader(draws, batches, tokenizer, replace(SAMPLE, num_workers=count))) for count in (0, 2)
-    )
+    draws = as_draws(splits["train"])
+    batches = [draws[3:5], draws[5:6], draws[:3]]
+    alone, workers = (list(make_loader(batches, tokenizer, replace(SAMPLE, num_workers=count))) for count in (0, 2))
+    assert [len(batch["labels"]) for batch in alone] == [2, 1, 3]
     for first, second in zip(alone, workers, strict=True):
         assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
@@ -534,13 +546,18 @@ def test_the_tokenizer_of_deberta_v3s_own_files_loads(tmp_path):
 
 def test_the_first_probabilities_are_the_training_priors(tokenizer):
     rows = [row("a", "joy"), row("b", "joy"), row("c", "fear", known=("fear", "joy")), row("d", known=("fear",))]
-    prior = prior_logits(rows).sigmoid()
+    prior = prior_logits(*label_shares(rows, SAMPLE)).sigmoid()
     # joy: 2 of the 3 rows that know it; fear: 1 of 4; grief: 0 of 2; one row more on either side
     found = [prior[NUMBERS[name]].item() for name in ("joy", "fear", "grief")]
     assert found == pytest.approx([3 / 5, 2 / 6, 1 / 4])
+    twice = [one._replace(source="twice" if one.text == "c" else "s") for one in rows]  # as often as c is drawn
+    shares = label_shares(twice, replace(SAMPLE, source_weights="twice=2"))
+    assert [share[NUMBERS["fear"]] for share in shares] == [2, 5]
+    unknown = prior_logits(*label_shares(rows[2:], SAMPLE)).sigmoid()  # nobody there knows grief
+    assert unknown[NUMBERS["grief"]] < 1e-4 < unknown[NUMBERS["joy"]]
     for pooling in ("head", "mean"):
-        model = built(replace(SAMPLE, pooling=pooling), tokenizer, prior=prior_logits(rows))
-        assert torch.equal(model.output.bias, prior_logits(rows)) and len(model.output.weight) == 28
+        model = built(replace(SAMPLE, pooling=pooling), tokenizer, prior=prior_logits(*label_shares(rows, SAMPLE)))
+        assert torch.equal(model.output.bias.sigmoid(), prior) and len(model.output.weight) == 28
         found = model(**inputs_of(collate(as_draws(rows), tokenizer, 32))).sigmoid()
         torch.testing.assert_close(found, prior.expand(4, 28), atol=0.2, rtol=0)
 
@@ -1202,6 +1219,59 @@ def test_micro_batches_give_the_gradient_of_one_batch(tokenizer, splits, without
         torch.testing.assert_close(one[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
+def test_a_process_of_several_scales_its_part_and_has_its_own_dropout(tokenizer, splits, without_dropout, monkeypatch):
+    model = built(replace(SAMPLE, model=without_dropout, dropout=0.0), tokenizer)
+    batches, seeds = [collate(as_draws(splits["train"][:8]), tokenizer, 64)] * 2, []
+    monkeypatch.setattr(train, "seed_micro_batch", lambda *numbers: seeds.append(numbers))
+    scaler, found = torch.amp.GradScaler("cpu", enabled=False), []
+    for processes, counted in ((ALONE, [True, False]), (ALONE._replace(rank=1, world=3), [True, True])):
+        train.accumulate_gradients(model, batches, counted, 24, None, scaler, SAMPLE, 5, processes)
+        found.append(model.classifier.weight.grad.clone())
+        model.zero_grad()
+    torch.testing.assert_close(found[1], found[0] * 3 * 2)  # averaged over three processes; two batches count, not one
+    assert seeds == [(42, 5, 0, 0), (42, 5, 1, 0), (42, 5, 0, 1), (42, 5, 1, 1)]
+
+
+def test_gradient_checkpointing_changes_no_gradient(tokenizer, splits, without_dropout):
+    config = replace(SAMPLE, model=without_dropout, dropout=0.0)
+    plain, checkpointed = (built(replace(config, gradient_checkpointing=on), tokenizer) for on in (False, True))
+    assert checkpointed.encoder.is_gradient_checkpointing and not plain.encoder.is_gradient_checkpointing
+    expected, found = (gradients(model, [splits["train"][:8]], tokenizer, 8) for model in (plain, checkpointed))
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_a_run_starts_at_the_prior_of_what_it_draws(tmp_path, small_data):
+    config = replace(SAMPLE, run_dir=str(tmp_path / "run"), data_dir=small_data, learning_rate=0.0, max_steps=1)
+    config = replace(config, source_weights="isear=0", label_balance=0.5)
+    train.main(config)
+    expected = prior_logits(*label_shares(load_splits(config)["train"], config))
+    assert torch.equal(load_model(tmp_path / "run" / "best", config).output.bias, expected)
+
+
+def test_an_overflow_is_skipped_counted_and_said(tmp_path, small_data, monkeypatch, capsys):
+    """fp16's loss scaling, on the CPU: the loss scale overflows in two of three steps."""
+    make, loss, calls = train.make_optimizer, train.emotion_loss, []
+
+    def with_scaler(*arguments):
+        return *make(*arguments)[:2], torch.amp.GradScaler("cpu", init_scale=2.0**10)
+
+    def overflowing(*arguments):
+        calls.append(1)
+        return loss(*arguments) * (torch.inf if len(calls) in (1, 2) else 1.0)
+
+    monkeypatch.setattr(train, "make_optimizer", with_scaler)
+    monkeypatch.setattr(train, "emotion_loss", overflowing)
+    monkeypatch.setattr(train, "refuse_non_finite", lambda *arguments: None)
+    config = replace(SAMPLE, run_dir=str(tmp_path / "run"), data_dir=small_data, max_steps=3, logging_steps=1)
+    train.main(replace(config, epochs=3, logging_steps=3))
+    assert "warning: step 3: 2 of 3 steps skipped, the loss overflows" in capsys.readouterr().out
+    record = json.loads((tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    assert record["skipped_steps"] == 2 and record["learning_rate"] == SAMPLE.learning_rate  # it waited
+    state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["state"]
+    assert state["scaler"]["scale"] == 2.0**8 and state["totals"]["skipped_steps"] == 0
+
+
 def test_an_unknown_label_gets_no_gradient(tokenizer, splits):
     model = built(SAMPLE, tokenizer)
     rows = [one._replace(labels=(), known=(NUMBERS["joy"], NUMBERS["fear"])) for one in splits["train"][:8]]
@@ -1496,7 +1566,6 @@ def launch(count: int, script: str, *flags: str, code: int = 0, restarts: int = 
     return result.stdout + result.stderr
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
 def test_two_processes_and_sharded_ones_equal_one_with_the_same_global_batch(tmp_path, small_data, without_dropout):
     """104 rows in batches of 8: 13 batches, in steps of 4; the last step has one, and a process a stand-in."""
     fixed = {"model": without_dropout, "dropout": 0.0, "data_dir": small_data, "max_steps": 6, "logging_steps": 1}
@@ -1525,33 +1594,44 @@ def test_two_processes_and_sharded_ones_equal_one_with_the_same_global_batch(tmp
     assert "error: shard needs several processes: torchrun --nproc_per_node 2" in out
 
 
-HANGS_ONCE = """
-import sys, time
+SUFFERS = """
+import os, signal, sys, time
 from pathlib import Path
 from emotions import train
 from emotions.config import run_script
 
 accumulate, calls = train.accumulate_gradients, []
+restarted, rank = os.environ["TORCHELASTIC_RESTART_COUNT"] == "1", os.environ["RANK"]
 
 def hanging(*arguments):
     calls.append(1)
-    if len(calls) == 4 and not Path({mark!r}).exists():
-        Path({mark!r}).write_text("hung", encoding="utf-8")
+    time.sleep(2.5)  # all steps together take longer than stall_seconds
+    if len(calls) == 6 and rank == "0" and not restarted:
         time.sleep(600)
+    if len(calls) == 2 and rank == "1" and restarted:
+        os.kill(os.getpid(), signal.SIGTERM)
     return accumulate(*arguments)
 
 train.accumulate_gradients = hanging
-sys.exit(run_script(train.main, "", check={{"action": "store_true"}}))
+sys.exit(run_script(train.main, "", check={"action": "store_true"}))
 """
 
 
 def test_a_run_that_hangs_dumps_its_stacks_and_torchrun_brings_it_back(tmp_path, small_data):
-    """One of two processes hangs in step 4, the other waits for it; both end, and go on from step 3."""
-    (tmp_path / "hangs.py").write_text(HANGS_ONCE.format(mark=str(tmp_path / "mark")), encoding="utf-8")
-    flags = ["--sample", f"--data_dir={small_data}", "--max_steps=6", "--save_steps=1", "--batch_size=8"]
-    flags += ["--stall_seconds=15", "--shard=true"]
-    out = launch(2, str(tmp_path / "hangs.py"), *flags, f"--run_dir={tmp_path / 'run'}", restarts=1)
-    assert "Timeout (0:00:15)!" in out and "most recent call first" in out and "in hanging" in out
-    assert "resuming from step 3 of 6" in out and "done | validation" in out
+    """In step 6 one of two processes hangs and the other waits for it: both end, and go on after step 5.
+
+    Then the other one alone gets a SIGTERM: both stop after step 7. Epochs have four steps: what the second process
+    knows of the best epoch must survive, since patience is 1.
+    """
+    (tmp_path / "suffers.py").write_text(SUFFERS, encoding="utf-8")
+    flags = ["--sample", f"--data_dir={small_data}", "--max_steps=11", "--save_steps=1", "--batch_size=16"]
+    flags += ["--patience=1", "--learning_rate=0.01", "--shard=true"]
+    run = (f"--run_dir={tmp_path / 'run'}", "--stall_seconds=11")
+    out = launch(2, str(tmp_path / "suffers.py"), *flags, *run, restarts=1, code=1)
+    assert "Timeout (0:00:11)!" in out and "most recent call first" in out and "in hanging" in out
+    assert "resuming from step 5 of 11" in out
+    assert "stopped at step 7 of 11: the same command goes on from here" in out
+    out = launch(2, "emotions/train.py", *flags, run[0])  # how long to wait is no part of a run
+    assert "resuming from step 7 of 11" in out and "done | validation" in out
     launch(2, "emotions/train.py", *flags, f"--run_dir={tmp_path / 'whole'}")
     assert_same(final_weights(tmp_path / "run"), final_weights(tmp_path / "whole"))

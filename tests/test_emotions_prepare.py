@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from emotions import prepare
+from emotions import dataset, prepare
 from emotions.config import SAMPLE, UserError
 from emotions.dataset import ALL, EMOTIONS, NUMBERS, load_splits, normalized, read_rows
 
@@ -205,7 +205,7 @@ def test_meld_rows(raw, run):
     assert all(known(row) == ["anger", "disgust", "fear", "joy", "sadness", "surprise", "neutral"] for row in rows)
 
 
-def test_a_text_that_is_scored_is_trained_on_from_no_source(raw, run, tmp_path):
+def test_a_text_that_is_scored_is_trained_on_from_no_source(raw, run, tmp_path, monkeypatch):
     (raw / "goemotions/test.tsv").write_text("Trains rattle.\t27\tt1\nmy boots LEAK!\t3\tt2\n", encoding="utf-8")
     with open(raw / "goemotions/train.tsv", "a", encoding="utf-8") as file:
         file.write("MY BOOTS LEAK\t2\tg4\nMy boots leaked\t2\tg5\n")
@@ -231,6 +231,7 @@ def test_a_text_that_is_scored_is_trained_on_from_no_source(raw, run, tmp_path):
         "| test | goemotions/test.tsv | 2 | 0 | 0 | 2 |",
     ):
         assert line in out.splitlines()
+    monkeypatch.setattr(dataset, "FOLDS", 2)  # two rows of validation will do here
     assert load_splits(replace(SAMPLE, data_dir=str(tmp_path / "out"))).keys() == {"train", "validation", "test"}
 
 
@@ -276,6 +277,16 @@ def test_an_old_test_split_goes_where_there_is_no_test_file(raw, run, tmp_path):
     (raw / "goemotions/test.tsv").unlink()
     rows, out = run([GOEMOTIONS])
     assert rows.keys() == {"train", "validation"} and "no test split" in out
+    assert "The test.jsonl of an earlier call, which was not of this data, is removed." in out
+
+
+def test_files_that_it_did_not_write_stay(run, tmp_path):
+    (tmp_path / "out").mkdir()
+    own = '{"text": "mine", "labels": []}'
+    (tmp_path / "out" / "test.jsonl").write_text(own, encoding="utf-8")
+    with pytest.raises(UserError, match=r"out/test\.jsonl was not written by prepare\.py: give another --data_dir"):
+        run()
+    assert [path.read_text(encoding="utf-8") for path in (tmp_path / "out").iterdir()] == [own]
 
 
 def test_sources_come_in_one_order_and_goemotions_is_among_them(run):

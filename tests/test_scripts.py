@@ -680,6 +680,24 @@ def test_emotions_check_reads_everything_and_writes_nothing(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_emotions_bench_prints_its_tables(monkeypatch, capsys):
+    from emotions import bench
+    from emotions.config import SAMPLE
+
+    monkeypatch.setattr(bench, "SHAPES", {"base": (16, 2, 32)})
+    given = {"shapes": ["base"], "lengths": [8], "dtypes": ["fp32"], "layers": 1, "rounds": 1, "rows": 40}
+    bench.main(SAMPLE, part="attention", **given)
+    out = capsys.readouterr().out
+    assert "threads" in out and out.count("| base | fp32 | 8 | ") == 2 and "AdamW, ms" in out
+    with pytest.raises(Exception, match="fp16 needs a GPU"):
+        bench.main(SAMPLE, part="attention", **(given | {"dtypes": ["fp16"]}))
+    for shapes in (["base"], []):
+        bench.main(replace(SAMPLE, max_length=32), part="epoch", **(given | {"shapes": shapes}))
+        out = capsys.readouterr().out
+        assert "40 texts" in out and "| ours | " in out and "| ours, the library's attention | " in out
+        assert ("| Trainer, group_by_length | not run | not run |" in out) == (find_spec("accelerate") is None)
+
+
 def test_emotions_presets_are_the_familys_sizes():
     from emotions.config import PRESETS, load_config
 

@@ -35,7 +35,7 @@ class Config:
     )
     data_dir: str = HfArg(default="emotions/data", help="folder of train.jsonl, validation.jsonl and, if there, test")
     run_dir: str = HfArg(default="", help="folder of the run; empty: emotions/runs/<model>-<8 hex of the config>")
-    max_length: int = HfArg(default=256, help="tokens of a text; GoEmotions' longest comments have far fewer")
+    max_length: int = HfArg(default=256, help="tokens of a text; 95 in 100 of GoEmotions' comments have at most 34")
     # How often a row is drawn, and what is made of rows with a rare label.
     source_weights: str = HfArg(default="", help="draws of a source's row, such as isear=0.5,meld=0; the others 1")
     label_balance: float = HfArg(default=0.0, help="draws go with (rarest label's frequency) ^ -this; 0: off")
@@ -77,7 +77,7 @@ class Config:
     )
     patience: int = HfArg(default=3, help="epochs without a better score before the run stops; 0: never")
     threshold_smoothing: float = HfArg(
-        default=20.0, help="a label's threshold counts like its positives, the global one like so many; 0: its own only"
+        default=20.0, help="the shared threshold's part in a label's own, as if it came from so many positives; 0: none"
     )
     split_seed: int = HfArg(default=42, help="seed of the folds that cross-fit the thresholds; stays while seed varies")
     # The machine.

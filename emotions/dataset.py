@@ -46,14 +46,6 @@ class Row(NamedTuple):
     id: object = None
 
 
-class Step(NamedTuple):
-    """One process's part of an optimizer step: its micro-batches, which of them count, all processes' examples."""
-
-    micro_batches: list[list["Draw"]]
-    counted: list[bool]
-    examples: int
-
-
 class Draw(NamedTuple):
     """A row as an epoch uses it: its text, which may be augmented, and the row it is interpolated with, if any."""
 
@@ -61,6 +53,14 @@ class Draw(NamedTuple):
     text: str
     partner: Row | None = None
     share: float = 0.0  # of the partner
+
+
+class Step(NamedTuple):
+    """One process's part of an optimizer step: its micro-batches, which of them count, all processes' examples."""
+
+    micro_batches: list[list[Draw]]
+    counted: list[bool]
+    examples: int
 
 
 def emotion_numbers(names: object, what: str) -> tuple[int, ...]:

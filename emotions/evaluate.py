@@ -128,9 +128,7 @@ def read_thresholds(folder: Path) -> tuple[float, np.ndarray]:
     return values[0], np.array(values[1:])
 
 
-def score_split(
-    logits: torch.Tensor, rows: list[Row], shared: float, per_label: np.ndarray, loss: float, config: Config
-) -> dict:
+def score_split(logits: torch.Tensor, rows: list[Row], shared: float, per_label: np.ndarray, loss: float) -> dict:
     """All scores of (N, 28) logits: at .5, at the shared and at the per-label thresholds, which are probabilities."""
     labels, known, probability = label_matrix(rows, "labels"), label_matrix(rows, "known"), probabilities(logits)
     predictions = {"at_half": probability >= 0.5, "at_shared": probability >= shared}
@@ -168,7 +166,7 @@ def evaluate_run(
         with watched(config):
             logits = predict_logits(model, rows, tokenizer, config, processes, partial(still_alive, config))
         loss = mean_loss(logits, rows, weights, config)
-        scores[name] = score_split(logits, rows, shared, per_label, loss, config)
+        scores[name] = score_split(logits, rows, shared, per_label, loss)
         if name == "validation":
             scores[name]["cross_fitted"] = cross_fitted_scores(logits, rows, config)
         lines = []
@@ -231,7 +229,7 @@ def print_summary(splits: dict[str, list[Row]], tokenizer: PreTrainedTokenizerFa
         if missing := count.count(0):
             print(f"{missing} of 28 emotions have no positive in {name}: those it knows count as 0 in f1_macro")
     if untaught := [EMOTIONS[n] for n in np.flatnonzero(known == 0)]:
-        print(f"no training row knows {', '.join(untaught)}: never predicted, and in no score that does not know them")
+        print(f"no training row knows {', '.join(untaught)}: never predicted")
     if "test" not in splits:
         print("no test.jsonl: no test figure will be reported")
 

@@ -1151,7 +1151,7 @@ def test_scores_at_three_kinds_of_threshold_by_scikit_learn(splits):
     generator = np.random.default_rng(0)
     logits = torch.from_numpy(generator.normal(size=labels.shape) + 3 * labels - 2).float()
     per_label = generator.uniform(0.2, 0.6, 28)
-    scores = score_split(logits, rows, 0.3, per_label, 1.25, SAMPLE)
+    scores = score_split(logits, rows, 0.3, per_label, 1.25)
     probability = logits.double().sigmoid().numpy()
     for rule, cut in (("at_half", 0.5), ("at_shared", 0.3), ("at_per_label", per_label)):
         for average in ("macro", "micro", "weighted"):

@@ -182,7 +182,8 @@ def run_results(path: Path, config: dict) -> dict | None:
 def read_last(path: Path, config: dict, best: Best) -> tuple[dict, int] | None:
     """The state that Run.save_last wrote for this config, and the length of metrics.jsonl then; fills best.
 
-    None before the first save. Raises RunError for a file that is damaged, foreign or of another config: never a silent fresh start.
+    None before the first save. Raises RunError for a file that is damaged, foreign or of another config: never a silent
+    fresh start.
     """
     if not path.exists():
         return None

@@ -686,6 +686,7 @@ def test_emotions_bench_prints_its_tables(monkeypatch, capsys):
 
     monkeypatch.setattr(bench, "SHAPES", {"base": (16, 2, 32)})
     given = {"shapes": ["base"], "lengths": [8], "dtypes": ["fp32"], "layers": 1, "rounds": 1, "rows": 40}
+    given["sides"] = list(bench.SIDES)
     bench.main(SAMPLE, part="attention", **given)
     out = capsys.readouterr().out
     assert "threads" in out and out.count("| base | fp32 | 8 | ") == 2 and "AdamW, ms" in out

@@ -108,6 +108,9 @@ def test_multilabel_metrics_are_scikit_learns_and_leave_unknown_cells_out():
     assert masked == multilabel_metrics(labels & known, predictions & known, names, known)
     assert masked == multilabel_metrics(labels | ~known, predictions ^ ~known, names, known)
     assert masked["per_label"]["a"]["support"] == (labels & known)[:, 0].sum() != labels[:, 0].sum()
+    known[:, 3] = False  # a label that nobody knows is in no mean
+    expected = multilabel_metrics(labels[:, :3], predictions[:, :3], names[:3], known[:, :3])
+    assert multilabel_metrics(labels, predictions, names, known)["f1_macro"] == expected["f1_macro"]
     with pytest.raises(ValueError, match="no rows to score"):
         multilabel_metrics(labels, predictions, names, ~everything)
 

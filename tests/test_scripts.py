@@ -181,6 +181,41 @@ def test_evaluate_repeats_the_report_from_the_run_alone(project, runs):
     assert (run / "report.md").read_text(encoding="utf-8") == report
 
 
+LACKING = {
+    "evidence_spans": [
+        ((), ["model SpanBERT/spanbert-base-cased is not on", "hf download SpanBERT/spanbert-base-cased", "--sample"]),
+        (("--sample", "--data_dir", "none"), ["none does not exist", "--data_dir", "--sample"]),
+        (("--sample", "--model", "a/b/c"), ["model a/b/c: there is no such folder"]),
+        (("--sample", "--max_length", "60"), ["leaves no room beyond doc_stride", "max_length 60"]),
+        (("--sample", "--model", "redsm5_nli/sample/model"), ["is a gemma3_text model; supported are bert"]),
+        (("--sample", "--validation_fraction", "0.0001"), ["cannot be split: validation would hold no answer"]),
+    ],
+    "emotions": [
+        ((), ["model microsoft/deberta-v3-large is not on", "hf download microsoft/deberta-v3-large", "--sample"]),
+        (("--sample", "--data_dir", "none"), ["none/train.jsonl not found", "prepare.py", "--data_dir", "--sample"]),
+        (("--sample", "--model", "a/b/c"), ["model a/b/c: there is no such folder"]),
+        (("--sample", "--model", "redsm5_nli/sample/model"), ["is a gemma3_text model, whose head is not known here"]),
+        (("--sample", "--source_weights", "gomotions=2"), ["no training row has source 'gomotions', there are"]),
+        (("--sample", "--shard", "true"), ["shard needs several processes", "torchrun --nproc_per_node 2"]),
+    ],
+}
+
+
+@pytest.mark.parametrize("project, flags, words", [(name, *case) for name, cases in LACKING.items() for case in cases])
+def test_what_a_run_lacks_is_said_in_one_line_and_nothing_is_written(
+    project, flags, words, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+    before = listing(ROOT / project)
+    main = import_module(f"{project}.train").main
+    assert import_module(f"{project}.config").run_script(main, "") == 1
+    err = capsys.readouterr().err
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and all(word in errors[0] for word in words), err
+    assert not list(tmp_path.iterdir()) and listing(ROOT / project) == before
+
+
 # afqmc
 
 
@@ -506,31 +541,6 @@ def test_evidence_predict_answers_every_line_and_every_criterion(runs, tmp_path)
     assert ("[[" in marked) == bool(row["answer"])
 
 
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        ((), ["model SpanBERT/spanbert-base-cased is not on", "hf download SpanBERT/spanbert-base-cased", "--sample"]),
-        (("--sample", "--data_dir", "none"), ["none does not exist", "--data_dir", "--sample"]),
-        (("--sample", "--model", "a/b/c"), ["model a/b/c: there is no such folder"]),
-        (("--sample", "--max_length", "60"), ["leaves no room beyond doc_stride", "max_length 60"]),
-        (("--sample", "--model", "redsm5_nli/sample/model"), ["is a gemma3_text model; supported are bert"]),
-        (("--sample", "--validation_fraction", "0.0001"), ["cannot be split: validation would hold no answer"]),
-    ],
-)
-def test_evidence_says_what_is_missing_in_one_line_and_writes_nothing(flags, words, tmp_path, monkeypatch, capsys):
-    from evidence_spans import config
-    from evidence_spans.train import main
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train.py", *flags])
-    before = listing(ROOT / "evidence_spans")
-    assert config.run_script(main, "") == 1
-    err = capsys.readouterr().err
-    errors = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and all(word in errors[0] for word in words), err
-    assert not list(tmp_path.iterdir()) and listing(ROOT / "evidence_spans") == before
-
-
 def test_evidence_search_halves_resumes_and_scores_only_the_best_on_test(few_posts, tmp_path, monkeypatch, capsys):
     """A search that is stopped between two trials, started again, against one that never was."""
     from evidence_spans import search, train
@@ -643,31 +653,6 @@ def test_emotions_prepare_makes_the_sample_from_its_raw_files(tmp_path):
     for name in ("train.jsonl", "validation.jsonl", "test.jsonl", "summary.md"):
         assert (tmp_path / "out" / name).read_bytes() == (ROOT / "emotions/sample" / name).read_bytes(), name
     assert "| train | isear/isear.csv | " in out and "written: train.jsonl" in out
-
-
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        ((), ["model microsoft/deberta-v3-large is not on", "hf download microsoft/deberta-v3-large", "--sample"]),
-        (("--sample", "--data_dir", "none"), ["none/train.jsonl not found", "prepare.py", "--data_dir", "--sample"]),
-        (("--sample", "--model", "a/b/c"), ["model a/b/c: there is no such folder"]),
-        (("--sample", "--model", "redsm5_nli/sample/model"), ["is a gemma3_text model, whose head is not known here"]),
-        (("--sample", "--source_weights", "gomotions=2"), ["no training row has source 'gomotions', there are"]),
-        (("--sample", "--shard", "true"), ["shard needs several processes", "torchrun --nproc_per_node 2"]),
-    ],
-)
-def test_emotions_says_what_is_missing_in_one_line_and_writes_nothing(flags, words, tmp_path, monkeypatch, capsys):
-    from emotions import config
-    from emotions.train import main
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train.py", *flags])
-    before = listing(ROOT / "emotions")
-    assert config.run_script(main, "") == 1
-    err = capsys.readouterr().err
-    errors = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and all(word in errors[0] for word in words), err
-    assert not list(tmp_path.iterdir()) and listing(ROOT / "emotions") == before
 
 
 def test_emotions_check_reads_everything_and_writes_nothing(tmp_path, capsys):

@@ -245,7 +245,8 @@ def epoch_draws(rows: list[Row], weights: np.ndarray, config: Config, epoch: int
     if not (config.augment_words or config.augment_features):
         return [(row, Draw(rows[row], rows[row].text)) for row in drawn.tolist()]
     counts, rare = label_counts(rows), rare_labels(rows, config)
-    having = {label: [row for row in rows if label in row.labels] for label in rare}
+    used = [rows[number] for number in np.flatnonzero(weights)]  # a source of weight 0 gives no partners either
+    having = {label: [row for row in used if label in row.labels] for label in rare}
     draws = []
     for place, number in enumerate(drawn.tolist()):
         row, draw = rows[number], Draw(rows[number], rows[number].text)

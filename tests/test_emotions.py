@@ -287,6 +287,13 @@ def test_only_rows_with_a_rare_label_are_augmented_and_reproducibly(splits):
     assert changed > 0.9 * touched and 0.3 * touched < mixed < 0.7 * touched
 
 
+def test_a_source_of_weight_0_gives_no_partners():
+    rows = [row(f"{source} {n}", "grief", source=source) for source in ("a", "b") for n in range(4)]
+    config = replace(SAMPLE, augment_features=1.0, source_weights="b=0")
+    draws = [draw for epoch in range(5) for _, draw in epoch_draws(rows, draw_weights(rows, config), config, epoch)]
+    assert len(draws) == 20 and {draw.partner.source for draw in draws} == {"a"} == {draw.row.source for draw in draws}
+
+
 def test_word_deletion_and_swap_keep_most_words():
     generator = np.random.default_rng(0)
     words = [f"w{n}" for n in range(20)]

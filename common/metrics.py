@@ -1,4 +1,4 @@
-"""Classification metrics, all from scikit-learn, and SQuAD's for spans, as plain numbers that JSON can hold."""
+"""Classification metrics, all from scikit-learn, correlations, and SQuAD's for spans, as numbers that JSON can hold."""
 
 import re
 import string
@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
+from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import (
     accuracy_score,
     average_precision_score,
@@ -193,3 +194,14 @@ def multi_span_metrics(predicted: Sequence[Sequence[str]], golds: Sequence[Seque
     pairs = [({tuple(normalize_answer(text)) for text in texts} for texts in pair) for pair in zip(predicted, golds)]
     counts = np.array([(len(a & b), len(a), len(b)) for a, b in pairs]).reshape(-1, 3).sum(0)
     return precision_recall_f1(*counts.tolist())
+
+
+def correlation_metrics(scores: Sequence[float], similarities: Sequence[float]) -> dict:
+    """Spearman's and Pearson's correlation of people's scores (N,) with a model's similarities (N,), and N.
+
+    Raises ValueError where one side is constant: a correlation is undefined there.
+    """
+    if len(set(scores)) < 2 or len(set(similarities)) < 2:
+        raise ValueError("there is no correlation with a constant")
+    spearman, pearson = (float(measure(scores, similarities).statistic) for measure in (spearmanr, pearsonr))
+    return {"pairs": len(scores), "spearman": spearman, "pearson": pearson}

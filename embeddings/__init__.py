@@ -1,0 +1,1 @@
+"""Contrastive LoRA fine-tuning of a language model as a sentence embedder."""

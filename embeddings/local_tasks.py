@@ -1,0 +1,161 @@
+"""mteb tasks of files on this machine: STS in STS-B's or SICK's format, retrieval in BEIR's folders.
+
+    corpus.jsonl    {"_id": "...", "title": "...", "text": "..."} a line; the title may be missing
+    queries.jsonl   {"_id": "...", "text": "..."}
+    qrels/test.tsv  query-id, corpus-id and score (0: not relevant) with tabs between, after a line with these names
+
+As in mteb's own loading a query that qrels/test.tsv does not name is left out, and one with zeros alone counts as 0.
+Here too query and document ids may be alike and mean different things.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from mteb.abstasks import AbsTask, AbsTaskRetrieval, AbsTaskSTS, TaskMetadata
+from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
+
+from embeddings.config import Config, UserError
+from embeddings.dataset import read_lines, read_pairs
+from embeddings.mteb_encoder import run_tasks, score_table
+
+BEIR_FILES = ("corpus.jsonl", "queries.jsonl", "qrels/test.tsv")
+QRELS_HEADER = ["query-id", "corpus-id", "score"]
+METRICS = {
+    "cosine_spearman": "cosine Spearman",
+    "ndcg_at_10": "nDCG@10",
+    "map_at_1000": "MAP (of the first 1000)",
+    "recall_at_10": "recall@10",
+    "recall_at_100": "recall@100",
+}
+
+
+class LocalTask:
+    """A task whose one split is in memory."""
+
+    def __init__(self, metadata: TaskMetadata, split: Dataset | RetrievalSplitData):
+        self.metadata, self.split = metadata, split
+        super().__init__()
+
+    def load_data(self, num_proc: int | None = None, **kwargs: Any) -> None:
+        self.dataset, self.data_loaded = {"default": {"test": self.split}}, True
+
+    def unload_data(self) -> None:  # mteb's own would take the metadata along
+        self.dataset, self.data_loaded = None, False
+
+
+class LocalSTS(LocalTask, AbsTaskSTS):
+    pass
+
+
+class LocalRetrieval(LocalTask, AbsTaskRetrieval):
+    pass
+
+
+def local_metadata(path: Path, files: list[Path], kind: str, main_score: str) -> TaskMetadata:
+    """A task's metadata; its name ends in a digest of the files: a changed file is another task to the cache."""
+    digest = hashlib.sha256()
+    for file in files:
+        with open(file, "rb") as content:
+            digest.update(hashlib.file_digest(content, "sha256").digest())
+    return TaskMetadata(
+        name=f"{path.resolve().stem}-{digest.hexdigest()[:8]}",
+        dataset={"path": str(path), "revision": digest.hexdigest()},
+        description=f"{kind} in {path}",
+        type=kind,
+        category="t2t",
+        eval_splits=["test"],
+        eval_langs=["eng-Latn"],
+        main_score=main_score,
+    )
+
+
+def sts_task(path: str) -> LocalSTS:
+    """STS on a file of pairs. Raises UserError naming file and line."""
+    pairs = read_pairs(Path(path))
+    columns = {name: [getattr(pair, name) for pair in pairs] for name in ("sentence1", "sentence2", "score")}
+    task = LocalSTS(local_metadata(Path(path), [Path(path)], "STS", "cosine_spearman"), Dataset.from_dict(columns))
+    task.min_score, task.max_score = min(columns["score"]), max(columns["score"])  # a scale: it moves no correlation
+    return task
+
+
+def read_texts(path: Path, titles: bool) -> dict[str, tuple[str, str]]:
+    """Id -> title and text of a corpus or, without titles, of queries. Raises UserError naming file and line.
+
+    A document may be empty, as some of BEIR's are; a query may not.
+    """
+    texts = {}
+    for number, line in read_lines(path):
+        try:
+            row = json.loads(line)
+        except (json.JSONDecodeError, RecursionError):
+            row = None
+        if not isinstance(row, dict):
+            raise UserError(f"{path}, line {number}: expected a JSON object, found {line[:40]!r}")
+        values = {"_id": row.get("_id"), "title": row.get("title") or "" if titles else "", "text": row.get("text")}
+        for name, value in values.items():
+            needed = name == "_id" or (name == "text" and not titles)
+            if not isinstance(value, str) or (needed and not value.strip()):
+                expected = "a non-empty string" if needed else "a string"
+                raise UserError(f"{path}, line {number}: {name} is {value!r:.60}, expected {expected}")
+        if values["_id"] in texts:
+            raise UserError(f"{path}, line {number}: _id {values['_id']!r} stands in an earlier line too")
+        texts[values["_id"]] = (values["title"], values["text"])
+    if not texts:
+        raise UserError(f"{path} holds no row")
+    return texts
+
+
+def read_qrels(path: Path, queries: dict, corpus: dict) -> dict[str, dict[str, int]]:
+    """Query id -> document id -> relevance. Raises UserError naming file and line, also for an unknown id."""
+    qrels, header = {}, None
+    for number, line in read_lines(path):
+        fields = line.split("\t")
+        if header is None:
+            header = fields
+            if header != QRELS_HEADER:
+                expected = f"{' '.join(QRELS_HEADER)} with tabs between"
+                raise UserError(f"{path}, line {number}: the header is {line[:60]!r}, expected {expected}")
+            continue
+        if len(fields) != 3:
+            raise UserError(f"{path}, line {number}: {len(fields)} fields, expected 3 with tabs between: {line[:60]!r}")
+        query, document, relevance = fields
+        ids = ((query, queries, BEIR_FILES[1]), (document, corpus, BEIR_FILES[0]))
+        for name, (value, known, file) in zip(QRELS_HEADER, ids):
+            if value not in known:
+                raise UserError(f"{path}, line {number}: {name} is {value!r}, which {file} does not hold")
+        if not relevance.isdecimal():
+            raise UserError(f"{path}, line {number}: the score is {relevance!r}, expected a whole number from 0")
+        if qrels.setdefault(query, {}).setdefault(document, int(relevance)) != int(relevance):
+            raise UserError(f"{path}, line {number}: {query} and {document} have another score in an earlier line")
+    if not any(relevance for documents in qrels.values() for relevance in documents.values()):
+        raise UserError(f"{path} names no relevant document")
+    return qrels
+
+
+def retrieval_task(folder: str) -> LocalRetrieval:
+    """Retrieval on a BEIR folder. Raises UserError naming file and line."""
+    files = [Path(folder) / name for name in BEIR_FILES]
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{file} not found: a BEIR folder holds {', '.join(BEIR_FILES)}")
+    corpus, queries = read_texts(files[0], titles=True), read_texts(files[1], titles=False)
+    qrels = read_qrels(files[2], queries, corpus)
+    documents = [{"id": key, "title": title, "text": text} for key, (title, text) in corpus.items()]
+    asked = [{"id": key, "text": text} for key, (_, text) in queries.items() if key in qrels]
+    split = RetrievalSplitData(
+        corpus=Dataset.from_list(documents), queries=Dataset.from_list(asked), relevant_docs=qrels, top_ranked=None
+    )
+    return LocalRetrieval(local_metadata(Path(folder), files, "Retrieval", "ndcg_at_10"), split)
+
+
+def evaluate_files(config: Config, base: bool, sts: list[str], beir: list[str]) -> str:
+    """A Markdown table of the files' scores: the run's, or with base those of its model without the adapter.
+
+    MAP is trec_eval's over the first 1000 documents. Raises UserError and RunError.
+    """
+    tasks: list[AbsTask] = [*map(sts_task, sts), *map(retrieval_task, beir)]
+    results = run_tasks(config, base, tasks)
+    return "\n".join([f"# {results.model_name}", "", *score_table(results, tasks, METRICS)])

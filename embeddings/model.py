@@ -1,0 +1,338 @@
+"""The embedder: a decoder or encoder, adapters, and one token's state or the mean as the text's vector; its files.
+
+B batch, T tokens, D hidden, N texts
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from huggingface_hub import try_to_load_from_cache
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+
+from common.checkpoint import best_folder, write_json
+from common.seed import seed_everything
+from embeddings.bidirectional import make_bidirectional
+from embeddings.config import ROOT, Config, UserError, run_path
+from embeddings.dataset import Tokens, cut, pad, tokenize
+from embeddings.lora import add_adapters, load_adapter, merge_adapters, save_adapter
+
+POOLING_MODES = {"last": "lasttoken", "mean": "mean_tokens", "cls": "cls_token"}  # sentence-transformers' names
+
+
+def pool(hidden_states: Tensor, attention_mask: Tensor, pooling: str) -> Tensor:
+    """(B, T, D) and (B, T) -> (B, D) in fp32, from the real tokens alone, whichever side is padded."""
+    if pooling == "mean":
+        mask = attention_mask[:, :, None].float()  # (B, T, 1)
+        return (hidden_states.float() * mask).sum(1) / mask.sum(1)
+    first = attention_mask.argmax(1)  # (B,)
+    place = first if pooling == "cls" else first + attention_mask.sum(1) - 1
+    return hidden_states[torch.arange(len(place), device=place.device), place].float()
+
+
+class Embedder(nn.Module):
+    """A transformers backbone, without head, and its pooling."""
+
+    def __init__(self, encoder: PreTrainedModel, pooling: str):
+        super().__init__()
+        self.encoder, self.pooling = encoder, pooling
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """(B, T) each -> vectors (B, D) in fp32, of any length."""
+        output = self.encoder(input_ids=input_ids, attention_mask=attention_mask)
+        with torch.autocast(input_ids.device.type, enabled=False):
+            return pool(output.last_hidden_state, attention_mask, self.pooling)
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """The adapters. The backbone's own weights never change."""
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def load_trained(self, state: dict[str, Tensor]) -> None:
+        """Raises RuntimeError where the names or shapes are not those of trained_parameters."""
+        if state.keys() != self.trained_parameters().keys():
+            raise RuntimeError("it holds other weights")
+        self.load_state_dict(state, strict=False)
+
+
+def model_source(config: Config) -> str:
+    """What from_pretrained takes: an absolute folder, or a name on the hub that this machine's cache has."""
+    if (ROOT / config.model).is_dir():
+        return str(ROOT / config.model)
+    try:
+        cached = try_to_load_from_cache(config.model, "config.json")
+    except ValueError:  # no name that the hub could have: a mistyped path
+        cached = None
+    if isinstance(cached, str):
+        return config.model
+    if config.model == Config().model:
+        raise UserError(
+            f"model {config.model} is not on this machine: `hf download openbmb/MiniCPM-2B-dpo-bf16 --local-dir m` and "
+            f"`python embeddings/minicpm.py m {config.model}` make it; any decoder or encoder does as well "
+            "(--model), --sample needs no download"
+        )
+    if Path(config.model).is_absolute() or config.model.count("/") > 1:
+        raise UserError(f"model {config.model}: there is no such folder")
+    raise UserError(
+        f"model {config.model} is not on this machine: `hf download {config.model}` gets it, a folder on this machine "
+        "does as well, --sample needs no download"
+    )
+
+
+def load_part(source: str | Path, what: str, load: Callable, **settings):
+    """Call one of transformers' from_pretrained on this machine's files; UserError with the source and the cause."""
+    try:
+        return load(source, local_files_only=True, **settings)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # no common base: OSError, ValueError, KeyError, SafetensorError, UnpicklingError ...
+        raise UserError(f"the {what} of {source} does not load: {type(error).__name__}: {error}") from error
+
+
+def load_tokenizer(config: Config, folder: Path | None = None) -> PreTrainedTokenizerFast:
+    """The fast tokenizer of a folder, or of the config's model; with pooling "last" it ends each text in EOS.
+
+    Raises UserError.
+    """
+    source = folder or model_source(config)
+    tokenizer = load_part(source, "tokenizer", AutoTokenizer.from_pretrained)
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # what transformers makes up where there are no files
+        raise UserError(f"{source} holds no tokenizer: tokenizer.json is missing")
+    if not tokenizer.is_fast:
+        raise UserError(f"{source}: needs a fast tokenizer")
+    if tokenizer.pad_token is None:  # Llama; which id fills the masked places does not matter
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    tokenizer.padding_side = tokenizer.truncation_side = "right"
+    if config.pooling == "last":
+        end_in_eos(tokenizer, config)
+    tokenizer.model_max_length = config.max_length
+    return tokenizer
+
+
+def ends_in_eos(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether EOS, once, is the last token of a text, short or truncated."""
+    found = [tokenizer(text, truncation=True, max_length=8)["input_ids"] for text in ("a", "a b c d " * 8)]
+    return all(ids.count(tokenizer.eos_token_id) == 1 and ids[-1] == tokenizer.eos_token_id for ids in found)
+
+
+def end_in_eos(tokenizer: PreTrainedTokenizerFast, config: Config) -> None:
+    """Let the tokenizer's own post-processor add EOS, so that truncation keeps it and every later loader has it.
+
+    Raises UserError where there is no EOS, or a tokenizer that does not take it.
+    """
+    if tokenizer.eos_token is None:
+        raise UserError(f"{config.model}: its tokenizer has no EOS token, which pooling last needs: mean or cls do not")
+    if ends_in_eos(tokenizer):
+        return
+    if "add_eos_token" in tokenizer.init_kwargs:  # Llama: its loader makes the post-processor anew from this setting
+        tokenizer.add_eos_token = tokenizer.init_kwargs["add_eos_token"] = True
+    if not ends_in_eos(tokenizer):
+        append_to_template(tokenizer.backend_tokenizer, tokenizer.eos_token, tokenizer.eos_token_id)
+    if not ends_in_eos(tokenizer):
+        raise UserError(f"{config.model}: its tokenizer does not take {tokenizer.eos_token} at the end of a text")
+
+
+def append_to_template(backend: Tokenizer, token: str, token_id: int) -> None:
+    """Let the post-processor put a token after each text: in the template that is there, or in a new one.
+
+    Two templates in a row would not do: the second one would treat the first one's special tokens as texts.
+    """
+    state = json.loads(backend.to_str())
+    found = state["post_processor"]
+    steps = found["processors"] if found and found["type"] == "Sequence" else [found] if found else []
+    template = next((step for step in steps if step["type"] == "TemplateProcessing"), None)
+    if template is None:
+        texts = [{"Sequence": {"id": name, "type_id": number}} for number, name in enumerate("AB")]
+        template = {"type": "TemplateProcessing", "single": texts[:1], "pair": texts, "special_tokens": {}}
+        steps.append(template)
+    template["special_tokens"][token] = {"id": token, "ids": [token_id], "tokens": [token]}
+    for form in ("single", "pair"):
+        pieces = []
+        for piece in template[form]:
+            pieces.append(piece)
+            if "Sequence" in piece:
+                pieces.append({"SpecialToken": {"id": token, "type_id": piece["Sequence"]["type_id"]}})
+        template[form] = pieces
+    state["post_processor"] = {"type": "Sequence", "processors": steps}
+    backend.post_processor = Tokenizer.from_str(json.dumps(state)).post_processor
+
+
+def check_shape(config: Config, encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Raises UserError where the config asks for more than the backbone has."""
+    shape = encoder.config
+    if not hasattr(shape, "hidden_size") or not hasattr(shape, "vocab_size"):
+        raise UserError(f"{config.model} is a {shape.model_type} model: a text decoder or encoder is needed")
+    if len(tokenizer) > shape.vocab_size:
+        raise UserError(f"{config.model}: {len(tokenizer)} tokens do not fit {shape.vocab_size} embeddings")
+    positions = getattr(shape, "max_position_embeddings", None) or config.max_length
+    if shape.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):  # positions begin after the padding's
+        positions -= shape.pad_token_id + 1
+    if config.max_length > positions:
+        raise UserError(f"max_length {config.max_length} is more than the {positions} positions of {config.model}")
+
+
+def load_encoder(config: Config, dtype: torch.dtype | None, folder: Path | None = None) -> PreTrainedModel:
+    """The backbone of a folder, or of the config's model, on the CPU; dtype None: that of its files.
+
+    With init "random" the config's model has new weights, the same for the same seed. Raises UserError for a weight
+    that is missing.
+    """
+    source = folder or model_source(config)
+    if folder is None and config.init == "random":
+        seed_everything(config.seed, config.deterministic)
+        shape = load_part(source, "config", AutoConfig.from_pretrained)
+        encoder = load_part(shape, "shape", lambda shape, local_files_only: AutoModel.from_config(shape))
+        encoder = encoder.to(dtype or torch.float32)
+    else:
+        settings = {"dtype": dtype or "auto", "output_loading_info": True}
+        encoder, info = load_part(source, "model", AutoModel.from_pretrained, **settings)
+        missing = {name for name in info["missing_keys"] if not name.startswith("pooler.")}  # no pooling here uses it
+        if wrong := sorted(missing) + sorted(str(key) for key in info["mismatched_keys"]):
+            raise UserError(f"{source} lacks {len(wrong)} of the model's weights, the first is {wrong[0]}")
+    if hasattr(encoder.config, "use_cache"):
+        encoder.config.use_cache = False  # of keys and values, for generation
+    if config.bidirectional:
+        try:
+            make_bidirectional(encoder)
+        except RuntimeError as error:
+            raise UserError(f"{config.model} cannot be bidirectional: {error}") from error
+    return encoder.eval()
+
+
+def build_model(
+    config: Config, tokenizer: PreTrainedTokenizerFast, device: torch.device, dtype: torch.dtype | None
+) -> Embedder:
+    """The frozen backbone in dtype (None: fp32), with new adapters in fp32. Raises UserError."""
+    encoder = load_encoder(config, dtype or torch.float32).to(device)
+    check_shape(config, encoder, tokenizer)
+    seed_everything(config.seed, config.deterministic)
+    adapt(encoder, config)
+    if config.gradient_checkpointing:
+        # transformers renamed it within 5.x and warns of the old name
+        enable = getattr(encoder, "activation_checkpointing_enable", None) or encoder.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    return Embedder(encoder, config.pooling)
+
+
+def adapt(encoder: PreTrainedModel, config: Config) -> None:
+    try:
+        add_adapters(encoder, config.targets, config.rank, config.alpha, config.lora_dropout)
+    except RuntimeError as error:
+        raise UserError(f"{config.model} cannot be adapted: {error}") from error
+
+
+def save_trained(model: Embedder, config: Config, folder: Path) -> None:
+    """Write the adapter in PEFT's format: what best/ holds until the run's end."""
+    (folder / "adapter").mkdir()
+    save_adapter(model.encoder, folder / "adapter", config.model)
+
+
+def merged_encoder(config: Config, adapter: Path, dtype: torch.dtype | None) -> PreTrainedModel:
+    """The config's model with a saved adapter in its weights, formed in fp32 and rounded to dtype (None: its files').
+
+    Raises UserError.
+    """
+    encoder = load_encoder(config, dtype)
+    adapt(encoder, config)
+    try:
+        load_adapter(encoder, adapter)
+    except Exception as error:  # OSError, SafetensorError, ValueError: all mean a damaged folder
+        raise UserError(f"{adapter} does not load: {error}") from error
+    merge_adapters(encoder)
+    return encoder
+
+
+def save_merged(config: Config, tokenizer: PreTrainedTokenizerFast, best: Path, folder: Path) -> None:
+    """Write the merged model of best/ as SentenceTransformer(folder) loads it, and the adapter beside it."""
+    encoder = merged_encoder(config, best / "adapter", None)
+    (folder / "adapter").mkdir()
+    for file in (best / "adapter").iterdir():
+        (folder / "adapter" / file.name).write_bytes(file.read_bytes())
+    encoder.save_pretrained(folder)
+    tokenizer.backend_tokenizer.no_truncation()  # the last batch's settings are no part of the tokenizer
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.save_pretrained(folder)
+    parts = [("", "models.Transformer"), ("1_Pooling", "models.Pooling"), ("2_Normalize", "models.Normalize")]
+    modules = [
+        {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.{kind}"}
+        for index, (path, kind) in enumerate(parts)
+    ]
+    write_json(folder / "sentence_bert_config.json", {"max_seq_length": config.max_length, "do_lower_case": False})
+    for path, _ in parts[1:]:
+        (folder / path).mkdir()
+    modes = {f"pooling_mode_{name}": pooling == config.pooling for pooling, name in POOLING_MODES.items()}
+    write_json(folder / "1_Pooling" / "config.json", {"word_embedding_dimension": encoder.config.hidden_size, **modes})
+    prompts = {"query": config.query_prompt, "document": config.document_prompt}
+    settings = {"prompts": prompts, "default_prompt_name": None, "similarity_fn_name": "cosine"}
+    write_json(folder / "config_sentence_transformers.json", settings)
+    write_json(folder / "modules.json", modules)  # last: with it the folder is whole
+
+
+def load_embedder(config: Config, base: bool = False) -> tuple[Embedder, PreTrainedTokenizerFast]:
+    """The run's best model, ready for use on this machine's device, and its tokenizer; base: the config's model itself.
+
+    Before the run's end best/ holds only the adapter: it is merged here. Raises UserError, RunError.
+    """
+    device = pick_device()
+    dtype = autocast_dtype(config.amp, device) or torch.float32
+    folder = None if base else best_folder(run_path(config))
+    if folder is not None and (folder / "modules.json").exists():
+        tokenizer, encoder = load_tokenizer(config, folder), load_encoder(config, dtype, folder)
+    else:
+        tokenizer = load_tokenizer(config)
+        encoder = load_encoder(config, dtype) if base else merged_encoder(config, folder / "adapter", dtype)
+        check_shape(config, encoder, tokenizer)
+    return Embedder(encoder.to(device), config.pooling).eval(), tokenizer
+
+
+def embed_texts(
+    model: Embedder,
+    tokenizer: PreTrainedTokenizerFast,
+    texts: Sequence[str],
+    config: Config,
+    progress: bool = False,
+) -> np.ndarray:
+    """The texts' vectors (N, D) in fp32, each of length 1, in order. Texts are cut to max_length tokens."""
+    tokens = tokenize(texts, tokenizer, config, progress)
+    return embed_tokens(model, tokens, np.arange(len(texts)), tokenizer.pad_token_id, config, progress).numpy()
+
+
+def embed_tokens(
+    model: Embedder, tokens: Tokens, chosen: np.ndarray, pad_token_id: int, config: Config, progress: bool = False
+) -> Tensor:
+    """The same for the chosen ones of tokenised texts, on the CPU; in batches of like length, longest first."""
+    device = next(model.parameters()).device
+    dtype = autocast_dtype(config.amp, device)
+    vectors = torch.zeros(len(chosen), model.encoder.config.hidden_size)
+    batches = cut(tokens.lengths[chosen], config.eval_tokens)
+    training = model.training
+    model.eval()
+    bar = tqdm(batches, desc="encoding", leave=False, disable=None if progress else True)
+    with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype is not None):
+        for places in bar:
+            batch = {name: tensor.to(device) for name, tensor in pad(tokens, chosen[places], pad_token_id).items()}
+            vectors[places] = F.normalize(model(**batch), dim=-1).cpu()
+    model.train(training)
+    return vectors
+
+
+def pick_device(local_rank: int = 0) -> torch.device:
+    return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:
+    """The type that autocast computes in, None for no autocast. Raises UserError for fp16 on a CPU."""
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if amp == "auto":
+        amp = "bf16" if has_bf16 else "fp16" if device.type == "cuda" else "off"
+    if amp == "fp16" and device.type != "cuda":
+        raise UserError("amp fp16 needs a GPU: use auto, bf16 or off")
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]

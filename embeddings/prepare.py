@@ -1,0 +1,365 @@
+"""Turn NLI corpora into training triplets, with STS-B beside them for validation and test; reads all, then writes.
+
+    python embeddings/prepare.py --nli nli_for_simcse.csv --sts stsbenchmark
+    python embeddings/prepare.py --nli snli_1.0_train.jsonl multinli_1.0_train.jsonl --sts stsbenchmark
+    python embeddings/prepare.py --nli snli --sts stsbenchmark --num_rows 2000           # a pilot
+
+What --nli takes, told apart by content:
+  SimCSE CSV      its header has sent0, sent1, hard_neg: a triplet a row
+  NLI JSONL, TSV  SNLI's and MultiNLI's own files: gold_label, sentence1, sentence2 (TSV by its header, quotes are text)
+  parallel files  s1.x, s2.x, labels.x: a folder of them (each x in it), or the path of one s1.x
+  triplet JSONL   anchor, positive and, in all rows of all sources or in none, negative
+
+Pairs become triplets by premise: each premise with entailed and contradicted hypotheses gives one, of the first of
+each. Further ones would repeat the anchor, and no two rows of a batch may. data_dir gets train.jsonl, sts-dev.csv, if
+there sts-test.csv, and the summary that is printed, as summary.md. Texts are the same where they agree but for white
+space and case. A row with a text of the STS files, also but for punctuation, is not trained on.
+"""
+
+import csv
+import json
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from itertools import zip_longest
+from pathlib import Path
+
+if not __package__:  # run as a script: import from the repository root, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np
+
+from common.checkpoint import write_atomically, write_text
+from embeddings.config import ROOT, Config, UserError, run_script, shown
+from embeddings.dataset import KEYS, Triplet, normalized, read_pairs
+
+TITLE = "# Prepared triplets"  # of summary.md
+SIMCSE = ("sent0", "sent1", "hard_neg")
+PAIR = ("gold_label", "sentence1", "sentence2")
+LABELS = ("entailment", "neutral", "contradiction", "-")  # -: the annotators did not agree
+STS_FILES = ("sts-dev.csv", "sts-test.csv")
+NLI_ORIGIN = "curl -LO https://huggingface.co/datasets/princeton-nlp/datasets-for-simcse/resolve/main/nli_for_simcse.csv"
+STS_ORIGIN = "STS-B, http://ixa2.si.ehu.eus/stswiki"
+NOT_NEEDED = "train.py --sample needs none"
+COUNTS = (  # of each source; the second and the fourth of those with pairs only
+    *("rows", "no gold label", "empty text", "premises without both hypotheses", "triplets", "positive is the anchor"),
+    *("negative is the positive", "negative is the anchor", "repeated", "text of the STS files", "kept"),
+)
+
+Hypothesis = tuple[int, str, str, str]  # line, gold label, premise, hypothesis
+
+
+def text_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The number and the text of every line, with its line end. Raises UserError for what is no UTF-8."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                reason = f"found byte {line[error.start]:#x} ({error.reason})"
+                raise UserError(f"{path}, line {number}: expected UTF-8, {reason}") from error
+            yield number, text
+
+
+def parse_object(path: Path, number: int, line: str) -> dict:
+    try:
+        value = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{path}, line {number}: expected a JSON object, found {line[:40]!r} ({error})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}, line {number}: expected a JSON object, found {line[:40]!r}")
+    return value
+
+
+def read_objects(path: Path, keys: tuple[str, ...]) -> Iterator[tuple[int, list[str | None]]]:
+    """The number and the texts of each JSON line; only a negative may be missing. Raises UserError."""
+    for number, line in text_lines(path):
+        if not line.strip():
+            continue
+        row = parse_object(path, number, line)
+        for key in keys:
+            value = row.get(key)
+            if isinstance(value, str) or (key == "negative" and value is None):
+                try:
+                    (value or "").encode()
+                except UnicodeEncodeError as error:  # half a surrogate pair, which JSON can hold
+                    raise UserError(f"{path}, line {number}: {key} is {value!r}, which is no text") from error
+            else:
+                raise UserError(f"{path}, line {number}: {key} is {value!r}, expected a string")
+        yield number, [row.get(key) for key in keys]
+
+
+def read_columns(path: Path, rows: Iterator[tuple[int, list[str]]], names: tuple) -> Iterator[tuple[int, list[str]]]:
+    """The number and the named fields of each row below the header; what the header names last may be cut off.
+
+    SNLI has label1 to label5 at the end, of which most rows have one. Raises UserError.
+    """
+    header = next(rows)[1]
+    columns = [header.index(name) for name in names]
+    for number, fields in rows:
+        if not max(columns) < len(fields) <= len(header):
+            raise UserError(f"{path}, line {number}: {len(fields)} fields, {fields!r:.120}, expected {len(header)}")
+        yield number, [fields[column] for column in columns]
+
+
+def split_csv(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """The number of its first line and the fields of each row; quotes may hold commas and line ends."""
+    reader, number = csv.reader((line for _, line in text_lines(path)), strict=True), 1
+    try:
+        for fields in reader:
+            if fields:
+                yield number, fields
+            number = reader.line_num + 1
+    except csv.Error as error:
+        raise UserError(f"{path}, line {number}: expected CSV with quotes ({error})") from error
+
+
+def split_tsv(path: Path) -> Iterator[tuple[int, list[str]]]:
+    for number, line in text_lines(path):
+        if line.strip():
+            yield number, line.rstrip("\r\n").split("\t")
+
+
+def read_parallel(path: Path) -> Iterator[Hypothesis]:
+    """path: the s1 file. Raises UserError where the files are not of one length."""
+    paths = [path.with_name(name + path.name.removeprefix("s1")) for name in ("labels", "s1", "s2")]
+    for other in paths:
+        if not other.is_file():
+            raise UserError(f"{other} not found: it belongs to {path}")
+    for number, found in enumerate(zip_longest(*map(text_lines, paths)), 1):
+        if None in found:
+            short = paths[found.index(None)]
+            raise UserError(f"{short}, line {number}: the file is at its end, {path.name} and the others go on")
+        label, premise, hypothesis = (text for _, text in found)
+        yield number, label.strip(), premise, hypothesis
+
+
+def grouped(path: Path, pairs: Iterable[Hypothesis], counts: Counter) -> list[Triplet]:
+    """One triplet of each premise that has both kinds of hypotheses. Raises UserError for an unknown label."""
+    premises: dict[str, dict] = {}
+    for number, label, *texts in pairs:
+        counts["rows"] += 1
+        if label not in LABELS:
+            raise UserError(f"{path}, line {number}: the label is {label!r}, expected one of {', '.join(LABELS)}")
+        premise, hypothesis = map(normalized, texts)
+        if label == "-":
+            counts["no gold label"] += 1
+        elif not premise or not hypothesis:
+            counts["empty text"] += 1
+        else:
+            premises.setdefault(premise.casefold(), {"at": (number, premise)}).setdefault(label, hypothesis)
+    both = [found for found in premises.values() if "entailment" in found and "contradiction" in found]
+    counts["premises without both hypotheses"] = len(premises) - len(both)
+    return [Triplet(found["at"][1], found["entailment"], found["contradiction"], found["at"][0]) for found in both]
+
+
+def read_rows(rows: Iterable[tuple[int, list[str | None]]], counts: Counter) -> list[Triplet]:
+    """The triplets of a file that has them ready."""
+    triplets = []
+    for number, texts in rows:
+        counts["rows"] += 1
+        texts = [text if text is None else normalized(text) for text in texts]
+        if "" in texts:
+            counts["empty text"] += 1
+        else:
+            triplets.append(Triplet(*texts, number))
+    return triplets
+
+
+def recognised(path: Path) -> str:
+    """The name of a file's format. Raises UserError."""
+    if path.name.startswith("s1."):
+        return "parallel files"
+    number, line = next(((number, line) for number, line in text_lines(path) if line.strip()), (1, ""))
+    if line.lstrip().startswith("{"):
+        keys = parse_object(path, number, line).keys()
+        if keys >= set(PAIR):
+            return "NLI JSONL"
+        if keys >= set(KEYS[:2]):
+            return "triplet JSONL"
+    if set(line.rstrip("\r\n").split("\t")) >= set(PAIR):
+        return "NLI TSV"
+    if set(next(csv.reader([line]), [])) >= set(SIMCSE):
+        return "SimCSE CSV"
+    formats = f"a header with {', '.join(SIMCSE)} or {', '.join(PAIR)} (with tabs), or JSON with the latter or "
+    raise UserError(f"{path}, line {number}: {line.strip()!r:.160} is of no known format: {formats}{', '.join(KEYS)}")
+
+
+def read_source(path: Path) -> tuple[str, list[Triplet], Counter]:
+    """The format of a file, its triplets without empty ones, and how many there were. Raises UserError."""
+    form, counts = recognised(path), Counter()
+    if form == "SimCSE CSV":
+        triplets = read_rows(read_columns(path, split_csv(path), SIMCSE), counts)
+    elif form == "triplet JSONL":
+        triplets = read_rows(read_objects(path, KEYS), counts)
+    elif form == "NLI JSONL":
+        triplets = grouped(path, ((number, *texts) for number, texts in read_objects(path, PAIR)), counts)
+    elif form == "NLI TSV":
+        rows = read_columns(path, split_tsv(path), PAIR)
+        triplets = grouped(path, ((number, *texts) for number, texts in rows), counts)
+    else:
+        triplets = grouped(path, read_parallel(path), counts)
+    if not counts["rows"]:
+        raise UserError(f"{path} holds no row")
+    counts["triplets"] = len(triplets)
+    return form, triplets, counts
+
+
+def source_files(nli: list[str]) -> list[Path]:
+    """The files of the command line, a folder's s1 files in its place. Raises UserError."""
+    files = []
+    for path in (Path(name).expanduser() for name in nli):
+        found = sorted(path.glob("s1.*")) if path.is_dir() else [path]
+        if not found:
+            raise UserError(f"{path} holds no s1.*, with s2.* and labels.* beside it: name a file, or another folder")
+        if not found[0].is_file():
+            raise UserError(f"{path} not found: get it ({NLI_ORIGIN}), or name another --nli; {NOT_NEEDED}")
+        files += [file for file in found if file not in files]
+    return files
+
+
+def read_sts(folder: Path) -> tuple[dict[str, bytes], set[str]]:
+    """The STS files as they are, each row checked, and the letters of all their texts. Raises UserError."""
+    contents, texts = {}, set()
+    for path in (folder / name for name in STS_FILES):
+        if path.name == "sts-test.csv" and not path.exists():
+            continue
+        if not path.is_file():
+            raise UserError(f"{path} not found: get it ({STS_ORIGIN}), or give another --sts; {NOT_NEEDED}")
+        for pair in read_pairs(path):
+            texts |= {letters(pair.sentence1), letters(pair.sentence2)}
+        contents[path.name] = path.read_bytes()
+    return contents, texts
+
+
+def letters(text: str) -> str:
+    """A text's letters and digits: SNLI's parallel files have tokens, "a dog ." where STS-B has "a dog."."""
+    return re.sub(r"[\W_]+", "", text.casefold()) or text
+
+
+def unusable(triplet: Triplet) -> str:
+    """Why a triplet teaches nothing; empty where it does."""
+    anchor, positive, negative = (text and text.casefold() for text in triplet[:3])
+    if positive == anchor:
+        return "positive is the anchor"
+    if negative == positive:
+        return "negative is the positive"
+    return "negative is the anchor" if negative == anchor else ""
+
+
+def kept_triplets(sources: dict[Path, tuple[str, list[Triplet], Counter]], sts: set[str]) -> tuple[list[Triplet], set]:
+    """What is trained on, and the texts that are not as they stand in the STS files too; counts the rest by reason.
+
+    Raises UserError where some triplets have a negative and others none.
+    """
+    kept, seen, known = [], set(), set()
+    first = next(((path, found[1][0]) for path, found in sources.items() if found[1]), None)
+    for path, (_, triplets, counts) in sources.items():
+        for triplet in triplets:
+            if (triplet.negative is None) != (first[1].negative is None):
+                has = "no" if triplet.negative is None else "a"
+                other = f"unlike {first[0]}, line {first[1].line}: all rows have one, or none"
+                raise UserError(f"{path}, line {triplet.line}: has {has} negative, {other}")
+            texts = [text for text in triplet[:3] if text is not None]
+            identity, common = tuple(map(str.casefold, texts)), {text for text in texts if letters(text) in sts}
+            reason = unusable(triplet) or ("repeated" if identity in seen else "")
+            if not reason and common:
+                known |= common
+                reason = "text of the STS files"
+            seen.add(identity)
+            counts[reason or "kept"] += 1
+            if not reason:
+                kept.append(triplet)
+    return kept, known
+
+
+def pilot(rows: list[Triplet], num_rows: int, seed: int) -> list[Triplet]:
+    """num_rows of the rows, in their order; those of a smaller pilot are among those of a larger. Raises UserError."""
+    if not 0 < num_rows <= len(rows):
+        raise UserError(f"num_rows is {num_rows}, expected 1 to {len(rows)}, the triplets that are kept (or 0: all)")
+    order = np.random.default_rng(seed).permutation(len(rows))
+    return [rows[index] for index in np.sort(order[:num_rows])]
+
+
+def json_line(triplet: Triplet) -> str:
+    row = {key: text for key, text in zip(KEYS, triplet) if text is not None}
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def table(columns: list[str], rows: list[list]) -> list[str]:
+    """A Markdown table."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    return ["| " + " | ".join(row) + " |" for row in [columns, ["---"] * len(columns), *cells]] + [""]
+
+
+def summary(sources: dict[Path, tuple[str, list[Triplet], Counter]], rows: list[Triplet], known: set) -> list[str]:
+    """What was read, what of it was dropped and why, and what is written, as Markdown."""
+    rows_of_pairs = ("no gold label", "premises without both hypotheses")
+    lines = [[name] for name in ("format", *COUNTS)]
+    for form, _, counts in sources.values():
+        ready = form in ("SimCSE CSV", "triplet JSONL")
+        cells = ["-" if ready and name in rows_of_pairs else counts[name] for name in COUNTS]
+        for line, cell in zip(lines, [form, *cells]):
+            line.append(cell)
+    out = [TITLE, "", *table(["source", *map(str, sources)], lines)]
+    kept = sum(counts["kept"] for _, _, counts in sources.values())
+    if len(rows) < kept:
+        out += [f"A pilot: {len(rows)} of the {kept} triplets that were kept.", ""]
+    if known:
+        dropped = sum(counts["text of the STS files"] for _, _, counts in sources.values())
+        found = f"{len(known)} texts also stand in the STS files, so {dropped} triplets with them are not trained on"
+        out += [f"Warning: {found}.", ""]
+    lengths = []
+    for key, texts in zip(KEYS, list(zip(*rows))[:3]):
+        if None not in texts:
+            words = [len(text.split()) for text in texts]
+            places = np.percentile(words, [50, 95, 99, 100])
+            percentiles = " / ".join(f"{place:.0f}" for place in places)
+            lengths.append([key, len(texts), len({text.casefold() for text in texts}), percentiles])
+    return out + table(["train.jsonl", "texts", "distinct", "words 50 / 95 / 99 / 100 %"], lengths)
+
+
+def refuse_folder(folder: Path, sts: Path) -> None:
+    """Raises UserError where the folder is the sample, or holds files that this script did not write."""
+    if folder.resolve().is_relative_to(ROOT / "embeddings/sample"):
+        raise UserError(f"{shown(folder)} is the repository's own sample: give another --data_dir")
+    marker = folder / "summary.md"
+    if marker.exists() and marker.read_text(encoding="utf-8", errors="replace").startswith(TITLE):
+        return
+    own = STS_FILES if folder.resolve() == sts.resolve() else ()  # files put there to be used stay as they are
+    for name in ("summary.md", "train.jsonl", *STS_FILES):
+        if (folder / name).exists() and name not in own:
+            raise UserError(f"{shown(folder / name)} was not written by prepare.py: give another --data_dir")
+
+
+def main(config: Config, nli: list[str], sts: str, num_rows: int) -> None:
+    folder, sts_folder = ROOT / config.data_dir, Path(sts).expanduser()
+    refuse_folder(folder, sts_folder)
+    contents, scored = read_sts(sts_folder)
+    sources = {path: read_source(path) for path in source_files(nli)}
+    kept, known = kept_triplets(sources, scored)
+    if not kept:
+        raise UserError(f"{', '.join(map(str, sources))}: no triplet is left to train on")
+    rows = pilot(kept, num_rows, config.seed) if num_rows else kept
+    lines = summary(sources, rows, known)
+    folder.mkdir(parents=True, exist_ok=True)
+    if "sts-test.csv" not in contents and (folder / "sts-test.csv").exists():
+        (folder / "sts-test.csv").unlink()
+        lines += ["The sts-test.csv of an earlier call, which was not of this data, is removed.", ""]
+    text = "\n".join(lines).rstrip() + "\n"
+    write_text(folder / "summary.md", text)  # first: it says whose the other files are
+    write_text(folder / "train.jsonl", "".join(map(json_line, rows)))
+    for name, content in contents.items():
+        write_atomically(folder / name, lambda temporary, content=content: temporary.write_bytes(content))
+    print(text)
+    print(f"written: train.jsonl, {', '.join(contents)} and summary.md in {shown(folder)}")
+
+
+if __name__ == "__main__":
+    flags = {
+        "nli": {"nargs": "+", "required": True, "metavar": "PATH", "help": "NLI files or folders, see above"},
+        "sts": {"required": True, "metavar": "FOLDER", "help": "folder of sts-dev.csv and, if there, sts-test.csv"},
+        "num_rows": {"type": int, "default": 0, "help": "a pilot of so many triplets; 0: all"},
+    }
+    sys.exit(run_script(main, __doc__, **flags))

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from mteb.abstasks import AbsTask, AbsTaskRetrieval, AbsTaskSTS, TaskMetadata
+from mteb.abstasks import AbsTask, AbsTaskRetrieval, AbsTaskSTS
 from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
+from mteb.abstasks.task_metadata import TaskMetadata
 
 from embeddings.config import Config, UserError
 from embeddings.dataset import read_lines, read_pairs

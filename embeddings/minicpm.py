@@ -44,6 +44,7 @@ PROBE = "Two dogs, 3 cats; naïve: 两只狗。"
 NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps")
 DEFAULTS = {"hidden_act": "silu", "max_position_embeddings": 2048, "initializer_range": 0.02}
 DEFAULTS |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None, "num_key_value_heads": None}
+ROPE_THETA = 10000.0
 
 
 def read_object(path: Path) -> dict:
@@ -69,11 +70,11 @@ def read_config(folder: Path) -> dict:
         raise UserError(f"{path}: model_type is {values.get('model_type')!r}, expected 'minicpm'")
     if values.get("num_experts"):
         raise UserError(f"{path}: num_experts is {values['num_experts']!r}: a mixture of experts is not converted")
-    scaling = values.get("rope_scaling")
-    if scaling is not None:
-        raise UserError(f"{path}: rope_scaling is {scaling!r:.100}, expected null: only MiniCPM's plain RoPE is converted")
-    for name in (*NEEDED, "scale_emb", "scale_depth"):
-        value = values.get(name)
+    for name in ("rope_scaling", "rope_parameters"):
+        if values.get(name) is not None:
+            raise UserError(f"{path}: {name} is {values[name]!s:.100}, expected null: only plain RoPE is converted")
+    for name in (*NEEDED, "rope_theta", "scale_emb", "scale_depth"):
+        value = values.get(name, ROPE_THETA if name == "rope_theta" else None)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             raise UserError(f"{path}: {name} is {value!r}, expected a number above 0")
     return values
@@ -82,7 +83,7 @@ def read_config(folder: Path) -> dict:
 def llama_config(values: dict, dtype: torch.dtype) -> LlamaConfig:
     """The config of the same shape. Raises UserError where transformers takes no such Llama."""
     fields = {name: values[name] for name in NEEDED} | {name: values.get(name, DEFAULTS[name]) for name in DEFAULTS}
-    rope = {"rope_type": "default", "rope_theta": float(values.get("rope_theta", 10000.0))}
+    rope = {"rope_type": "default", "rope_theta": float(values.get("rope_theta", ROPE_THETA))}
     try:
         config = LlamaConfig(**fields, rope_parameters=rope, architectures=["LlamaModel"], dtype=dtype)
         with torch.device("meta"):
@@ -135,6 +136,8 @@ def read_weights(files: list[Path], values: dict) -> tuple[LlamaConfig, dict[str
         for name, tensor in read_tensors(path):
             if name == "lm_head.weight" or ".rotary_emb." in name:  # the head is not used, RoPE's tables are computed
                 continue
+            if not isinstance(tensor, Tensor):
+                raise UserError(f"{path}: {name} is a {type(tensor).__name__}, expected a tensor")
             found[name] = (path, tensor)
     embedding = found.get("model.embed_tokens.weight")
     dtype = embedding[1].dtype if embedding else torch.float32
@@ -153,7 +156,7 @@ def read_weights(files: list[Path], values: dict) -> tuple[LlamaConfig, dict[str
 
 
 def folded(name: str, weight: Tensor, values: dict) -> Tensor:
-    """The weight times MiniCPM's constant for it, in fp32, rounded once. Raises UserError where the dtype is too small."""
+    """The weight times MiniCPM's constant for it, in fp32 and rounded once. Raises UserError where it overflows."""
     if name == "embed_tokens.weight":
         scale = values["scale_emb"]
     elif name.endswith(("self_attn.o_proj.weight", "mlp.down_proj.weight")):
@@ -190,10 +193,10 @@ def copy_tokenizer(source: Path, folder: Path, vocab_size: int) -> None:
     except Exception as error:  # tokenizers raises bare Exceptions
         raise UserError(f"{source}: the tokenizer does not load ({type(error).__name__}: {error})") from error
     if own and own.encode(PROBE, add_special_tokens=False).ids != ids:
-        message = f'tokenizer_config.json with "tokenizer_class": "PreTrainedTokenizerFast" loads it as it is'
+        message = 'tokenizer_config.json with "tokenizer_class": "PreTrainedTokenizerFast" loads it as it is'
         raise UserError(f"{source}: {type(tokenizer).__name__} is not what tokenizer.json says; {message}")
     if len(tokenizer) > vocab_size:
-        raise UserError(f"{source}: the tokenizer has {len(tokenizer)} tokens, config.json's vocab_size is {vocab_size}")
+        raise UserError(f"{source}: the tokenizer has {len(tokenizer)} tokens, but vocab_size is {vocab_size}")
 
 
 def main(source: Path, target: Path) -> None:

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, 
 from common.checkpoint import best_folder, write_json
 from common.seed import seed_everything
 from embeddings.bidirectional import make_bidirectional
-from embeddings.config import ROOT, Config, UserError, run_path
+from embeddings.config import ROOT, Config, UserError, parse_dims, run_path
 from embeddings.dataset import Tokens, cut, pad, tokenize
 from embeddings.lora import add_adapters, load_adapter, merge_adapters, save_adapter
 
@@ -169,6 +169,8 @@ def check_shape(config: Config, encoder: PreTrainedModel, tokenizer: PreTrainedT
         raise UserError(f"{config.model} is a {shape.model_type} model: a text decoder or encoder is needed")
     if len(tokenizer) > shape.vocab_size:
         raise UserError(f"{config.model}: {len(tokenizer)} tokens do not fit {shape.vocab_size} embeddings")
+    if too_many := [size for size in parse_dims(config.matryoshka_dims) if size >= shape.hidden_size]:
+        raise UserError(f"matryoshka_dims {too_many[0]}: {config.model} has vectors of {shape.hidden_size} dimensions")
     positions = getattr(shape, "max_position_embeddings", None) or config.max_length
     if shape.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):  # positions begin after the padding's
         positions -= shape.pad_token_id + 1

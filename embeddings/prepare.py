@@ -32,7 +32,7 @@ import numpy as np
 
 from common.checkpoint import write_atomically, write_text
 from embeddings.config import ROOT, Config, UserError, run_script, shown
-from embeddings.dataset import KEYS, Triplet, normalized, read_pairs
+from embeddings.dataset import KEYS, Triplet, normalized, read_lines, read_pairs
 
 TITLE = "# Prepared triplets"  # of summary.md
 SIMCSE = ("sent0", "sent1", "hard_neg")
@@ -48,10 +48,11 @@ COUNTS = (  # of each source; the second and the fourth of those with pairs only
 )
 
 Hypothesis = tuple[int, str, str, str]  # line, gold label, premise, hypothesis
+Source = tuple[str, list[Triplet], Counter]  # format, triplets without empty ones, how many there were of COUNTS
 
 
 def text_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The number and the text of every line, with its line end. Raises UserError for what is no UTF-8."""
+    """The number and the text of every line, blank ones too, with its end. Raises UserError for what is no UTF-8."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
@@ -63,6 +64,7 @@ def text_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def parse_object(path: Path, number: int, line: str) -> dict:
+    """A line's JSON object. Raises UserError."""
     try:
         value = json.loads(line)
     except (json.JSONDecodeError, RecursionError) as error:
@@ -74,9 +76,7 @@ def parse_object(path: Path, number: int, line: str) -> dict:
 
 def read_objects(path: Path, keys: tuple[str, ...]) -> Iterator[tuple[int, list[str | None]]]:
     """The number and the texts of each JSON line; only a negative may be missing. Raises UserError."""
-    for number, line in text_lines(path):
-        if not line.strip():
-            continue
+    for number, line in read_lines(path):
         row = parse_object(path, number, line)
         for key in keys:
             value = row.get(key)
@@ -113,12 +113,6 @@ def split_csv(path: Path) -> Iterator[tuple[int, list[str]]]:
             number = reader.line_num + 1
     except csv.Error as error:
         raise UserError(f"{path}, line {number}: expected CSV with quotes ({error})") from error
-
-
-def split_tsv(path: Path) -> Iterator[tuple[int, list[str]]]:
-    for number, line in text_lines(path):
-        if line.strip():
-            yield number, line.rstrip("\r\n").split("\t")
 
 
 def read_parallel(path: Path) -> Iterator[Hypothesis]:
@@ -171,14 +165,14 @@ def recognised(path: Path) -> str:
     """The name of a file's format. Raises UserError."""
     if path.name.startswith("s1."):
         return "parallel files"
-    number, line = next(((number, line) for number, line in text_lines(path) if line.strip()), (1, ""))
+    number, line = next(read_lines(path), (1, ""))
     if line.lstrip().startswith("{"):
         keys = parse_object(path, number, line).keys()
         if keys >= set(PAIR):
             return "NLI JSONL"
         if keys >= set(KEYS[:2]):
             return "triplet JSONL"
-    if set(line.rstrip("\r\n").split("\t")) >= set(PAIR):
+    if set(line.split("\t")) >= set(PAIR):
         return "NLI TSV"
     if set(next(csv.reader([line]), [])) >= set(SIMCSE):
         return "SimCSE CSV"
@@ -186,8 +180,8 @@ def recognised(path: Path) -> str:
     raise UserError(f"{path}, line {number}: {line.strip()!r:.160} is of no known format: {formats}{', '.join(KEYS)}")
 
 
-def read_source(path: Path) -> tuple[str, list[Triplet], Counter]:
-    """The format of a file, its triplets without empty ones, and how many there were. Raises UserError."""
+def read_source(path: Path) -> Source:
+    """What is in a file. Raises UserError."""
     form, counts = recognised(path), Counter()
     if form == "SimCSE CSV":
         triplets = read_rows(read_columns(path, split_csv(path), SIMCSE), counts)
@@ -196,7 +190,7 @@ def read_source(path: Path) -> tuple[str, list[Triplet], Counter]:
     elif form == "NLI JSONL":
         triplets = grouped(path, ((number, *texts) for number, texts in read_objects(path, PAIR)), counts)
     elif form == "NLI TSV":
-        rows = read_columns(path, split_tsv(path), PAIR)
+        rows = read_columns(path, ((number, line.split("\t")) for number, line in read_lines(path)), PAIR)
         triplets = grouped(path, ((number, *texts) for number, texts in rows), counts)
     else:
         triplets = grouped(path, read_parallel(path), counts)
@@ -248,7 +242,7 @@ def unusable(triplet: Triplet) -> str:
     return "negative is the anchor" if negative == anchor else ""
 
 
-def kept_triplets(sources: dict[Path, tuple[str, list[Triplet], Counter]], sts: set[str]) -> tuple[list[Triplet], set]:
+def kept_triplets(sources: dict[Path, Source], sts: set[str]) -> tuple[list[Triplet], set]:
     """What is trained on, and the texts that are not as they stand in the STS files too; counts the rest by reason.
 
     Raises UserError where some triplets have a negative and others none.
@@ -293,7 +287,7 @@ def table(columns: list[str], rows: list[list]) -> list[str]:
     return ["| " + " | ".join(row) + " |" for row in [columns, ["---"] * len(columns), *cells]] + [""]
 
 
-def summary(sources: dict[Path, tuple[str, list[Triplet], Counter]], rows: list[Triplet], known: set) -> list[str]:
+def summary(sources: dict[Path, Source], rows: list[Triplet], known: set) -> list[str]:
     """What was read, what of it was dropped and why, and what is written, as Markdown."""
     rows_of_pairs = ("no gold label", "premises without both hypotheses")
     lines = [[name] for name in ("format", *COUNTS)]

@@ -1,0 +1,351 @@
+"""Speed and memory against sentence-transformers, with the same weights, precision and texts.
+
+    python embeddings/bench.py --sample                                              # all parts, a minute
+    python embeddings/bench.py --model all-MiniLM-L6-v2 --pooling mean --targets query,value --batch_size 256
+    python embeddings/bench.py --parts step --sample --batch_size 256 --rounds 9
+
+encode: embed_texts against SentenceTransformer.encode, each from strings to vectors, on train.jsonl's texts. step: a
+training step at --batch_size, in chunks of --chunk_tokens, against CachedMultipleNegativesRankingLoss as it is and with
+mini_batch_num_tokens, on the same triplets; clipping and optimizer included. memory: the peak of one step above what
+the process held before it, one process each (on a CPU resident memory, on a GPU PyTorch's tensors). It needs no run.
+The sides take turns in one process. Medians over the rounds; a ratio is the median of the rounds' ratios, theirs to
+ours: above 1 ours is faster. Theirs is given our batches, whose triplets are of like length already.
+"""
+
+import gc
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from unittest.mock import patch
+
+if not __package__:  # run as a script: import from the repository root, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np
+import torch
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
+from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
+from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+from torch import Tensor, nn
+from transformers import AutoModel, PreTrainedTokenizerFast
+
+from common.checkpoint import environment, peak_memory_bytes
+from embeddings.config import Config, UserError, run_script
+from embeddings.dataset import KEYS, Rows, Tokens, Triplet, epoch_batches, load_splits, tokenize_rows
+from embeddings.evaluate import table
+from embeddings.model import (
+    Embedder,
+    autocast_dtype,
+    build_model,
+    embed_texts,
+    load_embedder,
+    load_tokenizer,
+    pick_device,
+)
+from embeddings.parallel import Processes
+from embeddings.train import batch_gradient, make_optimizer, update
+
+POOLING_MODES = {"last": "lasttoken", "mean": "mean", "cls": "cls"}  # sentence-transformers' names
+OURS, PLAIN, BY_TOKENS = "ours", "cached, 32 rows at a time", "cached, mini_batch_num_tokens"
+STEP_SIDES = (OURS, PLAIN, BY_TOKENS)
+MEMORY_SIDES = ("ours in chunks", "ours, whole batch", PLAIN)
+TOLERANCE = {None: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}  # of a vector's elements and of a loss
+
+
+def synchronize() -> None:
+    """Wait for the GPU, where there is one: its work goes on after a call has returned."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def timed(run: Callable[[], object]) -> float:
+    """Seconds."""
+    synchronize()
+    began = time.perf_counter()
+    run()
+    synchronize()
+    return time.perf_counter() - began
+
+
+def measure(sides: dict, rounds: int) -> dict:
+    """Seconds of each side in each round, the sides in turn, every other round from the last to the first.
+
+    A side takes the round's number; round -1 warms up.
+    """
+    seconds: dict = {side: [] for side in sides}
+    for number in range(-1, rounds):
+        for side in list(sides)[:: 1 if number % 2 else -1]:
+            spent = timed(partial(sides[side], number))
+            if number >= 0:
+                seconds[side].append(spent)
+    return seconds
+
+
+def ratio(seconds: dict, side: object) -> float:
+    """How much faster ours is than a side: the median over the rounds."""
+    return statistics.median(theirs / ours for ours, theirs in zip(seconds[OURS], seconds[side]))
+
+
+def check_agreement(what: str, off: float, dtype: torch.dtype | None) -> None:
+    """Raise RuntimeError unless the two stacks computed the same, but for rounding."""
+    if not off <= TOLERANCE[dtype]:
+        raise RuntimeError(f"{what} are {off:.1e} apart, more than {TOLERANCE[dtype]:.0e}: the sides differ")
+
+
+def wrap(model: Embedder, tokenizer: PreTrainedTokenizerFast, config: Config) -> SentenceTransformer:
+    """sentence-transformers around the same weights, computed in the same type as ours."""
+    device = pick_device()
+    with tempfile.TemporaryDirectory() as folder:
+        model.encoder.config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        # The very module, adapters included: it neither has to be written nor held twice.
+        with patch.object(AutoModel, "from_pretrained", lambda *_, **__: model.encoder):
+            transformer = Transformer(folder, max_seq_length=config.max_length)
+    pooling = Pooling(model.encoder.config.hidden_size, POOLING_MODES[config.pooling])
+    theirs = SentenceTransformer(modules=[transformer, pooling, Normalize()], device=str(device))
+    dtype = autocast_dtype(config.amp, device)
+    theirs.forward = torch.autocast(device.type, dtype, enabled=dtype is not None)(theirs.forward)  # as the Trainer's
+    return theirs
+
+
+# encode
+
+
+def distinct_texts(triplets: list[Triplet], number: int, seed: int) -> list[str]:
+    """So many of the triplets' texts, drawn at random."""
+    texts = list(dict.fromkeys(text for row in triplets for text in row[:3] if text is not None))
+    return [texts[place] for place in np.random.default_rng(seed).permutation(len(texts))[:number]]
+
+
+def bench_encode(config: Config, triplets: list[Triplet], number: int, rounds: int, sizes: list[int]) -> None:
+    """Print texts/s of either side, theirs at each batch size."""
+    model, tokenizer = load_embedder(config, base=True)
+    theirs, dtype = wrap(model, tokenizer, config), autocast_dtype(config.amp, pick_device())
+    texts = distinct_texts(triplets, number, config.seed)
+    vectors = embed_texts(model, tokenizer, texts, config)
+    off = float(np.abs(theirs.encode(texts, show_progress_bar=False).astype(np.float32) - vectors).max())
+    check_agreement("vectors", off, dtype)
+    sides = {OURS: lambda _: embed_texts(model, tokenizer, texts, config)}
+    for size in sizes:
+        sides[size] = lambda _, size=size: theirs.encode(texts, batch_size=size, show_progress_bar=False)
+    seconds = measure(sides, rounds)
+    lengths = [len(ids) for ids in tokenizer(texts, truncation=True, max_length=config.max_length)["input_ids"]]
+    print(f"encode: {len(texts)} texts {spread(lengths)}, {rounds} rounds; vectors at most {off:.1e} apart\n")
+    rows = []
+    for side in sides:
+        name = f"{OURS}, eval_tokens {config.eval_tokens}" if side == OURS else f"encode, batch_size {side}"
+        rows.append([name, f"{len(texts) / statistics.median(seconds[side]):.0f}", f"{ratio(seconds, side):.2f}"])
+    print("\n".join(table(["side", "texts/s", "ours is faster by"], rows)))
+
+
+# step
+
+
+def make_batches(rows: Rows, config: Config) -> list[np.ndarray]:
+    """An epoch's batches of batch_size rows (b, 3 or 2), the one with the most tokens first. Raises UserError."""
+    batches = epoch_batches(rows, config.batch_size, config.seed, 0)
+    if not batches:
+        raise UserError(f"{config.data_dir} has too few triplets for a batch of {config.batch_size} without repeats")
+    return sorted(batches, key=lambda batch: -rows.lengths[batch].sum(), )
+
+
+def run_ours(
+    model: Embedder, tokens: Tokens, rows: Rows, batches: list[np.ndarray], pad_token_id: int, config: Config
+) -> Callable[[int], float]:
+    """train.py's step on batch number n, which the returned function takes; its mean loss."""
+    optimizer, scheduler, scaler = make_optimizer(model, config, pick_device())
+    alone = Processes(0, 1, pick_device())
+
+    def step(number: int) -> float:
+        texts = rows.texts[batches[number % len(batches)]]
+        loss = batch_gradient(model, tokens, texts, pad_token_id, scaler, config, max(number, 0), alone)
+        update(model, optimizer, scheduler, scaler, config)
+        return loss
+
+    return step
+
+
+def run_theirs(
+    side: str, model: Embedder, theirs: SentenceTransformer, triplets: list[Triplet], batches: list, config: Config
+) -> Callable[[int], float]:
+    """The step of SentenceTransformerTrainer: its collator tokenizes the batch's texts, its loss is GradCache too."""
+    optimizer, scheduler, scaler = make_optimizer(model, config, pick_device())
+    budget = config.chunk_tokens if side == BY_TOKENS else None
+    loss_of = CachedMultipleNegativesRankingLoss(theirs, 1 / config.temperature, mini_batch_num_tokens=budget)
+    collate = SentenceTransformerDataCollator(theirs.preprocess)
+    names = KEYS[: 2 if triplets[0].negative is None else 3]
+
+    def step(number: int) -> float:
+        theirs.train()
+        chosen = [triplets[place]._asdict() for place in batches[number % len(batches)]]
+        batch = collate([{name: row[name] for name in names} for row in chosen])
+        batch = {key: value.to(pick_device()) if isinstance(value, Tensor) else value for key, value in batch.items()}
+        features, labels = SentenceTransformerTrainer.collect_features(None, batch)
+        loss = loss_of(features, labels)
+        scaler.scale(loss).backward()
+        update(model, optimizer, scheduler, scaler, config)
+        return loss.item()
+
+    return step
+
+
+def loss_difference(config: Config, make_steps: Callable) -> float:
+    """The largest difference of the sides' losses on one batch, with dropout off and nothing learned."""
+    steps, model = make_steps(replace(config, learning_rate=0.0, lora_dropout=0.0))
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    losses = [step(0) for step in steps.values()]
+    return max(losses) - min(losses)
+
+
+def make_steps(
+    config: Config, triplets: list[Triplet], sides: tuple[str, ...]
+) -> tuple[dict[str, Callable[[int], float]], Embedder]:
+    """Each side's step, and the one model that all of them train; an optimizer of its own for each."""
+    tokenizer, device = load_tokenizer(config), pick_device()
+    tokens, rows = tokenize_rows(triplets, tokenizer, config)
+    batches = make_batches(rows, config)
+    model = build_model(config, tokenizer, device, autocast_dtype(config.amp, device))
+    theirs, steps = wrap(model, tokenizer, config), {}
+    for side in sides:
+        if side.startswith("ours"):
+            own = replace(config, chunk_tokens=sys.maxsize) if "whole" in side else config
+            steps[side] = run_ours(model, tokens, rows, batches, tokenizer.pad_token_id, own)
+        else:
+            steps[side] = run_theirs(side, model, theirs, triplets, batches, config)
+    return steps, model
+
+
+def bench_step(config: Config, triplets: list[Triplet], rounds: int) -> None:
+    """Print triplets/s of each side."""
+    off = loss_difference(config, partial(make_steps, triplets=triplets, sides=STEP_SIDES))
+    check_agreement("losses", off, autocast_dtype(config.amp, pick_device()))
+    steps, _ = make_steps(config, triplets, STEP_SIDES)
+    seconds = measure(steps, rounds)
+    print(f"step: batch_size {config.batch_size}, chunk_tokens {config.chunk_tokens}, {rounds} rounds; ", end="")
+    print(f"losses without dropout at most {off:.1e} apart\n")
+    rows = [
+        [side, f"{config.batch_size / statistics.median(seconds[side]):.1f}", f"{ratio(seconds, side):.2f}"]
+        for side in steps
+    ]
+    print("\n".join(table(["side", "triplets/s", "ours is faster by"], rows)))
+
+
+# memory
+
+
+def reset_peak() -> None:
+    """Begin the peak anew at what is held now, where the system can."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    elif (file := Path("/proc/self/clear_refs")).exists():
+        file.write_text("5", encoding="ascii")
+
+
+def print_peak_memory(side: str, config: Config) -> None:
+    """What peak_memory's process does: a small step, so that libraries and optimizer are there, then the measured."""
+    triplets, device = load_splits(config).train, pick_device()
+    make_steps(replace(config, batch_size=2), triplets, (side,))[0][side](0)
+    steps, _ = make_steps(config, triplets, (side,))
+    reset_peak()
+    before = peak_memory_bytes(device.type)
+    steps[side](0)
+    print(json.dumps({"before_bytes": before, "peak_memory_bytes": peak_memory_bytes(device.type)}))
+
+
+def peak_memory(side: str, config: Config) -> float:
+    """MB of one step above what a fresh process held before it."""
+    flags = [f"--{name}={value}" for name, value in asdict(config).items() if value != ""] + [f"--memory_of={side}"]
+    result = subprocess.run(
+        [sys.executable, __file__, *flags], capture_output=True, text=True, env=os.environ | {"PYTHONUTF8": "1"}
+    )
+    if result.returncode:
+        raise UserError(f"the process of {side} at batch_size {config.batch_size} ended: {result.stderr[-300:]}")
+    found = json.loads(result.stdout.splitlines()[-1])
+    return (found["peak_memory_bytes"] - found["before_bytes"]) / 1e6
+
+
+def bench_memory(config: Config, sizes: list[int]) -> None:
+    """Print the peak of each side at each batch size."""
+    print(f"memory: MB of one step, chunk_tokens {config.chunk_tokens}, an epoch's longest batch of so many triplets\n")
+    rows = [
+        [side, *(f"{peak_memory(side, replace(config, batch_size=size)):.0f}" for size in sizes)]
+        for side in MEMORY_SIDES
+    ]
+    print("\n".join(table(["side", *map(str, sizes)], rows)))
+
+
+def processor() -> str:
+    """The processor's name, where Linux tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.split(": ")[1] for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def spread(lengths: list[int]) -> str:
+    """Of lengths in tokens."""
+    return "of {:.0f} / {:.0f} / {:.0f} tokens (median, 95 %, longest)".format(*np.percentile(lengths, [50, 95, 100]))
+
+
+def main(
+    config: Config,
+    parts: list[str],
+    texts: int,
+    rounds: int,
+    encode_sizes: list[int],
+    memory_sizes: list[int],
+    memory_of: str,
+) -> None:
+    if memory_of:
+        print_peak_memory(memory_of, config)
+        return
+    device = pick_device()
+    cpu = f"{processor()}, {torch.get_num_threads()} threads"
+    info = environment(torch.cuda.get_device_name() if device.type == "cuda" else cpu)
+    info |= {"sentence-transformers": metadata.version("sentence-transformers")}
+    info |= {"model": config.model, "amp": autocast_dtype(config.amp, device) or "off", "data_dir": config.data_dir}
+    print(" | ".join(f"{name} {value}" for name, value in info.items()), end="\n\n")
+    triplets = load_splits(config).train
+    if "encode" in parts:
+        bench_encode(config, triplets, texts, rounds, encode_sizes)
+    if "step" in parts:
+        bench_step(config, triplets, rounds)
+    if "memory" in parts:
+        bench_memory(config, memory_sizes)
+
+
+if __name__ == "__main__":
+    every = ("encode", "step", "memory")
+    flags = {
+        "parts": {"nargs": "+", "choices": every, "default": list(every), "help": "what to measure"},
+        "texts": {"type": int, "default": 2000, "help": "encode: texts"},
+        "rounds": {"type": int, "default": 5, "help": "encode and step: rounds after the warm-up"},
+        "encode_sizes": {
+            "nargs": "+",
+            "type": int,
+            "default": [32, 8, 16, 64, 128, 256],
+            "help": "encode: batch sizes of theirs, whose default is 32",
+        },
+        "memory_sizes": {"nargs": "+", "type": int, "default": [64, 256, 1024], "help": "memory: batch sizes"},
+        "memory_of": {
+            "choices": ("", *MEMORY_SIDES),
+            "default": "",
+            "metavar": "SIDE",
+            "help": f"only print the peak memory of a step at --batch_size: {'; '.join(MEMORY_SIDES)}",
+        },
+    }
+    sys.exit(run_script(main, __doc__, **flags))

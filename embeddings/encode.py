@@ -1,0 +1,137 @@
+"""Vectors of length 1 for lines of text, in order; or the lines of a file that are nearest to a query.
+
+    python embeddings/encode.py --run_dir embeddings/runs/... --input lines.txt --output vectors.npy
+    echo "a line" | python embeddings/encode.py --run_dir embeddings/runs/...           # JSON lines on stdout
+    python embeddings/encode.py --run_dir embeddings/runs/... --input lines.txt --query "what to look for"
+
+A JSON line: {"line": its number, "vector": [...]}; blank lines are skipped. A .npy file is an array (lines, D) in fp32,
+row n for line n + 1, so a blank line is refused. A line that is no UTF-8 is reported on stderr, gives {"line": ...,
+"error": ...} and makes the exit status 1; for a .npy and a query it ends the script. --base takes the model without its
+adapter; then --model names one.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import BinaryIO
+
+if not __package__:  # run as a script: import from the repository root, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np
+from tqdm import tqdm
+
+from common.checkpoint import flush
+from embeddings.config import Config, UserError, run_script
+from embeddings.model import embed_texts, load_embedder
+
+BLOCK = 10_000  # lines that are sorted by length, encoded and written together
+
+
+def read_lines(stream: BinaryIO, name: str) -> Iterator[tuple[int, str | UserError]]:
+    """Each line's number, and its text or what is wrong with it."""
+    for number, line in enumerate(stream, 1):
+        try:
+            yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+        except UnicodeDecodeError as error:
+            reason = f"expected UTF-8, found byte {line[error.start]:#x} ({error.reason})"
+            yield number, UserError(f"{name}, line {number}: {reason}")
+
+
+def all_texts(stream: BinaryIO, name: str, blank: bool) -> list[tuple[int, str]]:
+    """All lines with text, and their numbers. Raises UserError for no UTF-8, and without blank for a blank line."""
+    found = []
+    for number, text in read_lines(stream, name):
+        if isinstance(text, UserError):
+            raise text
+        if text:
+            found.append((number, text))
+        elif not blank:
+            raise UserError(f"{name}, line {number} is blank; a .npy has a row for each line: remove it, or use .jsonl")
+    if not found:
+        raise UserError(f"{name} holds no text")
+    return found
+
+
+def write_jsonl(stream: BinaryIO, name: str, encode, write) -> int:
+    """A JSON line for each line that is not blank, block after block; 1 if one was no UTF-8."""
+    failed = 0
+    lines = read_lines(stream, name)
+    with tqdm(unit="line", disable=None) as bar:
+        while block := list(islice(lines, BLOCK)):
+            texts = [text for _, text in block if isinstance(text, str) and text]
+            vectors = iter(encode(texts) if texts else ())
+            for number, text in block:
+                if isinstance(text, UserError):
+                    failed = 1
+                    print(f"error: {text}", file=sys.stderr)
+                    write(json.dumps({"line": number, "error": str(text)}) + "\n")
+                elif text:
+                    write(json.dumps({"line": number, "vector": [round(float(x), 7) for x in next(vectors)]}) + "\n")
+            bar.update(len(block))
+    return failed
+
+
+def write_npy(texts: list[str], encode, path: Path) -> None:
+    """The array (N, D), block after block into a file that gets its name when it is whole."""
+    temporary, array = path.with_name(path.name + ".tmp"), None
+    for first in tqdm(range(0, len(texts), BLOCK), unit="block", disable=None):
+        vectors = encode(texts[first : first + BLOCK])
+        if array is None:
+            shape = (len(texts), vectors.shape[1])
+            array = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
+        array[first : first + len(vectors)] = vectors
+    array.flush()
+    del array
+    flush(temporary)
+    os.replace(temporary, path)
+
+
+def print_nearest(query: np.ndarray, lines: list[tuple[int, str]], vectors: np.ndarray, top: int) -> None:
+    """The top lines by cosine with the query (D,), the nearest first."""
+    cosines = vectors @ query
+    for place in np.argsort(-cosines, kind="stable")[:top]:
+        number, text = lines[place]
+        print(f"{cosines[place]:.4f} | line {number} | {text}")
+
+
+def main(config: Config, input: str, output: str, query: str, top: int, prompt: str, base: bool) -> int:
+    path = Path(output)
+    if output != "-" and (path.suffix not in (".npy", ".jsonl") or query):
+        raise UserError(f"--output {output}: a name that ends in .npy or .jsonl is needed, and no --query")
+    if top < 1:
+        raise UserError(f"--top {top} is out of range: at least 1")
+    prompts = {"none": "", "query": config.query_prompt, "document": config.document_prompt}
+    model, tokenizer = load_embedder(config, base)
+
+    def encode(texts: list[str], kind: str = prompt) -> np.ndarray:
+        return embed_texts(model, tokenizer, [prompts[kind] + text for text in texts], config)
+
+    with open(sys.stdin.fileno() if input == "-" else input, "rb", closefd=input != "-") as stream:
+        if query:
+            lines = all_texts(stream, input, blank=True)
+            vectors = encode([text for _, text in lines], "document")
+            print_nearest(encode([query], "query")[0], lines, vectors, top)
+        elif path.suffix == ".npy":
+            write_npy([text for _, text in all_texts(stream, input, blank=False)], encode, path)
+        elif output == "-":
+            return write_jsonl(stream, input, encode, sys.stdout.write)
+        else:
+            with open(path, "w", encoding="utf-8", newline="\n") as file:
+                return write_jsonl(stream, input, encode, file.write)
+    return 0
+
+
+if __name__ == "__main__":
+    flags = {
+        "input": {"default": "-", "help": "file with a text on each line; -: standard input"},
+        "output": {"default": "-", "help": "file that ends in .npy or .jsonl; -: JSON lines on standard output"},
+        "query": {"default": "", "help": "print the lines nearest to this text instead of vectors"},
+        "top": {"type": int, "default": 5, "help": "lines printed for --query"},
+        "prompt": {"choices": ["none", "query", "document"], "default": "none", "help": "put before each text, if set"},
+        "base": {"action": "store_true", "help": "the model without its adapter"},
+    }
+    sys.exit(run_script(main, __doc__, trained=True, **flags))

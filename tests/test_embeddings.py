@@ -1,0 +1,1011 @@
+"""embeddings: data, pooling and EOS, LoRA, the loss, GradCache, the loop and what a run leaves."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from importlib.util import find_spec
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import nn
+from torch.nn import functional as F
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaModel,
+    LlamaTokenizer,
+    PreTrainedTokenizerFast,
+)
+
+from common.checkpoint import RunError
+from common.seed import seed_micro_batch
+from embeddings import encode, evaluate, train
+from embeddings.config import SAMPLE, UserError, load_config
+from embeddings.dataset import (
+    Rows,
+    Tokens,
+    cut,
+    epoch_batches,
+    load_splits,
+    pad,
+    read_pairs,
+    read_triplets,
+    tokenize,
+    tokenize_rows,
+)
+from embeddings.grad_cache import cached_backward, whole_batch_backward
+from embeddings.lora import (
+    LoRALinear,
+    adapters,
+    add_adapters,
+    load_adapter,
+    merge_adapters,
+    save_adapter,
+    unmerge_adapters,
+)
+from embeddings.loss import info_nce
+from embeddings.model import (
+    Embedder,
+    build_model,
+    embed_texts,
+    embed_tokens,
+    end_in_eos,
+    ends_in_eos,
+    load_embedder,
+    load_tokenizer,
+    pool,
+)
+from embeddings.parallel import Processes
+
+ROOT = Path(__file__).resolve().parents[1]
+ALONE = Processes(0, 1, torch.device("cpu"))
+TEXTS = ["The cook lost a coin.", "A man sleeps", "x", "The old sailor found the big box near the river yesterday."]
+
+
+def tiny_llama(vocab_size: int = 50, **settings) -> LlamaModel:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return LlamaModel(LlamaConfig(vocab_size=vocab_size, **(shape | {"num_key_value_heads": 2} | settings))).eval()
+
+
+def tiny_bert(vocab_size: int = 50) -> BertModel:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return BertModel(BertConfig(vocab_size=vocab_size, **shape)).eval()
+
+
+def random_tokens(count: int, seed: int = 0, longest: int = 12) -> Tokens:
+    """Texts of 2 to longest ids below 50."""
+    generator = np.random.default_rng(seed)
+    lengths = generator.integers(2, longest + 1, count)
+    return Tokens(generator.integers(3, 50, lengths.sum()).astype(np.uint16), np.cumsum([0, *lengths]))
+
+
+def jiggle(model: nn.Module, scale: float = 0.3) -> None:
+    """Adapters as training leaves them: B is no longer zero."""
+    torch.manual_seed(1)
+    for layer in adapters(model).values():
+        nn.init.normal_(layer.lora_B, std=scale)
+
+
+# Data
+
+
+def write_rows(path: Path, rows: list) -> Path:
+    path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_triplets_are_read_and_a_malformed_row_is_named(tmp_path):
+    good = {"anchor": " A  man\tsleeps ", "positive": "Someone sleeps", "negative": "A man runs"}
+    path = write_rows(tmp_path / "train.jsonl", ["\ufeff" + json.dumps(good) + "\r\n", "\n", good])
+    rows = read_triplets(path)
+    assert [row.line for row in rows] == [1, 3] and rows[0][:3] == ("A man sleeps", "Someone sleeps", "A man runs")
+    for bad, words in (
+        ("nonsense\n", "expected a JSON object, found 'nonsense'"),
+        ("[1]\n", "expected a JSON object"),
+        ({**good, "positive": " "}, "positive is ' ', expected a non-empty string"),
+        ({"positive": "x"}, "anchor is None"),
+        ({**good, "negative": 3}, "negative is 3"),
+        ({**good, "negative": "SOMEONE sleeps"}, "the negative 'SOMEONE sleeps' is the anchor or positive too"),
+        ({"anchor": "a", "positive": "b"}, "has no negative, unlike line 1"),
+        ('{"anchor": "\\ud800", "positive": "b", "negative": "c"}\n', "surrogates not allowed"),
+    ):
+        with pytest.raises(UserError, match=r"train.jsonl, line 2: ") as error:
+            read_triplets(write_rows(path, [good, bad]))
+        assert words in str(error.value)
+    path.write_bytes(b'{"anchor": "caf\xe9"}\n')
+    with pytest.raises(UserError, match="line 1: expected UTF-8, found byte 0xe9"):
+        read_triplets(path)
+    with pytest.raises(UserError, match="holds no row"):
+        read_triplets(write_rows(path, ["\n"]))
+
+
+def test_pairs_are_read_in_both_formats_with_quotes_as_text(tmp_path):
+    sts, sick = tmp_path / "sts.csv", tmp_path / "sick.txt"
+    sts.write_text('g\tf\ty\t1\t5.000\tA "man sleeps\tHe  sleeps\tx\ty\ng\tf\ty\t2\t0\ta\tb\n', encoding="utf-8")
+    assert [pair[:3] for pair in read_pairs(sts)] == [('A "man sleeps', "He sleeps", 5.0), ("a", "b", 0.0)]
+    header = "pair_ID\tsentence_A\tsentence_B\trelatedness_score\tentailment_judgment\n"
+    sick.write_text(header + "1\ta b\tc\t4.5\tNEUTRAL\n2\td\te\t1\tNEUTRAL\n", encoding="utf-8")
+    assert [tuple(pair) for pair in read_pairs(sick)] == [("a b", "c", 4.5, 2), ("d", "e", 1.0, 3)]
+    for line, words in (
+        ("a\tb\n", "line 3: 2 fields with tabs between"),
+        ("g\tf\ty\t3\tnan\ta\tb\n", "line 3: the score is 'nan', expected a number from 0 to 5"),
+        ("g\tf\ty\t3\t6\ta\tb\n", "the score is '6'"),
+        ("g\tf\ty\t3\t2\t \tb\n", "line 3: a sentence is empty"),
+    ):
+        (tmp_path / "bad.csv").write_text(sts.read_text(encoding="utf-8") + line, encoding="utf-8")
+        with pytest.raises(UserError) as error:
+            read_pairs(tmp_path / "bad.csv")
+        assert words in str(error.value)
+    sts.write_text("g\tf\ty\t1\t5.000\ta\tb\n", encoding="utf-8")
+    with pytest.raises(UserError, match="no two scores"):
+        read_pairs(sts)
+
+
+def test_a_training_text_that_is_judged_is_refused(tmp_path):
+    (tmp_path / "sts-dev.csv").write_text("g\tf\ty\t1\t5\ta b\tc\ng\tf\ty\t2\t1\td\te\n", encoding="utf-8")
+    write_rows(tmp_path / "train.jsonl", [{"anchor": "u", "positive": "v"}, {"anchor": "w", "positive": "A  B"}])
+    with pytest.raises(UserError, match=r"train.jsonl, line 2: 'A B' stands in sts-dev.csv"):
+        load_splits(replace(SAMPLE, data_dir=str(tmp_path)))
+    write_rows(tmp_path / "train.jsonl", [{"anchor": "u", "positive": "v"}])
+    assert len(load_splits(replace(SAMPLE, data_dir=str(tmp_path))).train) == 1
+
+
+def random_rows(count: int, texts: int, width: int = 3, seed: int = 0) -> Rows:
+    """Rows of few texts, which repeat often, of a long-tailed length."""
+    generator = np.random.default_rng(seed)
+    numbers = np.array([generator.choice(texts, width, replace=False) for _ in range(count)])
+    return Rows(numbers, numbers, generator.lognormal(2.5, 0.7, count).astype(int) + 2)
+
+
+@pytest.mark.parametrize("width", [2, 3])
+def test_no_anchor_or_positive_stands_twice_in_a_batch(width):
+    """Against brute force over all pairs of rows; each row at most once, and what is left out fills no batch."""
+    rows = random_rows(600, 400, width)
+
+    def clash(a: int, b: int) -> bool:
+        first, second = rows.identities[a].tolist(), rows.identities[b].tolist()
+        return bool(set(first[:2]) & set(second) or set(first) & set(second[:2]))
+
+    batches = epoch_batches(rows, 20, seed=3, epoch=1)
+    assert {len(batch) for batch in batches} == {20}
+    assert not any(clash(a, b) for batch in batches for a, b in combinations(batch, 2))
+    used = np.concatenate(batches).tolist()
+    assert len(set(used)) == len(used) >= 560
+    shuffled = np.random.default_rng(0).permutation(600).reshape(-1, 20)
+    assert any(clash(a, b) for batch in shuffled for a, b in combinations(batch, 2))  # or nothing was tested
+
+
+def test_the_order_of_batches_is_a_function_of_seed_and_epoch_and_pads_little():
+    rows = random_rows(2000, 3)._replace(identities=np.arange(6000).reshape(-1, 3))
+    first, same, other = (epoch_batches(rows, 50, seed, epoch) for seed, epoch in ((1, 0), (1, 0), (1, 1)))
+    assert all(np.array_equal(a, b) for a, b in zip(first, same)) and len(first) == 40
+    assert not all(np.array_equal(a, b) for a, b in zip(first, other))
+    assert sorted(np.concatenate(first)) == list(range(2000))
+
+    def padding(batches) -> float:
+        longest = sum(rows.lengths[batch].max() * len(batch) for batch in batches)
+        return 1 - rows.lengths.sum() / longest
+
+    assert padding(first) < 0.2 < 0.5 < padding(np.arange(2000).reshape(-1, 50))
+    sizes = [rows.lengths[batch].max() for batch in first]
+    assert sizes != sorted(sizes)  # batches of all lengths in turn
+
+
+def test_a_text_that_is_everywhere_leaves_no_batch():
+    numbers = np.array([[0, n, n + 100] for n in range(1, 50)])
+    assert epoch_batches(Rows(numbers, numbers, np.ones(49, dtype=int)), 2, 0, 0) == []
+
+
+def test_chunks_hold_every_text_once_within_their_budget():
+    lengths = np.random.default_rng(0).integers(2, 40, 300)
+    chunks = cut(lengths, 100)
+    assert sorted(np.concatenate(chunks)) == list(range(300))
+    for chunk in chunks:
+        assert len(chunk) * lengths[chunk].max() <= 100
+    assert [len(chunk) for chunk in cut(np.array([200, 3, 150]), 100)] == [1, 1, 1]
+    assert len(cut(lengths, 10**9)) == 1
+
+
+def test_distinct_texts_are_tokenized_once_and_padded_as_the_tokenizer_pads():
+    tokenizer = load_tokenizer(SAMPLE)
+    rows = read_triplets(ROOT / "embeddings/sample/train.jsonl")[:50]
+    repeated = [*rows, rows[0]._replace(positive=rows[0].positive.upper())]
+    tokens, numbers = tokenize_rows(repeated, tokenizer, SAMPLE)
+    texts = {text for row in repeated for text in row[:3]}
+    assert len(tokens.lengths) == len(texts) and tokens.ids.dtype == np.uint16
+    assert numbers.texts[-1, 0] == numbers.texts[0, 0] and numbers.texts[-1, 1] != numbers.texts[0, 1]
+    assert np.array_equal(numbers.identities[-1], numbers.identities[0])  # the same text in any case
+    chosen = numbers.texts[:4].flatten()
+    expected = tokenizer([text for row in rows[:4] for text in row[:3]], padding=True, return_tensors="pt")
+    found = pad(tokens, chosen, tokenizer.pad_token_id)
+    assert all(torch.equal(found[name], expected[name]) for name in ("input_ids", "attention_mask"))
+
+
+# Pooling and EOS
+
+
+def test_pooling_takes_the_real_tokens_whichever_side_is_padded():
+    states = torch.arange(24.0).view(2, 4, 3)
+    right, left = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]]), torch.tensor([[0, 1, 1, 1], [0, 0, 0, 1]])
+    assert pool(states, right, "last").tolist() == [[6, 7, 8], [12, 13, 14]]
+    assert pool(states, left, "last").tolist() == [[9, 10, 11], [21, 22, 23]]
+    assert pool(states, right, "cls").tolist() == [[0, 1, 2], [12, 13, 14]]
+    assert pool(states, left, "cls").tolist() == [[3, 4, 5], [21, 22, 23]]
+    assert pool(states, right, "mean").tolist() == [[3, 4, 5], [12, 13, 14]]
+    assert pool(states.bfloat16(), left, "mean").dtype == torch.float32
+
+
+@pytest.mark.parametrize("pooling, encoder", [("last", tiny_llama()), ("mean", tiny_bert()), ("cls", tiny_bert())])
+def test_a_vector_does_not_depend_on_its_batch_or_on_padding(pooling, encoder):
+    model, tokens = Embedder(encoder, pooling), random_tokens(40)
+    alone = torch.cat([model(**pad(tokens, np.array([n]), 0)) for n in range(40)]).detach()
+    alone = F.normalize(alone, dim=-1)
+    for budget in (1, 60, 10**6):
+        found = embed_tokens(model, tokens, np.arange(40), 0, replace(SAMPLE, eval_tokens=budget))
+        assert torch.allclose(found, alone, atol=1e-6)
+    some = np.array([7, 3, 39])
+    assert torch.allclose(embed_tokens(model, tokens, some, 0, SAMPLE), alone[some], atol=1e-6)
+
+
+def words_tokenizer(post_processor=None, **settings) -> PreTrainedTokenizerFast:
+    vocabulary = {word: number for number, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", "a", "b", "c", "d"])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    if post_processor is not None:
+        backend.post_processor = post_processor
+    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"} | settings
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+
+
+BOS = processors.TemplateProcessing(single="<s> $A", pair="<s> $A <s>:1 $B:1", special_tokens=[("<s>", 1)])
+BYTES = processors.ByteLevel(trim_offsets=False)
+
+
+@pytest.mark.parametrize(
+    "kind, begins",
+    [("none", []), ("bos", [1]), ("bytes", []), ("bytes and bos", [1]), ("llama", [1]), ("there", [1])],
+)
+def test_the_tokenizer_itself_ends_every_text_in_eos_and_every_loader_keeps_it(kind, begins, tmp_path):
+    both = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> $B:1 </s>:1", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    if kind == "llama":  # its loader makes the post-processor from add_bos_token and add_eos_token
+        vocabulary = {word: number for number, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *"▁abcd"])}
+        tokenizer = LlamaTokenizer(vocab=vocabulary, merges=[], add_bos_token=True, add_eos_token=False)
+    else:
+        chosen = {"none": None, "bos": BOS, "bytes": BYTES, "there": both}
+        chosen["bytes and bos"] = processors.Sequence([BYTES, BOS])
+        tokenizer = words_tokenizer(chosen[kind])
+    assert ends_in_eos(tokenizer) == (kind == "there")
+    plain = tokenizer("a b", add_special_tokens=False)["input_ids"]
+    end_in_eos(tokenizer, SAMPLE)
+    end_in_eos(tokenizer, SAMPLE)  # a second time adds none
+    tokenizer.save_pretrained(tmp_path)
+    for each in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
+        assert each("a b")["input_ids"] == [*begins, *plain, 2]
+        assert each("")["input_ids"][-1] == 2
+        cut_short = each("a b c d " * 10, truncation=True, max_length=6)["input_ids"]
+        assert len(cut_short) == 6 and cut_short[-1] == 2 and cut_short.count(2) == 1
+        pair = each("a", "b")["input_ids"]
+        assert pair.count(2) == 2 and pair[-1] == 2
+
+
+def test_what_cannot_end_in_eos_is_said():
+    with pytest.raises(UserError, match="has no EOS token, which pooling last needs"):
+        end_in_eos(words_tokenizer(eos_token=None), SAMPLE)
+    tokenizer = words_tokenizer(BOS)
+    with pytest.raises(UserError, match=r"does not end 'a b' in </s>"):
+        tokenize(["a b"], tokenizer, SAMPLE)
+    assert len(tokenize(["a b"], tokenizer, replace(SAMPLE, pooling="mean")).ids) == 3
+    with pytest.raises(UserError, match="makes no token of ''"):
+        tokenize(["a", ""], words_tokenizer(), replace(SAMPLE, pooling="mean"))
+
+
+# LoRA
+
+
+def test_an_adapter_is_the_identity_at_first_and_leaves_its_base_untouched():
+    plain, model = tiny_llama(), tiny_llama()
+    add_adapters(model, "q_proj,v_proj", 4, 8.0, 0.1)
+    batch = pad(random_tokens(6), np.arange(6), 0)
+    model.eval()
+    assert torch.equal(model(**batch).last_hidden_state, plain(**batch).last_hidden_state)
+    assert len(adapters(model)) == 4 and {name.rpartition(".")[2] for name in adapters(model)} == {"q_proj", "v_proj"}
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert len(trained) == 8 and all(".lora_" in name for name in trained)
+    for layer in adapters(model).values():
+        assert layer.lora_A.std().item() == pytest.approx(1 / 4, rel=0.4) and not layer.lora_B.any()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(2):
+        model(**batch).last_hidden_state.square().sum().backward()
+        optimizer.step()
+    weights = {name.replace("base.", ""): value for name, value in model.state_dict().items() if "lora" not in name}
+    assert all(torch.equal(weights[name], value) for name, value in plain.state_dict().items())
+    assert not torch.allclose(model(**batch).last_hidden_state, plain(**batch).last_hidden_state, atol=1e-3)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_an_adapted_layer_and_its_gradients_follow_the_formula(bias):
+    torch.manual_seed(0)
+    base, x = nn.Linear(6, 5, bias=bias), torch.randn(2, 3, 6, requires_grad=True)
+    layer = LoRALinear(base, rank=2, alpha=8.0)
+    nn.init.normal_(layer.lora_B)
+    A, B = layer.lora_A.detach().requires_grad_(), layer.lora_B.detach().requires_grad_()
+    expected = x @ (base.weight + 4.0 * B @ A).T + (base.bias if bias else 0)
+    assert torch.allclose(layer(x), expected, atol=1e-5)
+    direction = torch.randn_like(expected)
+    found = torch.autograd.grad((layer(x) * direction).sum(), [x, layer.lora_A, layer.lora_B])
+    for ours, theirs in zip(found, torch.autograd.grad((expected * direction).sum(), [x, A, B])):
+        assert torch.allclose(ours, theirs, atol=1e-4)
+    dropping = LoRALinear(base, 2, 8.0, dropout=0.5)
+    dropping.load_state_dict(layer.state_dict())
+    mean = torch.stack([dropping(x) for _ in range(4000)]).mean(0)  # dropout is on the low-rank term and unbiased
+    assert torch.allclose(mean, expected, atol=0.5) and not torch.equal(dropping(x), dropping(x))
+    assert torch.equal(dropping.eval()(x), layer(x))
+
+
+def test_merged_equals_unmerged_and_unmerging_is_exact():
+    model = tiny_llama()
+    add_adapters(model, "all-linear", 4, 8.0)
+    assert len(adapters(model)) == 14
+    jiggle(model, 0.05)
+    batch = pad(random_tokens(6), np.arange(6), 0)
+    before = model(**batch).last_hidden_state
+    layers = merge_adapters(model)
+    assert not adapters(model) and set(model.state_dict()) == set(tiny_llama().state_dict())
+    assert torch.allclose(model(**batch).last_hidden_state, before, atol=1e-5)
+    unmerge_adapters(model, layers)
+    assert torch.equal(model(**batch).last_hidden_state, before)
+
+
+def test_the_adapters_stay_fp32_on_a_bf16_base_and_merge_in_fp32():
+    torch.manual_seed(0)
+    base = nn.Linear(64, 64, bias=False).bfloat16()
+    layer = LoRALinear(base, 4, 32.0)
+    nn.init.normal_(layer.lora_B)
+    assert layer.lora_A.dtype == layer.lora_B.dtype == torch.float32
+    x = torch.randn(8, 64).bfloat16()
+    exact = x.double() @ (base.weight.double() + 8.0 * layer.lora_B.double() @ layer.lora_A.double()).T
+    assert layer(x).dtype == torch.bfloat16 and (layer(x) - exact).abs().max() < 2**-6 * exact.abs().max()
+    merged = layer.to_linear().weight
+    exact_weight = base.weight.float() + 8.0 * layer.lora_B @ layer.lora_A
+    assert merged.dtype == torch.bfloat16 and torch.equal(merged, exact_weight.bfloat16())
+
+
+def test_targets_that_are_not_there_are_named():
+    with pytest.raises(RuntimeError, match="no linear layer q_proj; --targets takes dense, key, query, value or all-"):
+        add_adapters(tiny_bert(), "q_proj,v_proj", 4, 8.0)
+    model = tiny_bert()
+    add_adapters(model, "all-linear", 4, 8.0)
+    assert len(adapters(model)) == 12 and not any(name.startswith("pooler") for name in adapters(model))
+
+
+@pytest.mark.skipif(find_spec("peft") is None, reason="needs peft")
+@pytest.mark.parametrize("targets", ["q_proj,v_proj", "all-linear"])
+def test_peft_gives_the_same_vectors_with_the_saved_adapter(targets, tmp_path):
+    from peft import PeftModel
+
+    tiny_llama().save_pretrained(tmp_path / "base")
+    model = AutoModel.from_pretrained(tmp_path / "base")
+    add_adapters(model, targets, 4, 16.0, 0.1)
+    jiggle(model)
+    save_adapter(model, tmp_path, str(tmp_path / "base"))
+    theirs = PeftModel.from_pretrained(AutoModel.from_pretrained(tmp_path / "base"), tmp_path).eval()
+    batch = pad(random_tokens(6), np.arange(6), 0)
+    with torch.no_grad():
+        expected = theirs(**batch).last_hidden_state
+        assert torch.allclose(model.eval()(**batch).last_hidden_state, expected, atol=1e-5)
+        assert not torch.allclose(tiny_llama()(**batch).last_hidden_state, expected, atol=0.1)
+    merged = theirs.merge_and_unload().state_dict()
+    merge_adapters(model)
+    assert all(torch.allclose(value, merged[name], atol=1e-6) for name, value in model.state_dict().items())
+
+
+def test_an_adapter_comes_back_whole_or_not_at_all(tmp_path):
+    model, other = tiny_llama(), tiny_llama()
+    add_adapters(model, "q_proj", 4, 8.0)
+    jiggle(model)
+    save_adapter(model, tmp_path, "base")
+    add_adapters(other, "q_proj", 4, 8.0)
+    load_adapter(other, tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values()))
+    for targets, rank in (("q_proj,v_proj", 4), ("q_proj", 3)):
+        wrong = tiny_llama()
+        add_adapters(wrong, targets, rank, 8.0)
+        with pytest.raises(ValueError, match=r"adapter_model.safetensors: base_model.model.layers.0.self_attn"):
+            load_adapter(wrong, tmp_path)
+
+
+# The loss
+
+
+def hand_loss(vectors: torch.Tensor, temperature: float) -> float:
+    """Row by row, as it is written."""
+    unit = vectors.double() / vectors.double().norm(dim=-1, keepdim=True)
+    candidates = [unit[column, row] for column in range(1, len(unit)) for row in range(unit.shape[1])]
+    total = 0.0
+    for row in range(unit.shape[1]):
+        scores = [math.exp(float(unit[0, row] @ candidate) / temperature) for candidate in candidates]
+        total -= math.log(scores[row] / sum(scores))
+    return total
+
+
+@pytest.mark.parametrize("width", [2, 3])
+def test_the_loss_is_the_formula_and_sentence_transformers(width):
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+
+    torch.manual_seed(0)
+    vectors = torch.randn(width, 6, 8)
+    found = info_nce(vectors, 0.05)
+    assert found.item() == pytest.approx(hand_loss(vectors, 0.05), rel=1e-5)
+    theirs = MultipleNegativesRankingLoss(nn.Identity(), scale=20.0)
+    expected = theirs.compute_loss_from_embeddings(list(vectors), None)
+    assert found.item() / 6 == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_the_loss_is_fp32_where_bf16_similarities_would_be_off():
+    torch.manual_seed(0)
+    vectors = torch.randn(3, 64, 32)
+    exact = info_nce(vectors, 0.05)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert info_nce(vectors, 0.05).item() == exact.item()
+    cosines = F.normalize(vectors[0], dim=-1) @ F.normalize(vectors[1], dim=-1).T
+    high = 0.9 + 0.1 * torch.rand(1000)  # of near texts; 8 bits of it
+    assert 0.03 < ((high.bfloat16().float() - high) / 0.05).abs().max() < 0.08
+    assert cosines.dtype == torch.float32
+
+
+def test_matryoshka_is_the_mean_over_the_first_dimensions():
+    torch.manual_seed(0)
+    vectors = torch.randn(3, 5, 8)
+    parts = [info_nce(vectors[..., :size], 0.1) for size in (2, 4, 8)]
+    assert info_nce(vectors, 0.1, [2, 4]).item() == pytest.approx(sum(parts).item() / 3)
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.2, -0.3])
+def test_false_negatives_are_masked_and_what_a_row_brought_itself_never(margin):
+    torch.manual_seed(0)
+    unit = F.normalize(torch.randn(3, 7, 4), dim=-1)
+    total, masked = 0.0, 0
+    for row in range(7):
+        bound = float(unit[0, row] @ unit[1, row]) - margin
+        kept = []
+        for column in (1, 2):
+            for other in range(7):
+                cosine = float(unit[0, row] @ unit[column, other])
+                if other == row or cosine <= bound:
+                    kept.append(math.exp(cosine / 0.1))
+                else:
+                    masked += 1
+        total -= math.log(math.exp(float(unit[0, row] @ unit[1, row]) / 0.1) / sum(kept))
+    assert masked > 5
+    assert info_nce(unit, 0.1, false_negative_margin=margin).item() == pytest.approx(total, rel=1e-4)
+    own = torch.stack([unit[0], -unit[0], unit[0]])  # a hard negative that is the anchor itself still counts
+    alone = info_nce(own[:, :1], 0.1, false_negative_margin=0.0)
+    assert alone.item() == pytest.approx(20.0, abs=1e-3)
+
+
+# GradCache
+
+
+def setting(dropout: float, rows: int = 8, dtype: torch.dtype = torch.float32) -> tuple[Embedder, Tokens, np.ndarray]:
+    encoder = tiny_llama().to(dtype)
+    torch.manual_seed(2)
+    add_adapters(encoder, "all-linear", 4, 8.0, dropout)
+    jiggle(encoder, 0.1)
+    return Embedder(encoder, "last"), random_tokens(3 * rows), np.arange(3 * rows).reshape(rows, 3)
+
+
+def gradient_of(model: Embedder, tokens: Tokens, texts: np.ndarray, config, step: int = 0) -> tuple[float, dict]:
+    """The loss and the adapters' gradients by the loop's own function."""
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    model.zero_grad()
+    loss = train.batch_gradient(model, tokens, texts, 0, scaler, config, step, ALONE)
+    return loss, {name: parameter.grad.clone() for name, parameter in model.trained_parameters().items()}
+
+
+def largest_difference(first: dict, second: dict) -> float:
+    """Relative to the largest gradient."""
+    scale = max(gradient.abs().max() for gradient in second.values())
+    return max((first[name] - second[name]).abs().max() / scale for name in second).item()
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_the_cached_gradient_is_that_of_one_graph_with_the_same_dropout(amp, monkeypatch):
+    """The same chunks, seeds and masks; only the way back differs."""
+    model, tokens, texts = setting(0.3, dtype=torch.bfloat16 if amp == "bf16" else torch.float32)
+    config = replace(SAMPLE, batch_size=8, chunk_tokens=40, amp=amp)
+    assert len(cut(tokens.lengths[texts.T.flatten()], 40)) > 4
+    loss, cached = gradient_of(model, tokens, texts, config)
+    monkeypatch.setattr(train, "cached_backward", whole_batch_backward)
+    whole_loss, whole = gradient_of(model, tokens, texts, config)
+    assert loss == whole_loss
+    assert largest_difference(cached, whole) < 1e-5
+    other_loss, other = gradient_of(model, tokens, texts, config, step=1)  # another step's masks
+    assert other_loss != loss and largest_difference(cached, other) > 1e-2
+
+
+def test_without_dropout_the_cached_gradient_is_that_of_the_whole_batch():
+    model, tokens, texts = setting(0.0)
+    config = replace(SAMPLE, batch_size=8)
+    loss, whole = gradient_of(model, tokens, texts, replace(config, chunk_tokens=10**6))
+    for budget in (1, 25, 70):
+        cached_loss, cached = gradient_of(model, tokens, texts, replace(config, chunk_tokens=budget))
+        assert cached_loss == pytest.approx(loss, rel=1e-5) and largest_difference(cached, whole) < 1e-5
+    vectors = [model(**pad(tokens, texts[:, column], 0)) for column in range(3)]
+    assert info_nce(torch.stack(vectors), 0.05).item() / 8 == pytest.approx(loss, rel=1e-5)
+    masked = replace(config, mask_false_negatives=True, matryoshka_dims="8", chunk_tokens=25)
+    assert gradient_of(model, tokens, texts, masked)[0] == pytest.approx(
+        info_nce(torch.stack(vectors), 0.05, [8], 0.0).item() / 8, rel=1e-5
+    )
+
+
+def test_a_chunk_whose_dropout_is_not_replayed_gives_another_gradient():
+    """What the exactness rests on: embed seeds itself by its chunk's number."""
+    torch.manual_seed(0)
+    weight = torch.randn(4, 4, requires_grad=True)
+    x = torch.randn(6, 4)
+
+    def embed(number: int, seeded: bool) -> torch.Tensor:
+        if seeded:
+            seed_micro_batch(0, 0, number)
+        return F.dropout(x[2 * number : 2 * number + 2], 0.5) @ weight
+
+    def gradient(backward, seeded: bool) -> torch.Tensor:
+        weight.grad = None
+        torch.manual_seed(3)
+        backward(lambda number: embed(number, seeded), lambda vectors: vectors.square().sum(), 3)
+        return weight.grad.clone()
+
+    exact = gradient(whole_batch_backward, True)
+    assert torch.allclose(gradient(cached_backward, True), exact, atol=1e-5)
+    assert not torch.allclose(gradient(cached_backward, False), gradient(whole_batch_backward, False), atol=1e-2)
+
+
+def test_gradients_are_scaled_for_fp16_and_the_loss_is_not():
+    model, tokens, texts = setting(0.0)
+    config = replace(SAMPLE, batch_size=8, chunk_tokens=40)
+    loss, plain = gradient_of(model, tokens, texts, config)
+
+    class Scaler:
+        def scale(self, value):
+            return value * 1024
+
+        def get_scale(self):
+            return 1024.0
+
+    model.zero_grad()
+    assert train.batch_gradient(model, tokens, texts, 0, Scaler(), config, 0, ALONE) == pytest.approx(loss)
+    scaled = {name: parameter.grad / 1024 for name, parameter in model.trained_parameters().items()}
+    assert largest_difference(scaled, plain) < 1e-5
+
+
+# Several processes
+
+
+def launch(count: int, script: str, *flags: str, code: int = 0) -> str:
+    """Run a script under torchrun; stdout and stderr together."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *launcher, script, *flags]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert (result.returncode == 0) == (code == 0), result.stdout + result.stderr
+    return result.stdout + result.stderr
+
+
+TWO = """
+import sys
+import torch
+from dataclasses import replace
+from embeddings.config import SAMPLE
+from embeddings.loss import info_nce
+from embeddings.parallel import end_processes, start_processes
+from embeddings.train import batch_gradient
+from tests.test_embeddings import setting
+
+processes = start_processes()
+rank, world, _ = processes
+torch.manual_seed(5)
+vectors = torch.randn(3, 6, 8)
+own = vectors[:, rank * 3 : rank * 3 + 3].clone().requires_grad_()
+loss = info_nce(own, 0.1, [4], 0.1)
+loss.backward()
+model, tokens, texts = setting(0.0)
+config = replace(SAMPLE, batch_size=8, chunk_tokens=int(sys.argv[2]))
+scaler = torch.amp.GradScaler("cpu", enabled=False)
+part = batch_gradient(model, tokens, texts[rank::world], 0, scaler, config, 0, processes)
+gradients = {name: parameter.grad for name, parameter in model.trained_parameters().items()}
+torch.save({"loss": loss.item(), "own": own.grad, "part": part, "gradients": gradients}, f"{sys.argv[1]}/{rank}.pt")
+end_processes()
+"""
+
+
+@pytest.mark.parametrize("chunk_tokens", [60, 10**6])
+def test_two_processes_have_the_gradient_of_one(chunk_tokens, tmp_path):
+    """Of the loss alone, and of a batch whose parts have different numbers of chunks."""
+    (tmp_path / "two.py").write_text(TWO, encoding="utf-8")
+    launch(2, str(tmp_path / "two.py"), str(tmp_path), str(chunk_tokens))
+    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    torch.manual_seed(5)
+    vectors = torch.randn(3, 6, 8).requires_grad_()
+    loss = info_nce(vectors, 0.1, [4], 0.1)
+    loss.backward()
+    assert sum(one["loss"] for one in found) == pytest.approx(loss.item(), rel=1e-5)
+    assert torch.allclose(torch.cat([one["own"] for one in found], dim=1), vectors.grad, atol=1e-5)
+    model, tokens, texts = setting(0.0)
+    if chunk_tokens == 60:
+        counts = [len(cut(tokens.lengths[texts[rank::2].flatten()], chunk_tokens)) for rank in range(2)]
+        assert counts[0] != counts[1] and max(counts) > 1
+    whole_loss, whole = gradient_of(model, tokens, texts, replace(SAMPLE, batch_size=8, chunk_tokens=10**6))
+    assert sum(one["part"] for one in found) == pytest.approx(whole_loss, rel=1e-5)
+    for one in found:
+        assert largest_difference(one["gradients"], whole) < 1e-5
+
+
+def final_state(run: Path) -> dict:
+    return torch.load(run / "last.pt", weights_only=True)["state"]
+
+
+def test_a_run_of_two_processes_equals_one_of_the_same_batch_and_goes_on_exactly(small_data, tmp_path):
+    fixed = {"data_dir": small_data, "max_steps": 8, "batch_size": 12, "lora_dropout": 0.0, "chunk_tokens": 300}
+    fixed |= {"learning_rate": 2e-4, "warmup_steps": 1, "eval_steps": 3, "save_steps": 2, "logging_steps": 1}
+    config = replace(SAMPLE, **fixed, run_dir=str(tmp_path / "one"))
+    train.main(config)
+    flags = ["--sample", *(f"--{name}={value}" for name, value in fixed.items())]
+    out = launch(2, "embeddings/train.py", *flags, f"--run_dir={tmp_path / 'two'}")
+    assert out.count("done | validation") == 1, out  # only one process speaks
+    one, two = (final_state(tmp_path / name) for name in ("one", "two"))
+    for name, tensor in one["model"].items():
+        assert torch.allclose(tensor, two["model"][name], atol=1e-6), name
+    scores = [
+        [json.loads(line).get("spearman") for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    ]
+    assert [x for x in scores[0] if x] == pytest.approx([x for x in scores[1] if x], abs=1e-3)
+
+    (tmp_path / "stops.py").write_text(STOPS, encoding="utf-8")
+    run = f"--run_dir={tmp_path / 'stopped'}"
+    out = launch(2, str(tmp_path / "stops.py"), *flags, run, code=1)
+    assert "stopped at step 5 of 8: the same command goes on" in out
+    out = launch(2, "embeddings/train.py", *flags, run)
+    assert "resuming from step 5 of 8" in out
+    stopped = final_state(tmp_path / "stopped")
+    assert all(torch.equal(tensor, two["model"][name]) for name, tensor in stopped["model"].items())
+    (tmp_path / "stopped" / "results.json").unlink()
+    with pytest.raises(UserError, match="was begun with 2 processes, these are 1"):
+        train.main(replace(config, run_dir=str(tmp_path / "stopped")))
+    out = launch(2, "embeddings/train.py", *flags, "--batch_size=13", f"--run_dir={tmp_path / 'odd'}", code=1)
+    assert "batch_size 13 cannot be shared evenly by 2 processes" in out and not (tmp_path / "odd").exists()
+
+
+STOPS = """
+import os, signal, sys
+from embeddings import train
+from embeddings.config import run_script
+
+gradient, calls = train.batch_gradient, []
+
+def stopping(*arguments, **settings):
+    calls.append(1)
+    if len(calls) == 5 and os.environ["RANK"] == "1":  # the other one must hear of it
+        os.kill(os.getpid(), signal.SIGTERM)
+    return gradient(*arguments, **settings)
+
+train.batch_gradient = stopping
+sys.exit(run_script(train.main, "", check={"action": "store_true"}))
+"""
+
+
+# Runs
+
+
+@pytest.fixture(scope="module")
+def small_data(tmp_path_factory) -> str:
+    """The first rows and pairs of the sample."""
+    folder = tmp_path_factory.mktemp("small")
+    for name, count in (("train.jsonl", 100), ("sts-dev.csv", 40), ("sts-test.csv", 40)):
+        lines = (ROOT / "embeddings/sample" / name).read_text(encoding="utf-8").splitlines(keepends=True)
+        (folder / name).write_text("".join(lines[:count]), encoding="utf-8")
+    return str(folder)
+
+
+def short(data_dir: str, **settings):
+    base = {"data_dir": data_dir, "max_steps": 6, "batch_size": 12, "warmup_steps": 1, "eval_steps": 3}
+    return replace(SAMPLE, **(base | {"save_steps": 2, "logging_steps": 1} | settings))
+
+
+@pytest.fixture(scope="module")
+def finished(small_data, tmp_path_factory) -> Path:
+    """A short run with another targets, pooling and prompts than the sample's."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    train.main(short(small_data, targets="q_proj,v_proj", query_prompt="query: ", run_dir=str(run)))
+    return run
+
+
+def test_one_batch_overfits(small_data):
+    rows = load_splits(replace(SAMPLE, data_dir=small_data)).train[:12]
+    config = replace(SAMPLE, batch_size=12, lora_dropout=0.0)
+    tokenizer = load_tokenizer(config)
+    tokens, numbers = tokenize_rows(rows, tokenizer, config)
+    model = build_model(config, tokenizer, torch.device("cpu"), None)
+    optimizer = torch.optim.AdamW(model.trained_parameters().values(), lr=5e-3)
+    losses = []
+    for step in range(30):
+        optimizer.zero_grad()
+        losses.append(
+            train.batch_gradient(
+                model, tokens, numbers.texts, 0, torch.amp.GradScaler("cpu", enabled=False), config, step, ALONE
+            )
+        )
+        optimizer.step()
+    assert losses[-1] < 0.1 < 1 < losses[0]
+
+
+@pytest.mark.parametrize("settings", [{}, {"chunk_tokens": 200}, {"chunk_tokens": 200, "gradient_checkpointing": True}])
+def test_equal_runs_are_equal_and_a_stopped_one_goes_on_exactly(settings, small_data, tmp_path, monkeypatch):
+    config = short(small_data, **settings, max_steps=12)  # 8 batches are an epoch
+    train.main(replace(config, run_dir=str(tmp_path / "whole")))
+    whole = final_state(tmp_path / "whole")["model"]
+    assert any(tensor.any() for name, tensor in whole.items() if "lora_B" in name)
+    config = replace(config, run_dir=str(tmp_path / "stopped"))
+    gradient, calls = train.batch_gradient, []
+
+    def interrupted(*arguments, **settings):
+        calls.append(1)
+        if len(calls) == 10:
+            raise KeyboardInterrupt
+        return gradient(*arguments, **settings)
+
+    monkeypatch.setattr(train, "batch_gradient", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(config)
+    train.main(config)
+    assert len(calls) == 10 + 3  # the tenth again, and the rest
+    stopped = final_state(tmp_path / "stopped")["model"]
+    assert all(torch.equal(tensor, stopped[name]) for name, tensor in whole.items())
+    files = ("best/model.safetensors", "best/adapter/adapter_model.safetensors", "report.md")
+    for name in files:
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "stopped" / name).read_bytes(), name
+
+
+def test_chunks_change_no_number_but_rounding(small_data, tmp_path):
+    """Chunked and whole, checkpointed and not: one training, where there is no dropout."""
+    states = []
+    for number, settings in enumerate(({}, {"chunk_tokens": 150}, {"gradient_checkpointing": True})):
+        config = short(small_data, lora_dropout=0.0, learning_rate=2e-4, **settings)
+        train.main(replace(config, run_dir=str(tmp_path / str(number))))
+        states.append(final_state(tmp_path / str(number))["model"])
+    for other in states[1:]:
+        assert all(torch.allclose(tensor, other[name], atol=1e-6) for name, tensor in states[0].items())
+
+
+def test_a_run_tells_its_base_and_its_best_and_chooses_on_validation_alone(finished):
+    results = json.loads((finished / "results.json").read_text(encoding="utf-8"))
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    scores = {line["step"]: line["spearman"] for line in lines if line["event"] == "evaluation"}
+    assert set(scores) == {3, 6} and results["best"] == max(scores.values())
+    assert scores[results["step"]] == results["best"]
+    config = load_config(["--run_dir", str(finished)], trained=True)[0]
+    pairs = load_splits(config).validation
+    base, tokenizer = load_embedder(config, base=True)
+    vectors = torch.from_numpy(embed_texts(base, tokenizer, evaluate.pair_texts(pairs), config))
+    assert evaluate.correlation(vectors, pairs)[0]["spearman"] == pytest.approx(results["base"], abs=1e-9)
+    rows = [
+        json.loads(line)
+        for line in (finished / "predictions/test_predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    from scipy.stats import spearmanr
+
+    found = spearmanr([row["score"] for row in rows], [row["cosine"] for row in rows]).statistic
+    assert results["test"]["spearman"] == pytest.approx(found, abs=1e-3)
+
+
+def test_sentence_transformers_loads_best_and_gives_the_same_vectors(finished):
+    from sentence_transformers import SentenceTransformer
+
+    config = load_config(["--run_dir", str(finished)], trained=True)[0]
+    texts = [*TEXTS, "the cook " * 100]
+    ours = embed_texts(*load_embedder(config), texts, config)
+    theirs = SentenceTransformer(str(finished / "best"), device="cpu")
+    for batch_size in (1, 5):
+        assert np.abs(theirs.encode(texts, batch_size=batch_size) - ours).max() < 1e-5
+    assert theirs.max_seq_length == config.max_length and theirs.prompts["query"] == "query: "
+    theirs.tokenizer.padding_side = "left"
+    assert np.abs(theirs.encode(texts) - ours).max() < 1e-5
+    assert np.allclose(np.linalg.norm(ours, axis=1), 1, atol=1e-6)
+    base = embed_texts(*load_embedder(config, base=True), texts, config)
+    assert np.abs(base - ours).max() > 1e-3
+
+
+@pytest.mark.parametrize("pooling, bidirectional", [("mean", True), ("last", True), ("cls", False)])
+def test_every_pooling_and_a_bidirectional_decoder_load_elsewhere(pooling, bidirectional, small_data, tmp_path):
+    from sentence_transformers import SentenceTransformer
+
+    config = short(small_data, pooling=pooling, bidirectional=bidirectional, max_steps=2, run_dir=str(tmp_path / "run"))
+    train.main(config)
+    ours = embed_texts(*load_embedder(config), TEXTS, config)
+    theirs = SentenceTransformer(str(tmp_path / "run" / "best"), device="cpu")
+    assert np.abs(theirs.encode(TEXTS) - ours).max() < 1e-5
+    assert np.abs(np.stack([theirs.encode(text) for text in TEXTS]) - ours).max() < 1e-5  # without padding, no mask
+    causal = embed_texts(*load_embedder(replace(config, bidirectional=False), base=True), TEXTS, config)
+    both = embed_texts(*load_embedder(config, base=True), TEXTS, config)
+    assert (np.abs(both - causal).max() > 1e-3) == bidirectional
+
+
+def test_an_encoder_of_berts_kind_trains_from_random_weights_and_loads_elsewhere(small_data, tmp_path):
+    from sentence_transformers import SentenceTransformer
+
+    tokenizer = load_tokenizer(replace(SAMPLE, pooling="mean"))
+    tokenizer.save_pretrained(tmp_path / "bert")
+    tiny_bert(vocab_size=len(tokenizer)).config.save_pretrained(tmp_path / "bert")
+    config = short(small_data, model=str(tmp_path / "bert"), pooling="mean", targets="query,value")
+    with pytest.raises(UserError, match=r"the model of .*bert does not load"):
+        train.main(replace(config, run_dir=str(tmp_path / "run")))
+    config = replace(config, init="random", run_dir=str(tmp_path / "run"))
+    train.main(config)
+    ours = embed_texts(*load_embedder(config), TEXTS, config)
+    theirs = SentenceTransformer(str(tmp_path / "run" / "best"), device="cpu")
+    assert np.abs(theirs.encode(TEXTS) - ours).max() < 1e-5
+
+
+def test_an_unfinished_run_is_used_with_its_best_adapter(small_data, tmp_path, monkeypatch, capsys):
+    config = short(small_data, run_dir=str(tmp_path / "run"))
+    monkeypatch.setattr(train, "save_merged", None)
+    with pytest.raises(TypeError):
+        train.main(config)
+    assert [path.name for path in (tmp_path / "run" / "best").iterdir()] == ["adapter"]
+    early = embed_texts(*load_embedder(config), TEXTS, config)
+    evaluate.main(config, [], [], False)
+    assert "the run is not finished" in capsys.readouterr().err
+    monkeypatch.undo()
+    train.main(config)
+    assert (tmp_path / "run" / "best" / "modules.json").exists()
+    assert np.abs(embed_texts(*load_embedder(config), TEXTS, config) - early).max() < 1e-6
+
+
+def test_a_merged_model_keeps_its_bases_type(small_data, tmp_path):
+    encoder = AutoModel.from_pretrained(ROOT / SAMPLE.model, dtype=torch.bfloat16)
+    encoder.save_pretrained(tmp_path / "base")
+    load_tokenizer(SAMPLE).save_pretrained(tmp_path / "base")
+    config = short(small_data, model=str(tmp_path / "base"), run_dir=str(tmp_path / "run"))
+    train.main(config)
+    merged = AutoModel.from_pretrained(tmp_path / "run" / "best", dtype="auto")
+    assert merged.dtype == torch.bfloat16
+    state, base = final_state(tmp_path / "run")["model"], encoder.state_dict()
+    name = "layers.0.self_attn.q_proj"
+    lora_A, lora_B = (state[f"encoder.{name}.lora_{part}"] for part in "AB")
+    step = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))["step"]
+    assert step == 6  # last.pt holds the best adapter
+    expected = base[f"{name}.weight"].float() + 4.0 * lora_B @ lora_A
+    assert torch.equal(merged.state_dict()[f"{name}.weight"], expected.bfloat16())
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--gradient_accumulation_steps", "2"], ["must be 1", "its own negatives only", "chunk_tokens"]),
+        (["--temperature", "0"], ["--temperature", "above 0"]),
+        (["--lora_dropout", "1"], ["--lora_dropout"]),
+        (["--false_negative_margin", "3"], ["from -2 to 2"]),
+        (["--targets", "q_proj,"], ["--targets", "'q_proj,'"]),
+        (["--matryoshka_dims", "64;32"], ["--matryoshka_dims", "512,256"]),
+        (["--batch_size", "1"], ["--batch_size", "at least 2"]),
+    ],
+)
+def test_impossible_settings_are_refused_in_one_line(flags, words, capsys):
+    with pytest.raises(SystemExit) as error:
+        load_config(["--sample", *flags])
+    message = capsys.readouterr().err
+    assert error.value.code == 2 and message.count("\n") == 1 and all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"batch_size": 200}, "no batch of 200 rows without a repeated text can be made of the 100 rows"),
+        ({"max_length": 9000}, "max_length 9000 is more than the"),
+        ({"targets": "query"}, "has no linear layer query; --targets takes down_proj, gate_proj"),
+        ({"matryoshka_dims": "4096"}, "matryoshka_dims 4096"),
+        ({"model": "redsm5_nli"}, "redsm5_nli does not load"),
+    ],
+)
+def test_what_does_not_fit_is_said_and_nothing_is_written(settings, words, small_data, tmp_path):
+    with pytest.raises(UserError, match=words):
+        train.main(short(small_data, **settings, run_dir=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_names_the_batch(small_data, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "info_nce", lambda vectors, *rest: vectors.sum() * math.nan)
+    with pytest.raises(UserError, match=r"the loss is nan at step 0, in the batch of train.jsonl lines \d+, "):
+        train.main(short(small_data, run_dir=str(tmp_path / "run")))
+    assert not (tmp_path / "run" / "best").exists()
+
+
+def test_other_data_and_a_damaged_adapter_are_refused(small_data, tmp_path, finished):
+    config = load_config(["--run_dir", str(finished)], trained=True)[0]
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in Path(small_data).iterdir():
+        (other / file.name).write_text(file.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+    evaluate.main(replace(config, data_dir=str(other)), [], [], False)  # a blank line is no other row
+    lines = (other / "sts-dev.csv").read_text(encoding="utf-8").splitlines()
+    (other / "sts-dev.csv").write_text("\n".join(lines[:-3]), encoding="utf-8")
+    with pytest.raises(RunError, match=r"does not hold the rows that .* was begun with"):
+        evaluate.main(replace(config, data_dir=str(other)), [], [], False)
+    with pytest.raises(RunError, match="holds no trained model"):
+        load_embedder(replace(config, run_dir=str(tmp_path)))
+
+
+# encode.py
+
+
+def encode_lines(run: Path, text: bytes, folder: Path, **settings) -> tuple[int, Path]:
+    (folder / "lines.txt").write_bytes(text)
+    config = load_config(["--run_dir", str(run)], trained=True)[0]
+    given = {"output": "-", "query": "", "top": 5, "prompt": "none", "base": False} | settings
+    return encode.main(config, input=str(folder / "lines.txt"), **given), folder
+
+
+def test_encode_writes_every_line_in_order(finished, tmp_path, capsys):
+    config = load_config(["--run_dir", str(finished)], trained=True)[0]
+    expected = embed_texts(*load_embedder(config), TEXTS, config)
+    text = "\ufeff" + "\r\n".join(TEXTS)
+    array, lines = tmp_path / "v.npy", tmp_path / "v.jsonl"
+    assert encode_lines(finished, text.encode(), tmp_path, output=str(array))[0] == 0
+    found = np.load(array)
+    assert found.dtype == np.float32 and np.abs(found - expected).max() < 1e-6
+    assert encode_lines(finished, text.replace("\r\n", "\n\n").encode(), tmp_path, output=str(lines))[0] == 0
+    rows = [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines()]
+    assert [row["line"] for row in rows] == [1, 3, 5, 7]
+    assert np.abs(np.array([row["vector"] for row in rows]) - expected).max() < 1e-6
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lines.txt", "v.jsonl", "v.npy"]
+
+    capsys.readouterr()
+    assert encode_lines(finished, b"a\n\xff\nb", tmp_path)[0] == 1
+    out, err = capsys.readouterr()
+    keys = [sorted(json.loads(line)) for line in out.splitlines()]
+    assert keys == [["line", "vector"], ["error", "line"], ["line", "vector"]]
+    assert "line 2: expected UTF-8, found byte 0xff" in err
+    for text, words in ((b"a\n\nb", "line 2 is blank"), (b"a\n\xff", "line 2: expected UTF-8"), (b"", "holds no text")):
+        with pytest.raises(UserError, match=words):
+            encode_lines(finished, text, tmp_path, output=str(tmp_path / "w.npy"))
+    assert not list(tmp_path.glob("w.npy*"))
+    for settings, words in (({"output": "v.csv"}, "ends in .npy or .jsonl"), ({"top": 0, "query": "a"}, "--top 0")):
+        with pytest.raises(UserError, match=words):
+            encode_lines(finished, b"a", tmp_path, **settings)
+
+
+def test_encode_in_blocks_equals_one_block(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(encode, "BLOCK", 3)
+    config = load_config(["--run_dir", str(finished)], trained=True)[0]
+    texts = [f"{text} {number}" for number in range(2) for text in TEXTS]
+    expected = embed_texts(*load_embedder(config), texts, config)
+    encode_lines(finished, "\n".join(texts).encode(), tmp_path, output=str(tmp_path / "v.npy"))
+    assert np.abs(np.load(tmp_path / "v.npy") - expected).max() < 1e-6
+
+
+def test_a_query_prints_the_nearest_lines_with_the_prompts(finished, tmp_path, capsys):
+    config = load_config(["--run_dir", str(finished)], trained=True)[0]
+    model = load_embedder(config)
+    query = embed_texts(*model, ["query: A man sleeps"], config)[0]  # the run's query_prompt
+    cosines = embed_texts(*model, TEXTS, config) @ query
+    encode_lines(finished, "\n\n".join(TEXTS).encode(), tmp_path, query="A man sleeps", top=2)
+    best = np.argsort(-cosines)[:2]
+    expected = [f"{cosines[n]:.4f} | line {2 * n + 1} | {TEXTS[n]}" for n in best]
+    assert capsys.readouterr().out.splitlines() == expected

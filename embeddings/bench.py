@@ -6,10 +6,11 @@
 
 encode: embed_texts against SentenceTransformer.encode, each from strings to vectors, on train.jsonl's texts. step: a
 training step at --batch_size, in chunks of --chunk_tokens, against CachedMultipleNegativesRankingLoss as it is and with
-mini_batch_num_tokens, on the same triplets; clipping and optimizer included. memory: the peak of one step above what
-the process held before it, one process each (on a CPU resident memory, on a GPU PyTorch's tensors). It needs no run.
+mini_batch_num_tokens, on the same triplets; clipping and optimizer included. --batches like_length: as train.py draws
+them, which spares theirs padding too; random: as SentenceTransformerTrainer does. memory: the peak of one step above
+what the process held before it, one process each (on a CPU resident memory, on a GPU PyTorch's tensors).
 The sides take turns in one process. Medians over the rounds; a ratio is the median of the rounds' ratios, theirs to
-ours: above 1 ours is faster. Theirs is given our batches, whose triplets are of like length already.
+ours: above 1 ours is faster. No run is needed.
 """
 
 import gc
@@ -60,6 +61,7 @@ POOLING_MODES = {"last": "lasttoken", "mean": "mean", "cls": "cls"}  # sentence-
 OURS, PLAIN, BY_TOKENS = "ours", "cached, 32 rows at a time", "cached, mini_batch_num_tokens"
 STEP_SIDES = (OURS, PLAIN, BY_TOKENS)
 MEMORY_SIDES = ("ours in chunks", "ours, whole batch", PLAIN)
+ORDERS = ("like_length", "random")
 TOLERANCE = {None: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}  # of a vector's elements and of a loss
 
 
@@ -152,12 +154,13 @@ def bench_encode(config: Config, triplets: list[Triplet], number: int, rounds: i
 # step
 
 
-def make_batches(rows: Rows, config: Config) -> list[np.ndarray]:
-    """An epoch's batches of batch_size rows (b, 3 or 2), the one with the most tokens first. Raises UserError."""
-    batches = epoch_batches(rows, config.batch_size, config.seed, 0)
+def make_batches(rows: Rows, order: str, config: Config) -> list[np.ndarray]:
+    """An epoch's batches of batch_size triplets; order: one of ORDERS, or longest_first. Raises UserError."""
+    drawn = rows._replace(lengths=np.zeros_like(rows.lengths)) if order == "random" else rows  # nothing to sort by
+    batches = epoch_batches(drawn, config.batch_size, config.seed, 0)
     if not batches:
         raise UserError(f"{config.data_dir} has too few triplets for a batch of {config.batch_size} without repeats")
-    return sorted(batches, key=lambda batch: -rows.lengths[batch].sum(), )
+    return sorted(batches, key=lambda batch: -rows.lengths[batch].sum()) if order == "longest_first" else batches
 
 
 def run_ours(
@@ -200,23 +203,13 @@ def run_theirs(
     return step
 
 
-def loss_difference(config: Config, make_steps: Callable) -> float:
-    """The largest difference of the sides' losses on one batch, with dropout off and nothing learned."""
-    steps, model = make_steps(replace(config, learning_rate=0.0, lora_dropout=0.0))
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    losses = [step(0) for step in steps.values()]
-    return max(losses) - min(losses)
-
-
 def make_steps(
-    config: Config, triplets: list[Triplet], sides: tuple[str, ...]
+    config: Config, triplets: list[Triplet], sides: tuple[str, ...], order: str
 ) -> tuple[dict[str, Callable[[int], float]], Embedder]:
     """Each side's step, and the one model that all of them train; an optimizer of its own for each."""
     tokenizer, device = load_tokenizer(config), pick_device()
     tokens, rows = tokenize_rows(triplets, tokenizer, config)
-    batches = make_batches(rows, config)
+    batches = make_batches(rows, order, config)
     model = build_model(config, tokenizer, device, autocast_dtype(config.amp, device))
     theirs, steps = wrap(model, tokenizer, config), {}
     for side in sides:
@@ -228,13 +221,23 @@ def make_steps(
     return steps, model
 
 
-def bench_step(config: Config, triplets: list[Triplet], rounds: int) -> None:
+def loss_difference(config: Config, triplets: list[Triplet], order: str) -> float:
+    """The largest difference of the sides' losses on one batch, with dropout off and nothing learned."""
+    steps, model = make_steps(replace(config, learning_rate=0.0), triplets, STEP_SIDES, order)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    losses = [step(0) for step in steps.values()]
+    return max(losses) - min(losses)
+
+
+def bench_step(config: Config, triplets: list[Triplet], rounds: int, order: str) -> None:
     """Print triplets/s of each side."""
-    off = loss_difference(config, partial(make_steps, triplets=triplets, sides=STEP_SIDES))
+    off = loss_difference(config, triplets, order)
     check_agreement("losses", off, autocast_dtype(config.amp, pick_device()))
-    steps, _ = make_steps(config, triplets, STEP_SIDES)
+    steps, _ = make_steps(config, triplets, STEP_SIDES, order)
     seconds = measure(steps, rounds)
-    print(f"step: batch_size {config.batch_size}, chunk_tokens {config.chunk_tokens}, {rounds} rounds; ", end="")
+    print(f"step: {order} batches of {config.batch_size}, chunk_tokens {config.chunk_tokens}, {rounds} rounds; ", end="")
     print(f"losses without dropout at most {off:.1e} apart\n")
     rows = [
         [side, f"{config.batch_size / statistics.median(seconds[side]):.1f}", f"{ratio(seconds, side):.2f}"]
@@ -258,8 +261,8 @@ def reset_peak() -> None:
 def print_peak_memory(side: str, config: Config) -> None:
     """What peak_memory's process does: a small step, so that libraries and optimizer are there, then the measured."""
     triplets, device = load_splits(config).train, pick_device()
-    make_steps(replace(config, batch_size=2), triplets, (side,))[0][side](0)
-    steps, _ = make_steps(config, triplets, (side,))
+    make_steps(replace(config, batch_size=2), triplets, (side,), "longest_first")[0][side](0)
+    steps, _ = make_steps(config, triplets, (side,), "longest_first")
     reset_peak()
     before = peak_memory_bytes(device.type)
     steps[side](0)
@@ -307,6 +310,7 @@ def main(
     texts: int,
     rounds: int,
     encode_sizes: list[int],
+    batches: list[str],
     memory_sizes: list[int],
     memory_of: str,
 ) -> None:
@@ -323,7 +327,8 @@ def main(
     if "encode" in parts:
         bench_encode(config, triplets, texts, rounds, encode_sizes)
     if "step" in parts:
-        bench_step(config, triplets, rounds)
+        for order in batches:
+            bench_step(config, triplets, rounds, order)
     if "memory" in parts:
         bench_memory(config, memory_sizes)
 
@@ -340,6 +345,7 @@ if __name__ == "__main__":
             "default": [32, 8, 16, 64, 128, 256],
             "help": "encode: batch sizes of theirs, whose default is 32",
         },
+        "batches": {"nargs": "+", "choices": ORDERS, "default": list(ORDERS), "help": "step: how triplets are drawn"},
         "memory_sizes": {"nargs": "+", "type": int, "default": [64, 256, 1024], "help": "memory: batch sizes"},
         "memory_of": {
             "choices": ("", *MEMORY_SIDES),

@@ -91,7 +91,7 @@ class Config:
     save_steps: int = HfArg(default=100, help="optimizer steps between saves of last.pt, besides each evaluation")
 
     def __post_init__(self):
-        at_least = {"max_length": 4, "rank": 1, "batch_size": 2, "chunk_tokens": 1, "max_steps": 1, "eval_steps": 1}
+        at_least = {"max_length": 4, "rank": 1, "batch_size": 1, "chunk_tokens": 1, "max_steps": 1, "eval_steps": 1}
         at_least |= {"eval_tokens": 1, "logging_steps": 1, "save_steps": 1}
         at_least |= dict.fromkeys(("seed", "patience", "warmup_steps"), 0)
         at_least |= dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm", "alpha"), 0)

@@ -2,10 +2,10 @@
 
     corpus.jsonl    {"_id": "...", "title": "...", "text": "..."} a line; the title may be missing
     queries.jsonl   {"_id": "...", "text": "..."}
-    qrels/test.tsv  query-id, corpus-id and score (0: not relevant) with tabs between, after a line with these names
+    qrels/test.tsv  query-id, corpus-id and score (below 1: not relevant) with tabs between, after these names as a header
 
-As in mteb's own loading a query that qrels/test.tsv does not name is left out, and one with zeros alone counts as 0.
-Here too query and document ids may be alike and mean different things.
+As in mteb's own loading a query that qrels/test.tsv does not name is left out, and one with no relevant document there
+counts as 0. A document with the query's id is a document like any other.
 """
 
 import hashlib
@@ -95,12 +95,18 @@ def read_texts(path: Path, titles: bool) -> dict[str, tuple[str, str]]:
             row = None
         if not isinstance(row, dict):
             raise UserError(f"{path}, line {number}: expected a JSON object, found {line[:40]!r}")
-        values = {"_id": row.get("_id"), "title": row.get("title") or "" if titles else "", "text": row.get("text")}
+        values = {"_id": row.get("_id"), "title": row.get("title") if titles else None, "text": row.get("text")}
+        if values["title"] is None:
+            values["title"] = ""
         for name, value in values.items():
             needed = name == "_id" or (name == "text" and not titles)
             if not isinstance(value, str) or (needed and not value.strip()):
                 expected = "a non-empty string" if needed else "a string"
                 raise UserError(f"{path}, line {number}: {name} is {value!r:.60}, expected {expected}")
+            try:
+                value.encode()
+            except UnicodeEncodeError as error:  # JSON can hold half a surrogate pair, which is no text
+                raise UserError(f"{path}, line {number}: {name} is {value!r:.60}, expected text ({error})") from error
         if values["_id"] in texts:
             raise UserError(f"{path}, line {number}: _id {values['_id']!r} stands in an earlier line too")
         texts[values["_id"]] = (values["title"], values["text"])
@@ -127,11 +133,11 @@ def read_qrels(path: Path, queries: dict, corpus: dict) -> dict[str, dict[str, i
         for name, (value, known, file) in zip(QRELS_HEADER, ids):
             if value not in known:
                 raise UserError(f"{path}, line {number}: {name} is {value!r}, which {file} does not hold")
-        if not relevance.isdecimal():
-            raise UserError(f"{path}, line {number}: the score is {relevance!r}, expected a whole number from 0")
+        if not relevance.removeprefix("-").isdecimal():
+            raise UserError(f"{path}, line {number}: the score is {relevance!r}, expected a whole number")
         if qrels.setdefault(query, {}).setdefault(document, int(relevance)) != int(relevance):
             raise UserError(f"{path}, line {number}: {query} and {document} have another score in an earlier line")
-    if not any(relevance for documents in qrels.values() for relevance in documents.values()):
+    if not any(relevance > 0 for documents in qrels.values() for relevance in documents.values()):
         raise UserError(f"{path} names no relevant document")
     return qrels
 

@@ -48,6 +48,7 @@ ROPE_THETA = 10000.0
 
 
 def read_object(path: Path) -> dict:
+    """A file's JSON object. Raises UserError."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -215,7 +216,7 @@ def main(source: Path, target: Path) -> None:
         for file in (*temporary.iterdir(), temporary):
             flush(file)
         if target.exists():
-            target.rmdir()
+            target.rmdir()  # Windows renames to no folder that is there
         temporary.rename(target)
     except SafetensorError as error:  # a full disk
         raise UserError(f"{shown(target)} could not be written: {error}") from error

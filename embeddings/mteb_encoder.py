@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import sys
+import warnings
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
@@ -89,6 +90,8 @@ def revision(model: Embedder, tokenizer: PreTrainedTokenizerFast, config: Config
     settings = {name: getattr(config, name) for name in SHAPING} | {"amp": str(dtype)}
     digest = hashlib.sha256(json.dumps([settings, shape, words], sort_keys=True, default=str).encode())
     for name, weight in sorted(model.state_dict().items()):
+        if name.startswith("encoder.pooler."):  # BERT's, which no pooling uses: new at each load where it was not saved
+            continue
         digest.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
         digest.update(weight.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
@@ -120,7 +123,9 @@ def quiet():
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".* is superseded by ")
+            yield
     finally:
         logger.setLevel(level)
 

@@ -67,7 +67,7 @@ def parse_object(path: Path, number: int, line: str) -> dict:
     """A line's JSON object. Raises UserError."""
     try:
         value = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}, line {number}: expected a JSON object, found {line[:40]!r} ({error})") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}, line {number}: expected a JSON object, found {line[:40]!r}")
@@ -209,7 +209,7 @@ def source_files(nli: list[str]) -> list[Path]:
             raise UserError(f"{path} holds no s1.*, with s2.* and labels.* beside it: name a file, or another folder")
         if not found[0].is_file():
             raise UserError(f"{path} not found: get it ({NLI_ORIGIN}), or name another --nli; {NOT_NEEDED}")
-        files += [file for file in found if file not in files]
+        files += found
     return files
 
 
@@ -316,7 +316,7 @@ def summary(sources: dict[Path, Source], rows: list[Triplet], known: set) -> lis
 
 def refuse_folder(folder: Path, sts: Path) -> None:
     """Raises UserError where the folder is the sample, or holds files that this script did not write."""
-    if folder.resolve().is_relative_to(ROOT / "embeddings/sample"):
+    if folder.is_relative_to(ROOT / "embeddings/sample"):
         raise UserError(f"{shown(folder)} is the repository's own sample: give another --data_dir")
     marker = folder / "summary.md"
     if marker.exists() and marker.read_text(encoding="utf-8", errors="replace").startswith(TITLE):

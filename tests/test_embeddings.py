@@ -904,7 +904,7 @@ def test_a_merged_model_keeps_its_bases_type(small_data, tmp_path):
         (["--false_negative_margin", "3"], ["from -2 to 2"]),
         (["--targets", "q_proj,"], ["--targets", "'q_proj,'"]),
         (["--matryoshka_dims", "64;32"], ["--matryoshka_dims", "512,256"]),
-        (["--batch_size", "1"], ["--batch_size", "at least 2"]),
+        (["--warmup_steps", "-1"], ["--warmup_steps", "at least 0"]),
     ],
 )
 def test_impossible_settings_are_refused_in_one_line(flags, words, capsys):

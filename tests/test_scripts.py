@@ -107,14 +107,16 @@ def test_projects_import_nothing_of_each_other_and_define_no_class_in_scripts():
 # What every project's training, evaluation and resuming must do
 
 SHORT = ("--sample", "--max_steps", "6", "--batch_size", "16", "--logging_steps", "1", "--save_steps", "2")
+OWN = {"embeddings": ("--warmup_steps", "1", "--eval_steps", "3")}  # its schedule counts steps, not a share of them
 BEST = {
     "afqmc": ("model.safetensors", "config.json", "tokenizer.json", "threshold.json"),
     "redsm5_nli": ("adapter_model.safetensors", "adapter_config.json", "head.safetensors", "thresholds.json"),
     "evidence_spans": ("model.safetensors", "config.json", "tokenizer.json", "decoding.json"),
     "emotions": ("model.safetensors", "config.json", "tokenizer.json", "thresholds.json"),
+    "embeddings": ("model.safetensors", "config.json", "tokenizer.json", "modules.json", "adapter/adapter_config.json"),
 }
-PREDICTIONS = {"afqmc": "jsonl", "redsm5_nli": "csv", "evidence_spans": "jsonl", "emotions": "jsonl"}
-METRIC = {"afqmc": "f1_macro", "redsm5_nli": "f1_macro", "evidence_spans": "f1_balanced", "emotions": "f1_macro"}
+PREDICTIONS = dict.fromkeys(PROJECTS, "jsonl") | {"redsm5_nli": "csv"}
+METRIC = dict.fromkeys(PROJECTS, "f1_macro") | {"evidence_spans": "f1_balanced", "embeddings": "spearman"}
 AUGMENTED = ("--augment_words=0.5", "--augment_features=1", "--label_balance=0.5", "--loss=asl")  # all that is drawn
 FEWER = ("--question_form=empty", "--negatives_per_positive=0.2")  # one example a post; some of them are drawn
 KILLED = (  # project and settings of the runs that are killed: over the end of an epoch, or the hardest path
@@ -123,12 +125,14 @@ KILLED = (  # project and settings of the runs that are killed: over the end of 
     ("redsm5_nli", ("--share_post", "false", "--adapter_dropout", "0.1", "--pooler", "attention")),
     ("evidence_spans", ("--batch_size=30", "--gradient_accumulation_steps=2", "--evaluations_per_epoch=2", *FEWER)),
     ("emotions", ("--batch_size=64", "--gradient_accumulation_steps=2", *AUGMENTED)),
+    ("embeddings", ("--batch_size=200", "--chunk_tokens=2000", "--mask_false_negatives=true", "--eval_steps=8")),
 )
 
 
 def train_short(project: str, folder: Path) -> Path:
     """A finished short run, started from a folder that is not the repository's."""
-    out, err = call(str(ROOT / project / "train.py"), *SHORT, "--run_dir", f"run_{project}", cwd=folder)
+    flags = (*SHORT, *OWN.get(project, ()), "--run_dir", f"run_{project}")
+    out, err = call(str(ROOT / project / "train.py"), *flags, cwd=folder)
     assert "error" not in err and "step 6/6 |" in out
     assert out.splitlines()[-1].startswith(f"done | validation {METRIC[project]} ")
     return folder / f"run_{project}"
@@ -163,10 +167,11 @@ def test_a_run_holds_what_the_readme_says(project, runs):
 def test_a_finished_run_says_so_and_changes_nothing(project, runs):
     run = runs[project]
     before = listing(run)
-    out, _ = call("-m", f"{project}.train", *SHORT, "--run_dir", str(run))
+    flags = (*SHORT, *OWN.get(project, ()), "--run_dir", str(run))
+    out, _ = call("-m", f"{project}.train", *flags)
     assert out.startswith(f"finished before\ndone | validation {METRIC[project]} ")
     assert listing(run) == before
-    _, err = call(f"{project}/train.py", *SHORT, "--seed", "1", "--run_dir", str(run), code=1)
+    _, err = call(f"{project}/train.py", *flags, "--seed", "1", code=1)
     assert "another config: seed 42 there, 1 here" in err and err.count("\n") == 1
     assert listing(run) == before
 
@@ -197,6 +202,15 @@ LACKING = {
         (("--sample", "--model", "redsm5_nli/sample/model"), ["is a gemma3_text model, whose head is not known here"]),
         (("--sample", "--source_weights", "gomotions=2"), ["no training row has source 'gomotions', there are"]),
         (("--sample", "--shard", "true"), ["shard needs several processes", "torchrun --nproc_per_node 2"]),
+    ],
+    "embeddings": [
+        ((), ["model embeddings/data/minicpm-2b is not on", "hf download openbmb/MiniCPM-2B-dpo-bf16", "--sample"]),
+        (("--sample", "--model", "no/such"), ["model no/such is not on this machine", "hf download no/such"]),
+        (("--sample", "--model", "a/b/c"), ["model a/b/c: there is no such folder"]),
+        (("--sample", "--model", "emotions/data/none"), ["model emotions/data/none: there is no such folder"]),
+        (("--sample", "--data_dir", "none"), ["none/train.jsonl not found", "prepare.py", "--data_dir", "--sample"]),
+        (("--sample", "--batch_size", "3000"), ["no batch of 3000 rows without a repeated text", "lower batch_size"]),
+        (("--sample", "--targets", "query"), ["has no linear layer query", "q_proj", "all-linear"]),
     ],
 }
 
@@ -737,7 +751,9 @@ def test_kill_9_costs_nothing(project, settings, tmp_path):
 @pytest.mark.skipif(os.name == "nt", reason="Windows cannot send SIGTERM to a process that could note it")
 @pytest.mark.parametrize("project", PROJECTS)
 def test_sigterm_saves_and_says_how_to_go_on(project, tmp_path):
-    flags = (f"{project}/train.py", *SHORT, "--max_steps", "60", "--save_steps", "1000", "--num_workers", "1")
+    flags = (f"{project}/train.py", *SHORT, "--max_steps", "60", "--save_steps", "1000")
+    if "num_workers" in {field.name for field in fields(import_module(f"{project}.config").Config)}:
+        flags += ("--num_workers", "1")
     flags += ("--run_dir", str(tmp_path / "run"))
     with start(*flags) as process:
         wait_for_lines(process, tmp_path / "run" / "metrics.jsonl", 2)

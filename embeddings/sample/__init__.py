@@ -1,0 +1,1 @@
+"""The offline sample and what made it."""

@@ -237,7 +237,7 @@ def bench_step(config: Config, triplets: list[Triplet], rounds: int, order: str)
     check_agreement("losses", off, autocast_dtype(config.amp, pick_device()))
     steps, _ = make_steps(config, triplets, STEP_SIDES, order)
     seconds = measure(steps, rounds)
-    print(f"step: {order} batches of {config.batch_size}, chunk_tokens {config.chunk_tokens}, {rounds} rounds; ", end="")
+    print(f"step: {order} batches of {config.batch_size} triplets, chunk_tokens {config.chunk_tokens}, {rounds} rounds;")
     print(f"losses without dropout at most {off:.1e} apart\n")
     rows = [
         [side, f"{config.batch_size / statistics.median(seconds[side]):.1f}", f"{ratio(seconds, side):.2f}"]

@@ -2,7 +2,7 @@
 
     corpus.jsonl    {"_id": "...", "title": "...", "text": "..."} a line; the title may be missing
     queries.jsonl   {"_id": "...", "text": "..."}
-    qrels/test.tsv  query-id, corpus-id and score (below 1: not relevant) with tabs between, after these names as a header
+    qrels/test.tsv  query-id, corpus-id and score (below 1: not relevant) with tabs between, after a header of these
 
 As in mteb's own loading a query that qrels/test.tsv does not name is left out, and one with no relevant document there
 counts as 0. A document with the query's id is a document like any other.

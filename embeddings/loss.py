@@ -42,7 +42,7 @@ def info_nce(
 
     vectors: (2 or 3, b, D), anchors, positives and, if there are, hard negatives; any length. The candidates are the
     positives and hard negatives of all processes, equally many rows in each. fp32 whatever the vectors' type: at
-    temperature .05 a cosine rounded to bf16 is off by up to .08 in the logit.
+    temperature .05 cosines rounded to bf16 put two logits up to .08 apart, 2 * 2^-9 / .05.
     dims: the mean of the loss over the first so many dimensions, each, and over all (Matryoshka, arXiv 2205.13147).
     false_negative_margin: leave out what other rows bring and is more similar to the anchor than its positive less so
     much. A row's own positive counts always, and its own hard negative too: that one was given as such.

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from embeddings import bench
 from embeddings.config import SAMPLE, UserError
@@ -32,7 +31,7 @@ def test_bench_prints_its_tables(monkeypatch, capsys):
     given = {"texts": 12, "rounds": 1, "encode_sizes": [4], "batches": ["random"], "memory_sizes": [4, 8]}
     bench.main(SMALL, parts=["encode", "step", "memory"], **given, memory_of="")
     out = capsys.readouterr().out
-    for words in ("threads", "sentence-transformers 6", "amp off", f"model {SAMPLE.model}", "12 texts of ", "random batches of 6"):
+    for words in ("threads", "sentence-transformers ", "amp off", f"model {SAMPLE.model}", "12 texts of ", "of 6 triplets"):
         assert words in out
     figures = dict(re.findall(r"^\| (.+?) \| [\d.]+ \| ([\d.]+) \|$", out.split("memory:")[0], re.MULTILINE))
     assert figures.pop(f"ours, eval_tokens {SMALL.eval_tokens}") == figures.pop("ours") == "1.00"
@@ -70,14 +69,14 @@ def test_both_sides_give_the_same_loss_and_gradient(triplets, monkeypatch):
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-5) and losses[0] > 0.1
     ours, *theirs = gradients
     for other in theirs:
-        assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-6) for a, b in zip(ours, other))
-    assert max(gradient.abs().max() for gradient in ours) > 1e-3
+        for a, b in zip(ours, other):
+            assert (a - b).norm() <= 1e-4 * a.norm() and a.norm() > 1e-3
     assert steps[bench.OURS](1) != pytest.approx(losses[0], rel=1e-3)  # the next batch
 
 
 def test_sides_that_differ_are_refused(monkeypatch, triplets):
     monkeypatch.setattr(bench, "loss_difference", lambda *_: 1e-3)
-    with pytest.raises(RuntimeError, match="losses are 1.0e-03 apart"):
+    with pytest.raises(RuntimeError, match=r"losses are 1\.0e-03 apart"):
         bench.bench_step(SMALL, triplets, rounds=1, order="random")
 
 

@@ -17,6 +17,7 @@ from mteb.abstasks import AbsTaskRetrieval, AbsTaskSTS
 from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
 from mteb.models import EncoderProtocol, SearchProtocol
 from mteb.results import ModelResult, TaskResult
+from mteb.types import PromptType
 from scipy.stats import spearmanr
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
@@ -140,6 +141,13 @@ def test_the_encoder_is_mtebs_protocol(config):
     )
     assert vectors.shape == (3, 32) and np.allclose(np.linalg.norm(vectors, axis=1), 1)
     assert np.allclose(encoder.similarity(vectors, vectors[:2]), vectors @ vectors[:2].T, atol=1e-6)
+    prompted = TextEncoder(encoder.model, encoder.tokenizer, replace(config, query_prompt="the cat "), "embeddings/run")
+    given = {"hf_split": "test", "hf_subset": "default", "prompt_type": PromptType.query}
+    sts, search = (mteb.get_task(name).metadata for name in ("STS12", "SciFact"))
+    assert np.allclose(prompted.encode([{"text": ["a red cat"]}], task_metadata=sts, **given), vectors[0], atol=1e-6)
+    found = prompted.encode([{"text": ["sings"]}, {"text": ["runs"]}], task_metadata=search, **given)
+    expected = embed_texts(encoder.model, encoder.tokenizer, ["the cat sings", "the cat runs"], config)
+    assert np.allclose(found, expected, atol=1e-6)
     turned = vectors[[2, 0, 1]]
     assert np.allclose(encoder.similarity_pairwise(vectors, turned), (vectors * turned).sum(1), atol=1e-6)
 

@@ -89,9 +89,12 @@ def test_a_wrong_flag_ends_with_one_line_that_names_it(project, flags, words, ca
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_names_every_field_from_any_folder(script, tmp_path):
     out, _ = call(str(ROOT / script), "--help", cwd=tmp_path)
+    assert not list(tmp_path.iterdir())
+    if script == "embeddings/minicpm.py":  # from a folder to a folder, before there is anything to configure
+        assert "SRC DST" in out
+        return
     config = import_module(f"{script.split('/')[0]}.config")
-    assert all(f"--{field.name}" in out for field in fields(config.Config))
-    assert "(default: " in out and not list(tmp_path.iterdir())
+    assert "(default: " in out and all(f"--{field.name}" in out for field in fields(config.Config))
 
 
 def test_projects_import_nothing_of_each_other_and_define_no_class_in_scripts():

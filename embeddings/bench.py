@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedTokenizerFast
 
 from common.checkpoint import environment, peak_memory_bytes
-from embeddings.config import Config, UserError, run_script
+from embeddings.config import ROOT, Config, UserError, run_script
 from embeddings.dataset import KEYS, Rows, Tokens, Triplet, epoch_batches, load_splits, tokenize_rows
 from embeddings.evaluate import table
 from embeddings.model import (
@@ -237,7 +237,7 @@ def bench_step(config: Config, triplets: list[Triplet], rounds: int, order: str)
     check_agreement("losses", off, autocast_dtype(config.amp, pick_device()))
     steps, _ = make_steps(config, triplets, STEP_SIDES, order)
     seconds = measure(steps, rounds)
-    print(f"step: {order} batches of {config.batch_size} triplets, chunk_tokens {config.chunk_tokens}, {rounds} rounds;")
+    print(f"step: {order} batches of {config.batch_size} triplets, chunk_tokens {config.chunk_tokens}, {rounds} rounds")
     print(f"losses without dropout at most {off:.1e} apart\n")
     rows = [
         [side, f"{config.batch_size / statistics.median(seconds[side]):.1f}", f"{ratio(seconds, side):.2f}"]
@@ -258,8 +258,20 @@ def reset_peak() -> None:
         file.write_text("5", encoding="ascii")
 
 
+def limit_memory() -> None:
+    """On Linux's CPUs: an allocation beyond what is free fails, so that a whole batch does not end other processes."""
+    info = Path("/proc/meminfo")
+    if torch.cuda.is_available() or not info.exists():
+        return
+    import resource  # not on Windows
+
+    free = next(line for line in info.read_text(encoding="ascii").splitlines() if line.startswith("MemAvailable:"))
+    resource.setrlimit(resource.RLIMIT_DATA, (int(free.split()[1]) * 1024, resource.RLIM_INFINITY))
+
+
 def print_peak_memory(side: str, config: Config) -> None:
     """What peak_memory's process does: a small step, so that libraries and optimizer are there, then the measured."""
+    limit_memory()
     triplets, device = load_splits(config).train, pick_device()
     make_steps(replace(config, batch_size=2), triplets, (side,), "longest_first")[0][side](0)
     steps, _ = make_steps(config, triplets, (side,), "longest_first")
@@ -269,25 +281,24 @@ def print_peak_memory(side: str, config: Config) -> None:
     print(json.dumps({"before_bytes": before, "peak_memory_bytes": peak_memory_bytes(device.type)}))
 
 
-def peak_memory(side: str, config: Config) -> float:
-    """MB of one step above what a fresh process held before it."""
+def peak_memory(side: str, config: Config) -> str:
+    """MB of one step above what a fresh process held before it, or that it does not fit. Raises UserError."""
     flags = [f"--{name}={value}" for name, value in asdict(config).items() if value != ""] + [f"--memory_of={side}"]
-    result = subprocess.run(
-        [sys.executable, __file__, *flags], capture_output=True, text=True, env=os.environ | {"PYTHONUTF8": "1"}
-    )
-    if result.returncode:
-        raise UserError(f"the process of {side} at batch_size {config.batch_size} ended: {result.stderr[-300:]}")
-    found = json.loads(result.stdout.splitlines()[-1])
-    return (found["peak_memory_bytes"] - found["before_bytes"]) / 1e6
+    settings = {"capture_output": True, "text": True, "cwd": ROOT, "env": os.environ | {"PYTHONUTF8": "1"}}
+    result = subprocess.run([sys.executable, __file__, *flags], **settings)
+    if result.returncode == 0:
+        found = json.loads(result.stdout.splitlines()[-1])
+        return f"{(found['peak_memory_bytes'] - found['before_bytes']) / 1e6:.0f}"
+    cause = result.stderr.splitlines()[-1] if result.stderr else f"status {result.returncode}"
+    if "memory" in cause:  # PyTorch's words on a CPU and run_script's of a GPU
+        return "does not fit"
+    raise UserError(f"{side} with batch_size {config.batch_size}: {cause}")
 
 
 def bench_memory(config: Config, sizes: list[int]) -> None:
     """Print the peak of each side at each batch size."""
     print(f"memory: MB of one step, chunk_tokens {config.chunk_tokens}, an epoch's longest batch of so many triplets\n")
-    rows = [
-        [side, *(f"{peak_memory(side, replace(config, batch_size=size)):.0f}" for size in sizes)]
-        for side in MEMORY_SIDES
-    ]
+    rows = [[side, *(peak_memory(side, replace(config, batch_size=size)) for size in sizes)] for side in MEMORY_SIDES]
     print("\n".join(table(["side", *map(str, sizes)], rows)))
 
 

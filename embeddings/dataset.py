@@ -55,27 +55,38 @@ def normalized(text: str) -> str:
     return " ".join(text.split())
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The number and text of each line that is not blank. Raises UserError for what is no UTF-8."""
+def decoded_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The number and text of every line, with its end. Raises UserError for what is no UTF-8."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
                 reason = f"found byte {line[error.start]:#x} ({error.reason})"
                 raise UserError(f"{path}, line {number}: expected UTF-8, {reason}") from error
-            if text.strip():
-                yield number, text
+            yield number, text
 
 
-def parse_triplet(line: str, number: int) -> Triplet:
-    """One JSON line. Raises ValueError saying what is wrong with it."""
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The number and text of each line that is not blank. Raises UserError."""
+    for number, text in decoded_lines(path):
+        if text.strip():
+            yield number, text.rstrip("\r\n")
+
+
+def parse_object(path: Path, number: int, line: str) -> dict:
+    """A line's JSON object. Raises UserError saying what is there instead."""
     try:
-        row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"expected a JSON object, found {line[:40]!r} ({error})") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"expected a JSON object, found {line[:40]!r}")
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:  # ValueError: no JSON, or a number of thousands of digits
+        raise UserError(f"{path}, line {number}: expected a JSON object, found {line[:40]!r} ({error})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}, line {number}: expected a JSON object, found {line[:40]!r}")
+    return value
+
+
+def parse_triplet(row: dict, number: int) -> Triplet:
+    """The JSON object of one line. Raises ValueError saying what is wrong with it."""
     texts = []
     for key in KEYS:
         value = row.get(key)
@@ -97,8 +108,8 @@ def read_triplets(path: Path) -> list[Triplet]:
     rows = []
     for number, line in read_lines(path):
         try:
-            rows.append(parse_triplet(line, number))
-        except ValueError as error:  # JSON and surrogates are ValueErrors too
+            rows.append(parse_triplet(parse_object(path, number, line), number))
+        except ValueError as error:
             raise UserError(f"{path}, line {number}: {error}") from error
         if (rows[-1].negative is None) != (rows[0].negative is None):
             has = "a" if rows[-1].negative else "no"

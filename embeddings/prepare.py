@@ -32,7 +32,7 @@ import numpy as np
 
 from common.checkpoint import write_atomically, write_text
 from embeddings.config import ROOT, Config, UserError, run_script, shown
-from embeddings.dataset import KEYS, Triplet, normalized, read_lines, read_pairs
+from embeddings.dataset import KEYS, Triplet, decoded_lines, normalized, parse_object, read_lines, read_pairs
 
 TITLE = "# Prepared triplets"  # of summary.md
 SIMCSE = ("sent0", "sent1", "hard_neg")
@@ -49,29 +49,6 @@ COUNTS = (  # of each source; the second and the fourth of those with pairs only
 
 Hypothesis = tuple[int, str, str, str]  # line, gold label, premise, hypothesis
 Source = tuple[str, list[Triplet], Counter]  # format, triplets without empty ones, how many there were of COUNTS
-
-
-def text_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The number and the text of every line, blank ones too, with its end. Raises UserError for what is no UTF-8."""
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                reason = f"found byte {line[error.start]:#x} ({error.reason})"
-                raise UserError(f"{path}, line {number}: expected UTF-8, {reason}") from error
-            yield number, text
-
-
-def parse_object(path: Path, number: int, line: str) -> dict:
-    """A line's JSON object. Raises UserError."""
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}, line {number}: expected a JSON object, found {line[:40]!r} ({error})") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}, line {number}: expected a JSON object, found {line[:40]!r}")
-    return value
 
 
 def read_objects(path: Path, keys: tuple[str, ...]) -> Iterator[tuple[int, list[str | None]]]:
@@ -105,7 +82,7 @@ def read_columns(path: Path, rows: Iterator[tuple[int, list[str]]], names: tuple
 
 def split_csv(path: Path) -> Iterator[tuple[int, list[str]]]:
     """The number of its first line and the fields of each row; quotes may hold commas and line ends."""
-    reader, number = csv.reader((line for _, line in text_lines(path)), strict=True), 1
+    reader, number = csv.reader((line for _, line in decoded_lines(path)), strict=True), 1
     try:
         for fields in reader:
             if fields:
@@ -121,7 +98,7 @@ def read_parallel(path: Path) -> Iterator[Hypothesis]:
     for other in paths:
         if not other.is_file():
             raise UserError(f"{other} not found: it belongs to {path}")
-    for number, found in enumerate(zip_longest(*map(text_lines, paths)), 1):
+    for number, found in enumerate(zip_longest(*map(decoded_lines, paths)), 1):
         if None in found:
             short = paths[found.index(None)]
             raise UserError(f"{short}, line {number}: the file is at its end, {path.name} and the others go on")

@@ -6,7 +6,7 @@ without its output layer, which is the transposed embedding, in fp32.
 
     python embeddings/sample/make_model.py
 
-About four minutes on one thread. Not the same bytes on every processor.
+About three minutes on one thread. Not the same bytes on every processor.
 """
 
 import math

@@ -15,7 +15,12 @@ from sklearn.metrics import average_precision_score, precision_recall_fscore_sup
 
 from common import checkpoint
 from common.checkpoint import Best, Run, RunError, StopSignal, best_folder, run_results, write_atomically, write_json
-from common.metrics import classification_metrics, mean_average_precision, multilabel_metrics
+from common.metrics import (
+    classification_metrics,
+    correlation_metrics,
+    mean_average_precision,
+    multilabel_metrics,
+)
 from common.seed import epoch_generator, mix, seed_everything, seed_micro_batch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -370,3 +375,19 @@ def test_peak_memory_is_this_processs_own():
     out = subprocess.run([sys.executable, "-c", PEAK], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     before, after = map(int, out.split())
     assert after - before > 290_000_000 and after < len(ballast)
+
+
+def test_correlations_are_those_of_values_and_of_ranks():
+    """By hand: Pearson's formula on the values, and on their ranks, where ties share the mean of their places."""
+    scores, similarities = [0.0, 5.0, 2.5, 2.5, 4.0], [0.1, 0.7, 0.2, 0.6, 0.6]
+
+    def pearson(x: list[float], y: list[float]) -> float:
+        dx, dy = (np.array(values) - np.mean(values) for values in (x, y))
+        return float((dx * dy).sum() / np.sqrt((dx**2).sum() * (dy**2).sum()))
+
+    found = correlation_metrics(scores, similarities)
+    assert found["pairs"] == 5 and found["pearson"] == pytest.approx(pearson(scores, similarities))
+    assert found["spearman"] == pytest.approx(pearson([1, 5, 2.5, 2.5, 4], [1, 5, 2, 3.5, 3.5]))
+    assert correlation_metrics(scores, [-2 * score for score in scores])["spearman"] == pytest.approx(-1)
+    with pytest.raises(ValueError, match="no correlation with a constant"):
+        correlation_metrics(scores, [1.0] * 5)

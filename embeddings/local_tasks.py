@@ -151,7 +151,7 @@ def retrieval_task(folder: str) -> LocalRetrieval:
     corpus, queries = read_texts(files[0], titles=True), read_texts(files[1], titles=False)
     qrels = read_qrels(files[2], queries, corpus)
     documents = [{"id": key, "title": title, "text": text} for key, (title, text) in corpus.items()]
-    asked = [{"id": key, "text": text} for key, (_, text) in queries.items() if key in qrels]
+    asked = [{"id": key, "text": text} for key, (_, text) in queries.items()]
     split = RetrievalSplitData(
         corpus=Dataset.from_list(documents), queries=Dataset.from_list(asked), relevant_docs=qrels, top_ranked=None
     )

@@ -86,14 +86,16 @@ class Config:
         default="auto", help="auto: bf16 where the hardware has it, else fp16 with loss scaling on a GPU, else off"
     )
     gradient_checkpointing: bool = HfArg(default=False, help="recompute activations: less memory, about 1/3 slower")
-    eval_tokens: int = HfArg(default=16384, help="padded tokens in a batch without gradients")
+    eval_tokens: int = HfArg(
+        default=0, help="padded tokens in a batch without gradients; 0: 16384 on a GPU, 512 on a CPU (README.md)"
+    )
     logging_steps: int = HfArg(default=10, help="optimizer steps between log lines")
     save_steps: int = HfArg(default=100, help="optimizer steps between saves of last.pt, besides each evaluation")
 
     def __post_init__(self):
         at_least = {"max_length": 4, "rank": 1, "batch_size": 1, "chunk_tokens": 1, "max_steps": 1, "eval_steps": 1}
-        at_least |= {"eval_tokens": 1, "logging_steps": 1, "save_steps": 1}
-        at_least |= dict.fromkeys(("seed", "patience", "warmup_steps"), 0)
+        at_least |= {"logging_steps": 1, "save_steps": 1}
+        at_least |= dict.fromkeys(("seed", "patience", "warmup_steps", "eval_tokens"), 0)
         at_least |= dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm", "alpha"), 0)
         for name, least in at_least.items():
             if not least <= getattr(self, name) < float("inf"):

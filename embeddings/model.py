@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.utils.logging import get_verbosity, set_verbosity, set_verbosity_error
 
 from common.checkpoint import best_folder, write_json
 from common.seed import seed_everything
@@ -192,7 +193,10 @@ def load_encoder(config: Config, dtype: torch.dtype | None, folder: Path | None 
         encoder = encoder.to(dtype or torch.float32)
     else:
         settings = {"dtype": dtype or "auto", "output_loading_info": True}
+        verbosity = get_verbosity()
+        set_verbosity_error()  # what is missing is looked at here; transformers also reports an unused pooler
         encoder, info = load_part(source, "model", AutoModel.from_pretrained, **settings)
+        set_verbosity(verbosity)
         missing = {name for name in info["missing_keys"] if not name.startswith("pooler.")}  # no pooling here uses it
         if wrong := sorted(missing) + sorted(str(key) for key in info["mismatched_keys"]):
             raise UserError(f"{source} lacks {len(wrong)} of the model's weights, the first is {wrong[0]}")
@@ -311,7 +315,8 @@ def embed_tokens(
     device = next(model.parameters()).device
     dtype = autocast_dtype(config.amp, device)
     vectors = torch.zeros(len(chosen), model.encoder.config.hidden_size)
-    batches = cut(tokens.lengths[chosen], config.eval_tokens)
+    budget = config.eval_tokens or (16384 if device.type == "cuda" else 512)  # what fits a core's cache
+    batches = cut(tokens.lengths[chosen], budget)
     training = model.training
     model.eval()
     bar = tqdm(batches, desc="encoding", leave=False, disable=None if progress else True)

@@ -40,7 +40,7 @@ from embeddings.dataset import (
     tokenize_rows,
 )
 from embeddings.evaluate import check_data, correlation, evaluate_run, pair_texts, print_summary
-from embeddings.grad_cache import cached_backward, whole_batch_backward
+from embeddings.grad_cache import cached_backward
 from embeddings.loss import info_nce
 from embeddings.model import (
     Embedder,
@@ -109,8 +109,7 @@ def batch_gradient(
         return scaler.scale(total / config.batch_size)
 
     model.train()
-    backward = whole_batch_backward if len(chunks) == 1 else cached_backward
-    scaled = backward(embed, loss, len(chunks))
+    scaled = cached_backward(embed, loss, len(chunks))
     sum_gradients(model.trained_parameters().values(), processes)
     return scaled.item() / scaler.get_scale()
 

@@ -43,7 +43,7 @@ from embeddings.dataset import (
     tokenize,
     tokenize_rows,
 )
-from embeddings.grad_cache import cached_backward, whole_batch_backward
+from embeddings.grad_cache import cached_backward
 from embeddings.lora import (
     LoRALinear,
     adapters,
@@ -508,6 +508,13 @@ def setting(dropout: float, rows: int = 8, dtype: torch.dtype = torch.float32) -
     return Embedder(encoder, "last"), random_tokens(3 * rows), np.arange(3 * rows).reshape(rows, 3)
 
 
+def whole_batch_backward(embed, loss, chunks: int) -> torch.Tensor:
+    """What cached_backward must equal: all chunks in one graph."""
+    found = loss(torch.cat([embed(number) for number in range(chunks)]))
+    found.backward()
+    return found.detach()
+
+
 def gradient_of(model: Embedder, tokens: Tokens, texts: np.ndarray, config, step: int = 0) -> tuple[float, dict]:
     """The loss and the adapters' gradients by the loop's own function."""
     scaler = torch.amp.GradScaler("cpu", enabled=False)
@@ -550,6 +557,33 @@ def test_without_dropout_the_cached_gradient_is_that_of_the_whole_batch():
     assert gradient_of(model, tokens, texts, masked)[0] == pytest.approx(
         info_nce(torch.stack(vectors), 0.05, [8], 0.0).item() / 8, rel=1e-5
     )
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_one_chunk_at_a_time_has_a_graph_and_each_but_the_first_runs_twice(chunks):
+    weight, calls, graphs, most = torch.ones(4, 4, requires_grad=True), [], set(), []
+
+    class Kept(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, product, number):
+            ctx.number = number
+            graphs.add(number)
+            most.append(len(graphs))
+            return product.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            graphs.remove(ctx.number)
+            return gradient, None
+
+    def embed(number: int) -> torch.Tensor:
+        calls.append((number, torch.is_grad_enabled()))
+        product = torch.ones(2, 4) @ weight
+        return Kept.apply(product, number) if torch.is_grad_enabled() else product
+
+    cached_backward(embed, lambda vectors: vectors.sum(), chunks)
+    assert calls == [(0, True), *((n, False) for n in range(1, chunks)), *((n, True) for n in range(1, chunks))]
+    assert max(most) == 1 and not graphs and torch.equal(weight.grad, torch.full((4, 4), 2.0 * chunks))
 
 
 def test_a_chunk_whose_dropout_is_not_replayed_gives_another_gradient():

@@ -51,10 +51,10 @@ from embeddings.model import (
     build_model,
     embed_texts,
     load_embedder,
-    load_tokenizer,
     pick_device,
 )
 from embeddings.parallel import Processes
+from embeddings.tokenizer import load_tokenizer
 from embeddings.train import batch_gradient, make_optimizer, update
 
 POOLING_MODES = {"last": "lasttoken", "mean": "mean", "cls": "cls"}  # sentence-transformers' names

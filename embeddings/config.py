@@ -83,7 +83,9 @@ class Config:
     seed: int = HfArg(default=42, help="seed of adapters, batch order and dropout")
     deterministic: bool = HfArg(default=False, help="ask PyTorch for deterministic algorithms (slower on CUDA)")
     amp: Literal["auto", "bf16", "fp16", "off"] = HfArg(
-        default="auto", help="auto: bf16 where the hardware has it, else fp16 with loss scaling on a GPU, else off"
+        default="auto",
+        help="auto: bf16 where the hardware has it, else fp16 with loss scaling on a GPU, else off; the frozen weights "
+        "are held in that type too",
     )
     gradient_checkpointing: bool = HfArg(default=False, help="recompute activations: less memory, about 1/3 slower")
     eval_tokens: int = HfArg(

@@ -4,9 +4,9 @@ train.jsonl: {"anchor": "...", "positive": "...", "negative": "..."} a line; the
 them. sts-dev.csv and sts-test.csv: STS-B's own files; SICK's are read too. prepare.py makes train.jsonl of NLI corpora.
 """
 
-import csv
 import hashlib
 import json
+from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -24,6 +24,7 @@ from embeddings.config import ROOT, Config, UserError
 KEYS = ("anchor", "positive", "negative")
 TOKENIZED_TEXTS = 10_000  # at a time
 SORT_WINDOW = 20  # batches among which lengths are sorted
+WAITING_TRIED = 4  # batches' worth of the rows that wait for one without their texts
 
 
 class Triplet(NamedTuple):
@@ -128,7 +129,7 @@ def read_pairs(path: Path) -> list[Pair]:
     """
     columns, pairs = None, []
     for number, line in read_lines(path):
-        fields = next(csv.reader([line], delimiter="\t", quoting=csv.QUOTE_NONE))
+        fields = line.split("\t")
         if columns is None:
             names = ("sentence_A", "sentence_B", "relatedness_score")
             is_sick = all(name in fields for name in names)
@@ -197,6 +198,9 @@ class Tokens(NamedTuple):
     def lengths(self) -> np.ndarray:
         return np.diff(self.starts)
 
+    def lengths_of(self, chosen: np.ndarray) -> np.ndarray:
+        return self.starts[chosen + 1] - self.starts[chosen]
+
 
 def tokenize(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerFast, config: Config, progress: bool = False
@@ -205,16 +209,16 @@ def tokenize(
 
     Raises UserError where pooling is last and a text does not end in EOS: its vector would be that of another token.
     """
-    dtype = np.uint16 if len(tokenizer) <= 2**16 else np.int32
     blocks, lengths = [], []
     for first in tqdm(
         range(0, len(texts), TOKENIZED_TEXTS), desc="tokenizing", leave=False, disable=None if progress else True
     ):
         block = list(texts[first : first + TOKENIZED_TEXTS])
         found = tokenizer(block, truncation=True, max_length=config.max_length)["input_ids"]
-        blocks.append(np.fromiter(chain.from_iterable(found), dtype))
+        ids = np.fromiter(chain.from_iterable(found), np.int32)
+        blocks.append(ids.astype(np.uint16) if ids.max(initial=0) < 2**16 else ids)
         lengths.extend(map(len, found))
-    ids, starts = np.concatenate(blocks or [np.zeros(0, dtype)]), np.cumsum([0, *lengths])
+    ids, starts = np.concatenate(blocks), np.cumsum([0, *lengths])
     if 0 in lengths:
         raise UserError(f"{config.model}: its tokenizer makes no token of {texts[lengths.index(0)]!r}")
     if config.pooling == "last" and (wrong := np.flatnonzero(ids[starts[1:] - 1] != tokenizer.eos_token_id)).size:
@@ -224,7 +228,7 @@ def tokenize(
 
 def pad(tokens: Tokens, chosen: np.ndarray, pad_token_id: int) -> dict[str, Tensor]:
     """The chosen texts' input_ids and attention_mask (B, T), padded on the right to the longest of them."""
-    lengths = tokens.lengths[chosen]
+    lengths = tokens.lengths_of(chosen)
     mask = np.arange(lengths.max()) < lengths[:, None]
     input_ids = np.full(mask.shape, pad_token_id, dtype=np.int64)
     input_ids[mask] = np.concatenate([tokens.ids[tokens.starts[n] : tokens.starts[n + 1]] for n in chosen])
@@ -277,11 +281,20 @@ def epoch_batches(rows: Rows, batch_size: int, seed: int, epoch: int) -> list[np
     windows = [order[first : first + window] for first in range(0, len(order), window)]
     stream = chain.from_iterable(part[np.argsort(rows.lengths[part], kind="stable")] for part in windows)
     meant, every = rows.identities[:, :2].tolist(), rows.identities.tolist()
-    batches, waiting = [], iter(())
+    batches, waiting = [], deque()
+
+    def candidates() -> Iterator[int]:
+        """Some that wait, so that a text that is everywhere costs no more; new rows; where these end, all that wait."""
+        for _ in range(min(WAITING_TRIED * batch_size, len(waiting))):
+            yield waiting.popleft()
+        yield from stream
+        while waiting:
+            yield waiting.popleft()
+
     while True:
         batch, repeating = [], []
         batch_meant, batch_every = set(), set()  # anchors and positives; all texts
-        for row in chain(waiting, stream):
+        for row in candidates():
             if batch_every.isdisjoint(meant[row]) and batch_meant.isdisjoint(every[row]):
                 batch.append(row)
                 batch_meant.update(meant[row])
@@ -294,4 +307,4 @@ def epoch_batches(rows: Rows, batch_size: int, seed: int, epoch: int) -> list[np
             shuffled = torch.randperm(len(batches), generator=generator).tolist()
             return [np.array(batches[place]) for place in shuffled]
         batches.append(batch)
-        waiting = iter([*repeating, *waiting])
+        waiting.extend(repeating)

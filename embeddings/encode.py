@@ -102,6 +102,8 @@ def main(config: Config, input: str, output: str, query: str, top: int, prompt: 
     path = Path(output)
     if output != "-" and (path.suffix not in (".npy", ".jsonl") or query):
         raise UserError(f"--output {output}: a name that ends in .npy or .jsonl is needed, and no --query")
+    if query and prompt != "none":
+        raise UserError(f"--prompt {prompt}: with --query the prompts are query_prompt and, for lines, document_prompt")
     if top < 1:
         raise UserError(f"--top {top} is out of range: at least 1")
     prompts = {"none": "", "query": config.query_prompt, "document": config.document_prompt}
@@ -120,8 +122,11 @@ def main(config: Config, input: str, output: str, query: str, top: int, prompt: 
         elif output == "-":
             return write_jsonl(stream, input, encode, sys.stdout.write)
         else:
-            with open(path, "w", encoding="utf-8", newline="\n") as file:
-                return write_jsonl(stream, input, encode, file.write)
+            temporary = path.with_name(path.name + ".tmp")
+            with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+                failed = write_jsonl(stream, input, encode, file.write)
+            os.replace(temporary, path)
+            return failed
     return 0
 
 

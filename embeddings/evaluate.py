@@ -15,6 +15,7 @@ if not __package__:  # run as a script: import from the repository root, not fro
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from common.checkpoint import Run, RunError, best_folder, write_text
@@ -32,12 +33,14 @@ def pair_texts(pairs: list[Pair]) -> list[str]:
 def correlation(vectors: Tensor, pairs: list[Pair]) -> tuple[dict, np.ndarray]:
     """correlation_metrics of people's scores with the cosines (N,), and these; vectors (2 N, D) of pair_texts.
 
-    Raises UserError where all texts have the same vector.
+    Raises UserError where vectors are not finite or all the same.
     """
+    if not torch.isfinite(vectors).all():
+        raise UserError("the vectors are not finite: a lower learning_rate, or amp bf16 or off, may help")
     first, second = vectors.double().chunk(2)
     cosines = (first * second).sum(1).numpy()
-    if np.ptp(cosines) == 0:
-        raise UserError("all pairs have the same cosine: the model tells no texts apart")
+    if np.ptp(cosines) < 1e-6:  # rounding alone
+        raise UserError("all pairs have the same cosine: as with pooling cls, which shows a causal decoder one token")
     return correlation_metrics([pair.score for pair in pairs], cosines.tolist()), cosines
 
 
@@ -97,12 +100,13 @@ def report(scores: dict, history: list[dict], config: Config) -> str:
     """The readable evaluation."""
     lines = [f"# {config.model} on {config.data_dir}", ""]
     lines += ["Correlation of the cosine with people's scores. The step was chosen on validation: its row flatters."]
+    lines += [f"These are of the model in best/ as it is saved, adapter merged, computed with amp {config.amp}."]
     lines += ["Nothing was chosen on test." if "test" in scores else "There is no test split: no test figure.", ""]
     columns = ["pairs", "spearman", "pearson"]
     rows = [[name, *(found[column] for column in columns)] for name, found in scores.items()]
     lines += table(["split", *columns], rows)
     columns = ["step", "epoch", "spearman", "pearson"]
-    lines += ["## Steps (validation, the adapter unmerged)", ""]
+    lines += ["## Steps (validation, before merging, as the step was chosen)", ""]
     lines += table(columns, [[record[column] for column in columns] for record in history])
     return "\n".join(lines)
 

@@ -52,8 +52,10 @@ def add_adapters(model: PreTrainedModel, targets: str, rank: int, alpha: float, 
     linear = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not name.startswith("pooler.")
+        if isinstance(module, nn.Linear) and name.split(".")[0] != "pooler"
     ]
+    if not linear:
+        raise RuntimeError(f"{type(model).__name__} has no linear layers of torch's own kind")  # GPT-2's are Conv1D
     wanted = {target.strip() for target in targets.split(",")}
     own_names = {name.rpartition(".")[2] for name in linear}
     if targets != "all-linear" and (absent := sorted(wanted - own_names)):

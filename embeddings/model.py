@@ -3,26 +3,24 @@
 B batch, T tokens, D hidden, N texts
 """
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from huggingface_hub import try_to_load_from_cache
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils.logging import get_verbosity, set_verbosity, set_verbosity_error
 
 from common.checkpoint import best_folder, write_json
 from common.seed import seed_everything
 from embeddings.bidirectional import make_bidirectional
-from embeddings.config import ROOT, Config, UserError, parse_dims, run_path
+from embeddings.config import Config, UserError, parse_dims, run_path
 from embeddings.dataset import Tokens, cut, pad, tokenize
 from embeddings.lora import add_adapters, load_adapter, merge_adapters, save_adapter
+from embeddings.tokenizer import load_part, load_tokenizer, model_source
 
 POOLING_MODES = {"last": "lasttoken", "mean": "mean_tokens", "cls": "cls_token"}  # sentence-transformers' names
 
@@ -61,115 +59,14 @@ class Embedder(nn.Module):
         self.load_state_dict(state, strict=False)
 
 
-def model_source(config: Config) -> str:
-    """What from_pretrained takes: an absolute folder, or a name on the hub that this machine's cache has."""
-    if (ROOT / config.model).is_dir():
-        return str(ROOT / config.model)
-    try:
-        cached = try_to_load_from_cache(config.model, "config.json")
-    except ValueError:  # no name that the hub could have: a mistyped path
-        cached = None
-    if isinstance(cached, str):
-        return config.model
-    if config.model == Config().model:
-        raise UserError(
-            f"model {config.model} is not on this machine: `hf download openbmb/MiniCPM-2B-dpo-bf16 --local-dir m` and "
-            f"`python embeddings/minicpm.py m {config.model}` make it; any decoder or encoder does as well "
-            "(--model), --sample needs no download"
-        )
-    if Path(config.model).is_absolute() or config.model.count("/") > 1:
-        raise UserError(f"model {config.model}: there is no such folder")
-    raise UserError(
-        f"model {config.model} is not on this machine: `hf download {config.model}` gets it, a folder on this machine "
-        "does as well, --sample needs no download"
-    )
-
-
-def load_part(source: str | Path, what: str, load: Callable, **settings):
-    """Call one of transformers' from_pretrained on this machine's files; UserError with the source and the cause."""
-    try:
-        return load(source, local_files_only=True, **settings)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # no common base: OSError, ValueError, KeyError, SafetensorError, UnpicklingError ...
-        raise UserError(f"the {what} of {source} does not load: {type(error).__name__}: {error}") from error
-
-
-def load_tokenizer(config: Config, folder: Path | None = None) -> PreTrainedTokenizerFast:
-    """The fast tokenizer of a folder, or of the config's model; with pooling "last" it ends each text in EOS.
-
-    Raises UserError.
-    """
-    source = folder or model_source(config)
-    tokenizer = load_part(source, "tokenizer", AutoTokenizer.from_pretrained)
-    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # what transformers makes up where there are no files
-        raise UserError(f"{source} holds no tokenizer: tokenizer.json is missing")
-    if not tokenizer.is_fast:
-        raise UserError(f"{source}: needs a fast tokenizer")
-    if tokenizer.pad_token is None:  # Llama; which id fills the masked places does not matter
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
-    tokenizer.padding_side = tokenizer.truncation_side = "right"
-    if config.pooling == "last":
-        end_in_eos(tokenizer, config)
-    tokenizer.model_max_length = config.max_length
-    return tokenizer
-
-
-def ends_in_eos(tokenizer: PreTrainedTokenizerFast) -> bool:
-    """Whether EOS, once, is the last token of a text, short or truncated."""
-    found = [tokenizer(text, truncation=True, max_length=8)["input_ids"] for text in ("a", "a b c d " * 8)]
-    return all(ids.count(tokenizer.eos_token_id) == 1 and ids[-1] == tokenizer.eos_token_id for ids in found)
-
-
-def end_in_eos(tokenizer: PreTrainedTokenizerFast, config: Config) -> None:
-    """Let the tokenizer's own post-processor add EOS, so that truncation keeps it and every later loader has it.
-
-    Raises UserError where there is no EOS, or a tokenizer that does not take it.
-    """
-    if tokenizer.eos_token is None:
-        raise UserError(f"{config.model}: its tokenizer has no EOS token, which pooling last needs: mean or cls do not")
-    if ends_in_eos(tokenizer):
-        return
-    if "add_eos_token" in tokenizer.init_kwargs:  # Llama: its loader makes the post-processor anew from this setting
-        tokenizer.add_eos_token = tokenizer.init_kwargs["add_eos_token"] = True
-    if not ends_in_eos(tokenizer):
-        append_to_template(tokenizer.backend_tokenizer, tokenizer.eos_token, tokenizer.eos_token_id)
-    if not ends_in_eos(tokenizer):
-        raise UserError(f"{config.model}: its tokenizer does not take {tokenizer.eos_token} at the end of a text")
-
-
-def append_to_template(backend: Tokenizer, token: str, token_id: int) -> None:
-    """Let the post-processor put a token after each text: in the template that is there, or in a new one.
-
-    Two templates in a row would not do: the second one would treat the first one's special tokens as texts.
-    """
-    state = json.loads(backend.to_str())
-    found = state["post_processor"]
-    steps = found["processors"] if found and found["type"] == "Sequence" else [found] if found else []
-    template = next((step for step in steps if step["type"] == "TemplateProcessing"), None)
-    if template is None:
-        texts = [{"Sequence": {"id": name, "type_id": number}} for number, name in enumerate("AB")]
-        template = {"type": "TemplateProcessing", "single": texts[:1], "pair": texts, "special_tokens": {}}
-        steps.append(template)
-    template["special_tokens"][token] = {"id": token, "ids": [token_id], "tokens": [token]}
-    for form in ("single", "pair"):
-        pieces = []
-        for piece in template[form]:
-            pieces.append(piece)
-            if "Sequence" in piece:
-                pieces.append({"SpecialToken": {"id": token, "type_id": piece["Sequence"]["type_id"]}})
-        template[form] = pieces
-    state["post_processor"] = {"type": "Sequence", "processors": steps}
-    backend.post_processor = Tokenizer.from_str(json.dumps(state)).post_processor
-
-
 def check_shape(config: Config, encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
     """Raises UserError where the config asks for more than the backbone has."""
     shape = encoder.config
-    if not hasattr(shape, "hidden_size") or not hasattr(shape, "vocab_size"):
+    is_text = hasattr(shape, "hidden_size") and hasattr(shape, "vocab_size")
+    if not is_text or shape.is_encoder_decoder:
         raise UserError(f"{config.model} is a {shape.model_type} model: a text decoder or encoder is needed")
-    if len(tokenizer) > shape.vocab_size:
-        raise UserError(f"{config.model}: {len(tokenizer)} tokens do not fit {shape.vocab_size} embeddings")
+    if (largest := max(tokenizer.get_vocab().values())) >= shape.vocab_size:
+        raise UserError(f"{config.model}: its tokenizer has the id {largest}, the model {shape.vocab_size} embeddings")
     if too_many := [size for size in parse_dims(config.matryoshka_dims) if size >= shape.hidden_size]:
         raise UserError(f"matryoshka_dims {too_many[0]}: {config.model} has vectors of {shape.hidden_size} dimensions")
     positions = getattr(shape, "max_position_embeddings", None) or config.max_length
@@ -195,8 +92,10 @@ def load_encoder(config: Config, dtype: torch.dtype | None, folder: Path | None 
         settings = {"dtype": dtype or "auto", "output_loading_info": True}
         verbosity = get_verbosity()
         set_verbosity_error()  # what is missing is looked at here; transformers also reports an unused pooler
-        encoder, info = load_part(source, "model", AutoModel.from_pretrained, **settings)
-        set_verbosity(verbosity)
+        try:
+            encoder, info = load_part(source, "model", AutoModel.from_pretrained, **settings)
+        finally:
+            set_verbosity(verbosity)
         missing = {name for name in info["missing_keys"] if not name.startswith("pooler.")}  # no pooling here uses it
         if wrong := sorted(missing) + sorted(str(key) for key in info["mismatched_keys"]):
             raise UserError(f"{source} lacks {len(wrong)} of the model's weights, the first is {wrong[0]}")
@@ -316,7 +215,7 @@ def embed_tokens(
     dtype = autocast_dtype(config.amp, device)
     vectors = torch.zeros(len(chosen), model.encoder.config.hidden_size)
     budget = config.eval_tokens or (16384 if device.type == "cuda" else 512)  # what fits a core's cache
-    batches = cut(tokens.lengths[chosen], budget)
+    batches = cut(tokens.lengths_of(chosen), budget)
     training = model.training
     model.eval()
     bar = tqdm(batches, desc="encoding", leave=False, disable=None if progress else True)

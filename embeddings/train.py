@@ -47,7 +47,6 @@ from embeddings.model import (
     autocast_dtype,
     build_model,
     embed_tokens,
-    load_tokenizer,
     save_merged,
     save_trained,
 )
@@ -60,6 +59,7 @@ from embeddings.parallel import (
     summed,
     wait_for_all,
 )
+from embeddings.tokenizer import load_tokenizer
 
 
 def make_optimizer(
@@ -92,7 +92,7 @@ def batch_gradient(
     rank, _, device = processes
     dtype = autocast_dtype(config.amp, device)
     flat = texts.T.flatten()  # anchors, then positives, then negatives
-    chunks = cut(tokens.lengths[flat], config.chunk_tokens)
+    chunks = cut(tokens.lengths_of(flat), config.chunk_tokens)
     places = torch.from_numpy(np.argsort(np.concatenate(chunks))).to(device)  # of each text among the chunks' vectors
     margin = config.false_negative_margin if config.mask_false_negatives else None
 
@@ -152,10 +152,7 @@ def validate(
     vectors = torch.zeros(2 * len(pairs), model.encoder.config.hidden_size)
     own = np.arange(len(vectors))[processes.rank :: processes.world]
     vectors[own] = embed_tokens(model, tokens, own, pad_token_id, config)
-    vectors = summed(vectors, processes)
-    if not torch.isfinite(vectors).all():
-        raise UserError("the validation vectors are not finite; best/ is untouched. A lower learning_rate may help")
-    return correlation(vectors, pairs)[0]
+    return correlation(summed(vectors, processes), pairs)[0]
 
 
 def refuse_another_machine(run: Run, dtype: torch.dtype | None, world: int) -> None:
@@ -225,14 +222,23 @@ def main(config: Config, check: bool = False) -> int | None:
         return None
 
     # Resume
-    run, finished = None, False
+    run, outcome = None, "to be trained"
     if rank == 0:
-        begun = {"data_sha256": fingerprint(splits), "autocast": str(dtype), "processes": world}
-        run = Run(path, run_config(config), info | begun)
-        if not (finished := run.results is not None):
-            check_data(run, splits, config)
-            refuse_another_machine(run, dtype, world)
-    if from_rank_0(finished, processes):  # another process finished it meanwhile
+        try:
+            begun = {"data_sha256": fingerprint(splits), "autocast": str(dtype), "processes": world}
+            run = Run(path, run_config(config), info | begun)
+            if run.results is None:
+                check_data(run, splits, config)
+                refuse_another_machine(run, dtype, world)
+            else:  # another process finished it meanwhile
+                outcome = "finished"
+        except Exception:
+            from_rank_0("refused", processes)  # the others wait for a word
+            raise
+    outcome = from_rank_0(outcome, processes)
+    if outcome == "refused":
+        return 1
+    if outcome == "finished":
         if run:
             run.close()
             print(last_line(run.results, path))
@@ -285,7 +291,7 @@ def main(config: Config, check: bool = False) -> int | None:
             step, position = step + 1, position + 1
             bar.update()
 
-            totals["tokens"] += int(tokens.lengths[rows.texts[batch]].sum())
+            totals["tokens"] += int(tokens.lengths_of(rows.texts[batch]).sum())
             totals["train_seconds"] += time.perf_counter() - began
             if step % config.logging_steps == 0:
                 record = {"event": "step", "step": step, "epoch": round(epoch + position / len(batches), 4)}

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -21,10 +22,14 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertModel,
+    GPT2Config,
+    GPT2Model,
     LlamaConfig,
     LlamaModel,
     LlamaTokenizer,
     PreTrainedTokenizerFast,
+    T5Config,
+    T5Model,
 )
 
 from common.checkpoint import RunError
@@ -59,13 +64,11 @@ from embeddings.model import (
     build_model,
     embed_texts,
     embed_tokens,
-    end_in_eos,
-    ends_in_eos,
     load_embedder,
-    load_tokenizer,
     pool,
 )
 from embeddings.parallel import Processes
+from embeddings.tokenizer import end_in_eos, ends_in_eos, load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 ALONE = Processes(0, 1, torch.device("cpu"))
@@ -203,6 +206,16 @@ def test_the_order_of_batches_is_a_function_of_seed_and_epoch_and_pads_little():
     assert sizes != sorted(sizes)  # batches of all lengths in turn
 
 
+def test_rows_that_wait_are_tried_again():
+    """A third of the rows share a text: one a batch, and the rest wait until the stream is over."""
+    generator = np.random.default_rng(0)
+    numbers = np.arange(9000).reshape(-1, 3)
+    numbers[generator.permutation(3000)[:1000], 1] = 9000
+    batches = epoch_batches(Rows(numbers, numbers, np.ones(3000, dtype=int)), 10, 0, 0)
+    frequent = [(numbers[batch, 1] == 9000).sum() for batch in batches]
+    assert max(frequent) == 1 and sum(frequent) >= 200 and len(batches) in range(200, 223)
+
+
 def test_a_text_that_is_everywhere_leaves_no_batch():
     numbers = np.array([[0, n, n + 100] for n in range(1, 50)])
     assert epoch_batches(Rows(numbers, numbers, np.ones(49, dtype=int)), 2, 0, 0) == []
@@ -275,7 +288,7 @@ BYTES = processors.ByteLevel(trim_offsets=False)
 
 @pytest.mark.parametrize(
     "kind, begins",
-    [("none", []), ("bos", [1]), ("bytes", []), ("bytes and bos", [1]), ("llama", [1]), ("there", [1])],
+    [("none", []), ("bos", [1]), ("bytes", []), ("bytes and bos", [1]), ("llama", [1]), ("there", [1]), ("opt", [2])],
 )
 def test_the_tokenizer_itself_ends_every_text_in_eos_and_every_loader_keeps_it(kind, begins, tmp_path):
     both = processors.TemplateProcessing(
@@ -286,6 +299,8 @@ def test_the_tokenizer_itself_ends_every_text_in_eos_and_every_loader_keeps_it(k
         tokenizer = LlamaTokenizer(vocab=vocabulary, merges=[], add_bos_token=True, add_eos_token=False)
     else:
         chosen = {"none": None, "bos": BOS, "bytes": BYTES, "there": both}
+        opt = {"single": "</s> $A", "pair": "</s> $A $B:1", "special_tokens": [("</s>", 2)]}
+        chosen["opt"] = processors.TemplateProcessing(**opt)
         chosen["bytes and bos"] = processors.Sequence([BYTES, BOS])
         tokenizer = words_tokenizer(chosen[kind])
     assert ends_in_eos(tokenizer) == (kind == "there")
@@ -297,9 +312,9 @@ def test_the_tokenizer_itself_ends_every_text_in_eos_and_every_loader_keeps_it(k
         assert each("a b")["input_ids"] == [*begins, *plain, 2]
         assert each("")["input_ids"][-1] == 2
         cut_short = each("a b c d " * 10, truncation=True, max_length=6)["input_ids"]
-        assert len(cut_short) == 6 and cut_short[-1] == 2 and cut_short.count(2) == 1
+        assert len(cut_short) == 6 and cut_short[-1] == 2 and cut_short.count(2) == 1 + begins.count(2)
         pair = each("a", "b")["input_ids"]
-        assert pair.count(2) == 2 and pair[-1] == 2
+        assert pair.count(2) == 2 + begins.count(2) and pair[-1] == 2
 
 
 def test_what_cannot_end_in_eos_is_said():
@@ -350,8 +365,9 @@ def test_an_adapted_layer_and_its_gradients_follow_the_formula(bias):
     for ours, theirs in zip(found, torch.autograd.grad((expected * direction).sum(), [x, A, B])):
         assert torch.allclose(ours, theirs, atol=1e-4)
     dropping = LoRALinear(base, 2, 8.0, dropout=0.5)
+    assert torch.equal(dropping(x), base(x))  # B is zero: what is dropped is in the low-rank term alone
     dropping.load_state_dict(layer.state_dict())
-    mean = torch.stack([dropping(x) for _ in range(4000)]).mean(0)  # dropout is on the low-rank term and unbiased
+    mean = torch.stack([dropping(x) for _ in range(4000)]).mean(0)
     assert torch.allclose(mean, expected, atol=0.5) and not torch.equal(dropping(x), dropping(x))
     assert torch.equal(dropping.eval()(x), layer(x))
 
@@ -387,6 +403,8 @@ def test_the_adapters_stay_fp32_on_a_bf16_base_and_merge_in_fp32():
 def test_targets_that_are_not_there_are_named():
     with pytest.raises(RuntimeError, match="no linear layer q_proj; --targets takes dense, key, query, value or all-"):
         add_adapters(tiny_bert(), "q_proj,v_proj", 4, 8.0)
+    with pytest.raises(RuntimeError, match="GPT2Model has no linear layers of torch's own kind"):
+        add_adapters(GPT2Model(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=9)), "all-linear", 4, 8.0)
     model = tiny_bert()
     add_adapters(model, "all-linear", 4, 8.0)
     assert len(adapters(model)) == 12 and not any(name.startswith("pooler") for name in adapters(model))
@@ -817,7 +835,8 @@ def test_equal_runs_are_equal_and_a_stopped_one_goes_on_exactly(settings, small_
 def test_chunks_change_no_number_but_rounding(small_data, tmp_path):
     """Chunked and whole, checkpointed and not: one training, where there is no dropout."""
     states = []
-    for number, settings in enumerate(({}, {"chunk_tokens": 150}, {"gradient_checkpointing": True})):
+    chunked = {"chunk_tokens": 150}
+    for number, settings in enumerate(({}, chunked, {"gradient_checkpointing": True, **chunked})):
         config = short(small_data, lora_dropout=0.0, learning_rate=2e-4, **settings)
         train.main(replace(config, run_dir=str(tmp_path / str(number))))
         states.append(final_state(tmp_path / str(number))["model"])
@@ -863,7 +882,7 @@ def test_sentence_transformers_loads_best_and_gives_the_same_vectors(finished):
     assert np.abs(base - ours).max() > 1e-3
 
 
-@pytest.mark.parametrize("pooling, bidirectional", [("mean", True), ("last", True), ("cls", False)])
+@pytest.mark.parametrize("pooling, bidirectional", [("mean", True), ("last", True), ("cls", True)])
 def test_every_pooling_and_a_bidirectional_decoder_load_elsewhere(pooling, bidirectional, small_data, tmp_path):
     from sentence_transformers import SentenceTransformer
 
@@ -910,6 +929,8 @@ def test_an_unfinished_run_is_used_with_its_best_adapter(small_data, tmp_path, m
 
 
 def test_a_merged_model_keeps_its_bases_type(small_data, tmp_path):
+    from sentence_transformers import SentenceTransformer
+
     encoder = AutoModel.from_pretrained(ROOT / SAMPLE.model, dtype=torch.bfloat16)
     encoder.save_pretrained(tmp_path / "base")
     load_tokenizer(SAMPLE).save_pretrained(tmp_path / "base")
@@ -917,6 +938,8 @@ def test_a_merged_model_keeps_its_bases_type(small_data, tmp_path):
     train.main(config)
     merged = AutoModel.from_pretrained(tmp_path / "run" / "best", dtype="auto")
     assert merged.dtype == torch.bfloat16
+    theirs = SentenceTransformer(str(tmp_path / "run" / "best"), device="cpu", model_kwargs={"dtype": torch.float32})
+    assert np.abs(theirs.encode(TEXTS) - embed_texts(*load_embedder(config), TEXTS, config)).max() < 1e-5
     state, base = final_state(tmp_path / "run")["model"], encoder.state_dict()
     name = "layers.0.self_attn.q_proj"
     lora_A, lora_B = (state[f"encoder.{name}.lora_{part}"] for part in "AB")
@@ -962,6 +985,100 @@ def test_what_does_not_fit_is_said_and_nothing_is_written(settings, words, small
     with pytest.raises(UserError, match=words):
         train.main(short(small_data, **settings, run_dir=str(tmp_path / "run")))
     assert not (tmp_path / "run").exists()
+
+
+def stub_update(gradient: float, enabled: bool, **settings) -> tuple[float, nn.Module, float]:
+    """One update of a model with a given gradient everywhere: the norm, the model and the next learning rate."""
+    config = replace(SAMPLE, learning_rate=0.1, warmup_steps=0, max_steps=10, **settings)
+    model = setting(0.0)[0]
+    optimizer, scheduler, _ = train.make_optimizer(model, config, torch.device("cpu"))
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, enabled=enabled)
+    for parameter in model.trained_parameters().values():
+        parameter.grad = torch.full_like(parameter, gradient * (8.0 if enabled else 1.0))
+    scaler.scale(torch.zeros(()))  # as the loss is
+    return train.update(model, optimizer, scheduler, scaler, config), model, scheduler.get_last_lr()[0]
+
+
+def test_an_update_clips_and_leaves_out_a_step_that_overflows():
+    before = setting(0.0)[0].trained_parameters()
+    count = sum(parameter.numel() for parameter in before.values())
+    for enabled in (False, True):
+        norm, model, rate = stub_update(0.5, enabled)
+        assert norm == pytest.approx(0.5 * count**0.5, rel=1e-4) and rate < 0.1  # before clipping, and unscaled
+        assert not any(parameter.grad is not None for parameter in model.trained_parameters().values())
+    norm, model, rate = stub_update(math.inf, True)
+    assert math.isinf(norm) and rate == 0.1  # neither weights nor schedule moved
+    after = model.trained_parameters()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    norm, model, rate = stub_update(math.nan, False)
+    assert math.isnan(norm) and rate == 0.1
+    assert all(torch.equal(model.trained_parameters()[name], before[name]) for name in before)
+
+
+def test_the_optimizer_has_the_adapters_alone_with_decay_and_clipped_gradients(monkeypatch):
+    norms = []
+    step = torch.optim.AdamW.step
+
+    def noted(self, *rest):
+        gradients = [parameter.grad.flatten() for group in self.param_groups for parameter in group["params"]]
+        norms.append(torch.cat(gradients).norm().item())
+        return step(self, *rest)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", noted)
+    stub_update(0.5, False)
+    stub_update(0.5, False, max_grad_norm=0.0)
+    assert norms[0] == pytest.approx(1.0, rel=1e-4) and norms[1] > 10
+    model = setting(0.0)[0]
+    optimizer = train.make_optimizer(model, replace(SAMPLE, weight_decay=0.3), torch.device("cpu"))[0]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3]
+    trained = {id(parameter) for parameter in adapters(model.encoder).values() for parameter in parameter.parameters()}
+    assert {id(parameter) for parameter in optimizer.param_groups[0]["params"]} <= trained
+    assert len(optimizer.param_groups[0]["params"]) == 2 * len(adapters(model.encoder))
+
+
+def test_patience_ends_a_run_that_gets_no_better(small_data, tmp_path, monkeypatch):
+    scores = iter([0.1, 0.5, 0.4, 0.3, 0.6])
+    monkeypatch.setattr(train, "validate", lambda *rest: {"spearman": next(scores), "pearson": 0.0, "pairs": 40})
+    train.main(short(small_data, max_steps=20, eval_steps=1, patience=2, run_dir=str(tmp_path / "run")))
+    results = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
+    assert (results["base"], results["best"], results["step"]) == (0.1, 0.5, 1)
+    assert final_state(tmp_path / "run")["step"] == 3
+
+
+def test_a_gradient_that_is_no_number_ends_the_run(small_data, tmp_path, monkeypatch):
+    def broken(model, *rest, **settings):
+        for parameter in model.trained_parameters().values():
+            parameter.grad = torch.full_like(parameter, math.nan)
+        return 1.0
+
+    monkeypatch.setattr(train, "batch_gradient", broken)
+    with pytest.raises(UserError, match=r"the gradient norm is nan at step 0, in the batch of train.jsonl lines \d+, "):
+        train.main(short(small_data, run_dir=str(tmp_path / "run")))
+
+
+def test_models_of_other_kinds_and_vectors_that_are_all_alike_are_refused(small_data, tmp_path):
+    tokenizer = load_tokenizer(SAMPLE)
+    shape = T5Config(vocab_size=len(tokenizer), d_model=8, d_ff=8, num_layers=1, num_heads=1, d_kv=8)
+    T5Model(shape).save_pretrained(tmp_path / "t5")
+    tokenizer.save_pretrained(tmp_path / "t5")
+    config = short(small_data, run_dir=str(tmp_path / "run"))
+    with pytest.raises(UserError, match="is a t5 model: a text decoder or encoder is needed"):
+        train.main(replace(config, model=str(tmp_path / "t5")))
+    with pytest.raises(UserError, match="all pairs have the same cosine: as with pooling cls"):
+        train.main(replace(config, pooling="cls"))  # BOS, seen by itself alone
+    pairs = load_splits(config).validation
+    with pytest.raises(UserError, match="the vectors are not finite"):
+        evaluate.correlation(torch.full((2 * len(pairs), 4), math.nan), pairs)
+
+
+def test_best_without_its_eos_is_refused_and_not_mended(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    load_tokenizer(SAMPLE)  # that of the base is mended
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(ROOT / SAMPLE.model / name, tmp_path / "run" / "best" / name)
+    config = load_config(["--run_dir", str(tmp_path / "run")], trained=True)[0]
+    with pytest.raises(UserError, match="best: its tokenizer does not end a text in <eos>"):
+        load_embedder(config)
 
 
 def test_a_loss_that_is_no_number_ends_the_run_and_names_the_batch(small_data, tmp_path, monkeypatch):
@@ -1020,7 +1137,9 @@ def test_encode_writes_every_line_in_order(finished, tmp_path, capsys):
         with pytest.raises(UserError, match=words):
             encode_lines(finished, text, tmp_path, output=str(tmp_path / "w.npy"))
     assert not list(tmp_path.glob("w.npy*"))
-    for settings, words in (({"output": "v.csv"}, "ends in .npy or .jsonl"), ({"top": 0, "query": "a"}, "--top 0")):
+    refused = [({"output": "v.csv"}, "ends in .npy or .jsonl"), ({"top": 0, "query": "a"}, "--top 0")]
+    refused.append(({"query": "a", "prompt": "query"}, "--prompt query: with --query the prompts are"))
+    for settings, words in refused:
         with pytest.raises(UserError, match=words):
             encode_lines(finished, b"a", tmp_path, **settings)
 

@@ -11,7 +11,8 @@ from embeddings import bench
 from embeddings.config import SAMPLE, UserError
 from embeddings.dataset import load_splits, tokenize_rows
 from embeddings.lora import LoRALinear
-from embeddings.model import embed_texts, load_embedder, load_tokenizer
+from embeddings.model import embed_texts, load_embedder
+from embeddings.tokenizer import load_tokenizer
 
 SMALL = replace(SAMPLE, batch_size=6, chunk_tokens=256)  # 6 triplets are more than one chunk
 

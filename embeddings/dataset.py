@@ -6,6 +6,7 @@ them. sts-dev.csv and sts-test.csv: STS-B's own files; SICK's are read too. prep
 
 import hashlib
 import json
+import re
 from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import chain
@@ -56,6 +57,11 @@ def normalized(text: str) -> str:
     return " ".join(text.split())
 
 
+def letters(text: str) -> str:
+    """A text's letters and digits: SNLI's parallel files have tokens, "a dog ." where STS-B has "a dog."."""
+    return re.sub(r"[\W_]+", "", text.casefold()) or text
+
+
 def decoded_lines(path: Path) -> Iterator[tuple[int, str]]:
     """The number and text of every line, with its end. Raises UserError for what is no UTF-8."""
     with open(path, "rb") as file:
@@ -94,6 +100,8 @@ def parse_triplet(row: dict, number: int) -> Triplet:
         if key == "negative" and value is None:
             texts.append(None)
             continue
+        if key not in row:
+            raise ValueError(f"has no {key!r}, only {', '.join(map(repr, row)) or 'nothing'}")
         if not isinstance(value, str) or not value.strip():
             raise ValueError(f"{key} is {value!r}, expected a non-empty string")
         value.encode()  # JSON can hold half a surrogate pair, which is no text: UnicodeEncodeError is a ValueError
@@ -137,7 +145,8 @@ def read_pairs(path: Path) -> list[Pair]:
             if is_sick:
                 continue
         if len(fields) <= max(columns):
-            raise UserError(f"{path}, line {number}: {len(fields)} fields with tabs between, not {max(columns) + 1}")
+            expected = f"at least {max(columns) + 1}: of STS-B's the last three are score, sentence, sentence"
+            raise UserError(f"{path}, line {number}: {len(fields)} fields with tabs between, expected {expected}")
         sentence1, sentence2, score = (fields[column] for column in columns)
         try:
             value = float(score)
@@ -159,20 +168,20 @@ def load_splits(config: Config) -> Splits:
     for name in ("train.jsonl", "sts-dev.csv"):
         if not (folder / name).is_file():
             ways = "`python embeddings/prepare.py` makes it, --data_dir names your folder, --sample needs neither"
-            raise UserError(f"{folder / name} not found: {ways}")
+            raise UserError(f"{folder / name} not found{'' if folder.is_dir() else ', nor the folder'}: {ways}")
     test = folder / "sts-test.csv"
     splits = Splits(
         read_triplets(folder / "train.jsonl"),
         read_pairs(folder / "sts-dev.csv"),
         read_pairs(test) if test.is_file() else [],
     )
-    judged = {text.casefold() for pair in splits.validation + splits.test for text in pair[:2]}
+    judged = {letters(text) for pair in splits.validation + splits.test for text in pair[:2]}
     for row in splits.train:
         for text in row[:3]:
-            if text is not None and text.casefold() in judged:
+            if text is not None and letters(text) in judged:
                 raise UserError(
                     f"{folder / 'train.jsonl'}, line {row.line}: {text[:60]!r} stands in sts-dev.csv or sts-test.csv "
-                    "too; `python embeddings/prepare.py` removes such rows"
+                    "too (its letters do); `python embeddings/prepare.py --nli train.jsonl --sts ...` removes such rows"
                 )
     return splits
 

@@ -98,11 +98,17 @@ def print_nearest(query: np.ndarray, lines: list[tuple[int, str]], vectors: np.n
         print(f"{cosines[place]:.4f} | line {number} | {text}")
 
 
-def main(config: Config, input: str, output: str, query: str, top: int, prompt: str, base: bool) -> int:
+def main(config: Config, input: str, output: str, query: str | None, top: int, prompt: str, base: bool) -> int:
     path = Path(output)
-    if output != "-" and (path.suffix not in (".npy", ".jsonl") or query):
-        raise UserError(f"--output {output}: a name that ends in .npy or .jsonl is needed, and no --query")
-    if query and prompt != "none":
+    if output != "-" and query is not None:
+        raise UserError(f"--output {output}: --query prints its lines on standard output")
+    if output != "-" and path.suffix not in (".npy", ".jsonl"):
+        raise UserError(f"--output {output}: the name must end in .npy or .jsonl")
+    if not path.parent.is_dir():
+        raise UserError(f"--output {output}: there is no folder {path.parent}")
+    if query is not None and not query.strip():
+        raise UserError("--query is empty")
+    if query is not None and prompt != "none":
         raise UserError(f"--prompt {prompt}: with --query the prompts are query_prompt and, for lines, document_prompt")
     if top < 1:
         raise UserError(f"--top {top} is out of range: at least 1")
@@ -113,7 +119,7 @@ def main(config: Config, input: str, output: str, query: str, top: int, prompt: 
         return embed_texts(model, tokenizer, [prompts[kind] + text for text in texts], config)
 
     with open(sys.stdin.fileno() if input == "-" else input, "rb", closefd=input != "-") as stream:
-        if query:
+        if query is not None:
             lines = all_texts(stream, input, blank=True)
             vectors = encode([text for _, text in lines], "document")
             print_nearest(encode([query], "query")[0], lines, vectors, top)
@@ -134,7 +140,7 @@ if __name__ == "__main__":
     flags = {
         "input": {"default": "-", "help": "file with a text on each line; -: standard input"},
         "output": {"default": "-", "help": "file that ends in .npy or .jsonl; -: JSON lines on standard output"},
-        "query": {"default": "", "help": "print the lines nearest to this text instead of vectors"},
+        "query": {"help": "print the lines nearest to this text instead of vectors"},
         "top": {"type": int, "default": 5, "help": "lines printed for --query"},
         "prompt": {"choices": ["none", "query", "document"], "default": "none", "help": "put before each text, if set"},
         "base": {"action": "store_true", "help": "the model without its adapter"},

@@ -61,11 +61,12 @@ def print_summary(splits: Splits, tokens: Tokens, rows: Rows, config: Config) ->
     lengths = tokens.lengths
     percentiles = " / ".join(f"{value:.0f}" for value in np.percentile(lengths, [50, 95, 100]))
     kinds = "triplets" if rows.texts.shape[1] == 3 else "pairs"
-    columns = [f"training {kinds}", "distinct texts", "tokens 50 / 95 / 100 %", f"{config.max_length} long, maybe cut"]
+    columns = [f"training {kinds}", "distinct texts", "tokens 50 / 95 / 100 %", f"cut or {config.max_length} long"]
     cut = f"{(lengths == config.max_length).mean():.1%}"
     print("\n".join(table(columns, [[len(splits.train), len(lengths), percentiles, cut]])))
     anchors = len(np.unique(rows.identities[:, 0]))
-    print(f"{len(splits.train) - anchors} rows repeat another row's anchor: never in one batch with it")
+    if repeated := len(splits.train) - anchors:
+        print(f"{repeated} rows repeat another row's anchor: never in one batch with it")
     columns = ["judged pairs", "rows", "mean score", "scores 5 / 50 / 95 %"]
     judged = [(name, pairs) for name, pairs in splits._asdict().items() if name != "train" and pairs]
     lines = []
@@ -106,7 +107,7 @@ def report(scores: dict, history: list[dict], config: Config) -> str:
     rows = [[name, *(found[column] for column in columns)] for name, found in scores.items()]
     lines += table(["split", *columns], rows)
     columns = ["step", "epoch", "spearman", "pearson"]
-    lines += ["## Steps (validation, before merging, as the step was chosen)", ""]
+    lines += ["## Steps (validation, before merging, as the step was chosen; 0: without adapter)", ""]
     lines += table(columns, [[record[column] for column in columns] for record in history])
     return "\n".join(lines)
 
@@ -119,13 +120,11 @@ def main(config: Config, sts: list[str], beir: list[str], base: bool) -> None:
         return
     path = run_path(config)
     if base:
-        raise UserError("--base goes with --sts or --beir; the run's own lines at step 0 are the base's on sts-dev.csv")
+        raise UserError("--base goes with --sts or --beir; on sts-dev.csv the base's score is step 0 of report.md")
     best_folder(path)  # before the lock: where there is no run, none is made
     splits = load_splits(config)
     run = Run(path, saved_config(path / "config.json"), {})
     check_data(run, splits, config)
-    if run.results is None:
-        print("the run is not finished: this is its best step so far", file=sys.stderr)
     evaluate_run(run, splits, config)
     print((path / "report.md").read_text(encoding="utf-8"))
     run.close()

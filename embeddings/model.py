@@ -3,6 +3,7 @@
 B batch, T tokens, D hidden, N texts
 """
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -115,6 +116,8 @@ def build_model(
     """The frozen backbone in dtype (None: fp32), with new adapters in fp32. Raises UserError."""
     encoder = load_encoder(config, dtype or torch.float32).to(device)
     check_shape(config, encoder, tokenizer)
+    if config.pooling == "cls" and sees_nothing(Embedder(encoder, "cls")):
+        raise UserError(f"{config.model}: pooling cls takes the first token, which in a causal decoder sees no other")
     seed_everything(config.seed, config.deterministic)
     adapt(encoder, config)
     if config.gradient_checkpointing:
@@ -122,6 +125,14 @@ def build_model(
         enable = getattr(encoder, "activation_checkpointing_enable", None) or encoder.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     return Embedder(encoder, config.pooling)
+
+
+@torch.no_grad()
+def sees_nothing(model: Embedder) -> bool:
+    """Whether two texts with the same first token have the same vector."""
+    input_ids = torch.tensor([[0, 1], [0, 2]], device=model.encoder.device)
+    first, second = model(input_ids, torch.ones_like(input_ids))
+    return torch.equal(first, second)
 
 
 def adapt(encoder: PreTrainedModel, config: Config) -> None:
@@ -190,6 +201,8 @@ def load_embedder(config: Config, base: bool = False) -> tuple[Embedder, PreTrai
         tokenizer, encoder = load_tokenizer(config, folder), load_encoder(config, dtype, folder)
     else:
         tokenizer = load_tokenizer(config)
+        if not base:
+            print("the run is not finished: this is its best step so far", file=sys.stderr)
         encoder = load_encoder(config, dtype) if base else merged_encoder(config, folder / "adapter", dtype)
         check_shape(config, encoder, tokenizer)
     return Embedder(encoder.to(device), config.pooling).eval(), tokenizer

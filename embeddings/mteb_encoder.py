@@ -151,7 +151,7 @@ def run_task(encoder: TextEncoder, task: AbsTask, cache: ResultCache) -> ModelRe
         except Exception as error:  # datasets, huggingface_hub and httpx raise their own
             raise UserError(
                 f"{task.metadata.name}: its data set {task.metadata.dataset['path']} cannot be loaded ({error}): it "
-                "must be downloaded once into the Hugging Face cache, with a network and HF_HUB_OFFLINE unset"
+                "must be downloaded once into the Hugging Face cache, which needs a network (and no HF_HUB_OFFLINE=1)"
             ) from error
     progress = sys.stderr.isatty()
     result = mteb.evaluate(

@@ -18,7 +18,6 @@ space and case. A row with a text of the STS files, also but for punctuation, is
 
 import csv
 import json
-import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -32,7 +31,7 @@ import numpy as np
 
 from common.checkpoint import write_atomically, write_text
 from embeddings.config import ROOT, Config, UserError, run_script, shown
-from embeddings.dataset import KEYS, Triplet, decoded_lines, normalized, parse_object, read_lines, read_pairs
+from embeddings.dataset import KEYS, Triplet, decoded_lines, letters, normalized, parse_object, read_lines, read_pairs
 
 TITLE = "# Prepared triplets"  # of summary.md
 SIMCSE = ("sent0", "sent1", "hard_neg")
@@ -202,11 +201,6 @@ def read_sts(folder: Path) -> tuple[dict[str, bytes], set[str]]:
             texts |= {letters(pair.sentence1), letters(pair.sentence2)}
         contents[path.name] = path.read_bytes()
     return contents, texts
-
-
-def letters(text: str) -> str:
-    """A text's letters and digits: SNLI's parallel files have tokens, "a dog ." where STS-B has "a dog."."""
-    return re.sub(r"[\W_]+", "", text.casefold()) or text
 
 
 def unusable(triplet: Triplet) -> str:

@@ -209,6 +209,8 @@ def main(config: Config, check: bool = False) -> int | None:
         f"{sum(p.numel() for p in model.parameters()):,} parameters, {trained:,} of them trained | {len(batches)} "
         f"batches of {config.batch_size} in the first epoch, {config.max_steps} steps"
     )
+    if config.max_steps <= config.warmup_steps:
+        print(f"warning: the learning rate never reaches its peak: warmup_steps {config.warmup_steps} are all steps")
 
     # Optimizer
     optimizer, scheduler, scaler = make_optimizer(model, config, device)
@@ -269,7 +271,10 @@ def main(config: Config, check: bool = False) -> int | None:
     # Loop
     score_dev = partial(validate, model, dev_tokens, splits.validation, tokenizer.pad_token_id, config, processes)
     if totals["base"] is None:
-        totals["base"] = score_dev()["spearman"]
+        scores = score_dev()
+        totals["base"] = scores["spearman"]
+        if run:
+            run.log({"event": "evaluation", "epoch": 0, "step": 0, **scores})
         print(f"step 0 | validation spearman {totals['base']:.4f} without adapter")
     hidden = True if rank else None  # None: shown on a terminal
     with StopSignal() as stop, tqdm(total=config.max_steps, initial=step, disable=hidden) as bar:

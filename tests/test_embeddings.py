@@ -118,7 +118,8 @@ def test_triplets_are_read_and_a_malformed_row_is_named(tmp_path):
         ("nonsense\n", "expected a JSON object, found 'nonsense'"),
         ("[1]\n", "expected a JSON object"),
         ({**good, "positive": " "}, "positive is ' ', expected a non-empty string"),
-        ({"positive": "x"}, "anchor is None"),
+        ({"positive": "x"}, "has no 'anchor', only 'positive'"),
+        ({"anchor": None, "positive": "x"}, "anchor is None, expected a non-empty string"),
         ({**good, "negative": 3}, "negative is 3"),
         ({**good, "negative": "SOMEONE sleeps"}, "the negative 'SOMEONE sleeps' is the anchor or positive too"),
         ({"anchor": "a", "positive": "b"}, "has no negative, unlike line 1"),
@@ -142,7 +143,7 @@ def test_pairs_are_read_in_both_formats_with_quotes_as_text(tmp_path):
     sick.write_text(header + "1\ta b\tc\t4.5\tNEUTRAL\n2\td\te\t1\tNEUTRAL\n", encoding="utf-8")
     assert [tuple(pair) for pair in read_pairs(sick)] == [("a b", "c", 4.5, 2), ("d", "e", 1.0, 3)]
     for line, words in (
-        ("a\tb\n", "line 3: 2 fields with tabs between"),
+        ("a\tb\n", "line 3: 2 fields with tabs between, expected at least 7: of STS-B's the last three are score, "),
         ("g\tf\ty\t3\tnan\ta\tb\n", "line 3: the score is 'nan', expected a number from 0 to 5"),
         ("g\tf\ty\t3\t6\ta\tb\n", "the score is '6'"),
         ("g\tf\ty\t3\t2\t \tb\n", "line 3: a sentence is empty"),
@@ -158,8 +159,8 @@ def test_pairs_are_read_in_both_formats_with_quotes_as_text(tmp_path):
 
 def test_a_training_text_that_is_judged_is_refused(tmp_path):
     (tmp_path / "sts-dev.csv").write_text("g\tf\ty\t1\t5\ta b\tc\ng\tf\ty\t2\t1\td\te\n", encoding="utf-8")
-    write_rows(tmp_path / "train.jsonl", [{"anchor": "u", "positive": "v"}, {"anchor": "w", "positive": "A  B"}])
-    with pytest.raises(UserError, match=r"train.jsonl, line 2: 'A B' stands in sts-dev.csv"):
+    write_rows(tmp_path / "train.jsonl", [{"anchor": "u", "positive": "v"}, {"anchor": "w", "positive": "A  B!"}])
+    with pytest.raises(UserError, match=r"train.jsonl, line 2: 'A B!' stands in sts-dev.csv"):
         load_splits(replace(SAMPLE, data_dir=str(tmp_path)))
     write_rows(tmp_path / "train.jsonl", [{"anchor": "u", "positive": "v"}])
     assert len(load_splits(replace(SAMPLE, data_dir=str(tmp_path))).train) == 1
@@ -848,8 +849,9 @@ def test_a_run_tells_its_base_and_its_best_and_chooses_on_validation_alone(finis
     results = json.loads((finished / "results.json").read_text(encoding="utf-8"))
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     scores = {line["step"]: line["spearman"] for line in lines if line["event"] == "evaluation"}
-    assert set(scores) == {3, 6} and results["best"] == max(scores.values())
-    assert scores[results["step"]] == results["best"]
+    assert set(scores) == {0, 3, 6} and results["best"] == max(scores[3], scores[6])
+    assert scores[results["step"]] == results["best"] and scores[0] == results["base"]
+    assert f"| 0 | 0 | {results['base']:.4f} | " in (finished / "report.md").read_text(encoding="utf-8")
     config = load_config(["--run_dir", str(finished)], trained=True)[0]
     pairs = load_splits(config).validation
     base, tokenizer = load_embedder(config, base=True)
@@ -920,8 +922,8 @@ def test_an_unfinished_run_is_used_with_its_best_adapter(small_data, tmp_path, m
         train.main(config)
     assert [path.name for path in (tmp_path / "run" / "best").iterdir()] == ["adapter"]
     early = embed_texts(*load_embedder(config), TEXTS, config)
-    evaluate.main(config, [], [], False)
     assert "the run is not finished" in capsys.readouterr().err
+    evaluate.main(config, [], [], False)
     monkeypatch.undo()
     train.main(config)
     assert (tmp_path / "run" / "best" / "modules.json").exists()
@@ -999,6 +1001,14 @@ def stub_update(gradient: float, enabled: bool, **settings) -> tuple[float, nn.M
     return train.update(model, optimizer, scheduler, scaler, config), model, scheduler.get_last_lr()[0]
 
 
+def test_a_warm_up_that_never_ends_is_said(small_data, tmp_path, capsys):
+    for warmup_steps in (6, 5):
+        config = short(small_data, warmup_steps=warmup_steps, run_dir=str(tmp_path / "run"))
+        train.main(config, check=True)
+        said = "warning: the learning rate never reaches its peak: warmup_steps 6 are all" in capsys.readouterr().out
+        assert said == (warmup_steps == 6)
+
+
 def test_an_update_clips_and_leaves_out_a_step_that_overflows():
     before = setting(0.0)[0].trained_parameters()
     count = sum(parameter.numel() for parameter in before.values())
@@ -1064,9 +1074,11 @@ def test_models_of_other_kinds_and_vectors_that_are_all_alike_are_refused(small_
     config = short(small_data, run_dir=str(tmp_path / "run"))
     with pytest.raises(UserError, match="is a t5 model: a text decoder or encoder is needed"):
         train.main(replace(config, model=str(tmp_path / "t5")))
-    with pytest.raises(UserError, match="all pairs have the same cosine: as with pooling cls"):
-        train.main(replace(config, pooling="cls"))  # BOS, seen by itself alone
+    with pytest.raises(UserError, match="pooling cls takes the first token, which in a causal decoder sees no other"):
+        train.main(replace(config, pooling="cls"), check=True)
     pairs = load_splits(config).validation
+    with pytest.raises(UserError, match="all pairs have the same cosine"):
+        evaluate.correlation(torch.ones(2 * len(pairs), 4), pairs)
     with pytest.raises(UserError, match="the vectors are not finite"):
         evaluate.correlation(torch.full((2 * len(pairs), 4), math.nan), pairs)
 
@@ -1109,7 +1121,7 @@ def test_other_data_and_a_damaged_adapter_are_refused(small_data, tmp_path, fini
 def encode_lines(run: Path, text: bytes, folder: Path, **settings) -> tuple[int, Path]:
     (folder / "lines.txt").write_bytes(text)
     config = load_config(["--run_dir", str(run)], trained=True)[0]
-    given = {"output": "-", "query": "", "top": 5, "prompt": "none", "base": False} | settings
+    given = {"output": "-", "query": None, "top": 5, "prompt": "none", "base": False} | settings
     return encode.main(config, input=str(folder / "lines.txt"), **given), folder
 
 
@@ -1137,7 +1149,9 @@ def test_encode_writes_every_line_in_order(finished, tmp_path, capsys):
         with pytest.raises(UserError, match=words):
             encode_lines(finished, text, tmp_path, output=str(tmp_path / "w.npy"))
     assert not list(tmp_path.glob("w.npy*"))
-    refused = [({"output": "v.csv"}, "ends in .npy or .jsonl"), ({"top": 0, "query": "a"}, "--top 0")]
+    refused = [({"output": "v.csv"}, "must end in .npy or .jsonl"), ({"top": 0, "query": "a"}, "--top 0")]
+    refused += [({"query": " "}, "--query is empty"), ({"query": "a", "output": "v.npy"}, "--query prints its lines")]
+    refused += [({"output": "none/v.npy"}, "there is no folder none")]
     refused.append(({"query": "a", "prompt": "query"}, "--prompt query: with --query the prompts are"))
     for settings, words in refused:
         with pytest.raises(UserError, match=words):

@@ -211,7 +211,7 @@ LACKING = {
         (("--sample", "--model", "no/such"), ["model no/such is not on this machine", "hf download no/such"]),
         (("--sample", "--model", "a/b/c"), ["model a/b/c: there is no such folder"]),
         (("--sample", "--model", "emotions/data/none"), ["model emotions/data/none: there is no such folder"]),
-        (("--sample", "--data_dir", "none"), ["none/train.jsonl not found", "prepare.py", "--data_dir", "--sample"]),
+        (("--sample", "--data_dir", "none"), ["train.jsonl not found, nor the folder", "prepare.py", "--data_dir"]),
         (("--sample", "--batch_size", "3000"), ["no batch of 3000 rows without a repeated text", "lower batch_size"]),
         (("--sample", "--targets", "query"), ["has no linear layer query", "q_proj", "all-linear"]),
     ],

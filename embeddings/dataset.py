@@ -197,11 +197,10 @@ def fingerprint(splits: Splits) -> str:
 
 
 class Tokens(NamedTuple):
-    """The ids of N texts one after another, in 2 bytes each where the vocabulary allows: text n's are ids[starts[n]:
-    starts[n + 1]]."""
+    """The ids of N texts, one text after another, in 2 bytes each where none is larger."""
 
     ids: np.ndarray  # (sum of lengths,)
-    starts: np.ndarray  # (N + 1,)
+    starts: np.ndarray  # (N + 1,), of each text and the end
 
     @property
     def lengths(self) -> np.ndarray:
@@ -227,7 +226,7 @@ def tokenize(
         ids = np.fromiter(chain.from_iterable(found), np.int32)
         blocks.append(ids.astype(np.uint16) if ids.max(initial=0) < 2**16 else ids)
         lengths.extend(map(len, found))
-    ids, starts = np.concatenate(blocks), np.cumsum([0, *lengths])
+    ids, starts = np.concatenate(blocks or [np.zeros(0, np.uint16)]), np.cumsum([0, *lengths])
     if 0 in lengths:
         raise UserError(f"{config.model}: its tokenizer makes no token of {texts[lengths.index(0)]!r}")
     if config.pooling == "last" and (wrong := np.flatnonzero(ids[starts[1:] - 1] != tokenizer.eos_token_id)).size:

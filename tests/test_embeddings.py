@@ -204,7 +204,7 @@ def test_the_order_of_batches_is_a_function_of_seed_and_epoch_and_pads_little():
 
     assert padding(first) < 0.2 < 0.5 < padding(np.arange(2000).reshape(-1, 50))
     sizes = [rows.lengths[batch].max() for batch in first]
-    assert sizes != sorted(sizes)  # batches of all lengths in turn
+    assert sizes[:20] != sorted(sizes[:20])  # batches of all lengths in turn, not window by window
 
 
 def test_rows_that_wait_are_tried_again():

@@ -832,6 +832,22 @@ def test_equal_runs_are_equal_and_a_stopped_one_goes_on_exactly(settings, small_
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "stopped" / name).read_bytes(), name
 
 
+def test_a_run_takes_every_batch_of_an_epoch_and_then_the_next(small_data, tmp_path, monkeypatch):
+    config = short(small_data, max_steps=11, run_dir=str(tmp_path / "run"))
+    _, rows = tokenize_rows(load_splits(config).train, load_tokenizer(config), config)
+    expected = [batch for epoch in (0, 1) for batch in epoch_batches(rows, config.batch_size, config.seed, epoch)]
+    gradient, taken = train.batch_gradient, []
+
+    def noted(model, tokens, texts, **settings):
+        taken.append(texts)
+        return gradient(model, tokens, texts, **settings)
+
+    monkeypatch.setattr(train, "batch_gradient", noted)
+    train.main(config)
+    assert len(taken) == 11 and len(expected) == 16
+    assert all(np.array_equal(texts, rows.texts[batch]) for texts, batch in zip(taken, expected))
+
+
 def test_chunks_change_no_number_but_rounding(small_data, tmp_path):
     """Chunked and whole, checkpointed and not: one training, where there is no dropout."""
     states = []

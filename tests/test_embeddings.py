@@ -604,6 +604,14 @@ def test_one_chunk_at_a_time_has_a_graph_and_each_but_the_first_runs_twice(chunk
     assert max(most) == 1 and not graphs and torch.equal(weight.grad, torch.full((4, 4), 2.0 * chunks))
 
 
+def test_vectors_are_made_without_dropout_and_training_goes_on_with_it():
+    model, tokens, _ = setting(0.5)
+    model.train()
+    found = embed_tokens(model, tokens, np.arange(24), 0, SAMPLE)
+    assert model.training and model.encoder.layers[0].self_attn.q_proj.dropout.training
+    assert torch.equal(found, embed_tokens(model.eval(), tokens, np.arange(24), 0, SAMPLE)) and not model.training
+
+
 def test_a_chunk_whose_dropout_is_not_replayed_gives_another_gradient():
     """What the exactness rests on: embed seeds itself by its chunk's number."""
     torch.manual_seed(0)

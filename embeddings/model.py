@@ -21,7 +21,7 @@ from embeddings.bidirectional import make_bidirectional
 from embeddings.config import Config, UserError, parse_dims, run_path
 from embeddings.dataset import Tokens, cut, pad, tokenize
 from embeddings.lora import add_adapters, load_adapter, merge_adapters, save_adapter
-from embeddings.tokenizer import load_part, load_tokenizer, model_source
+from embeddings.tokenizer import load_part, load_tokenizer, model_source, save_tokenizer
 
 POOLING_MODES = {"last": "lasttoken", "mean": "mean_tokens", "cls": "cls_token"}  # sentence-transformers' names
 
@@ -170,9 +170,7 @@ def save_merged(config: Config, tokenizer: PreTrainedTokenizerFast, best: Path, 
     for file in (best / "adapter").iterdir():
         (folder / "adapter" / file.name).write_bytes(file.read_bytes())
     encoder.save_pretrained(folder)
-    tokenizer.backend_tokenizer.no_truncation()  # the last batch's settings are no part of the tokenizer
-    tokenizer.backend_tokenizer.no_padding()
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     parts = [("", "models.Transformer"), ("1_Pooling", "models.Pooling"), ("2_Normalize", "models.Normalize")]
     modules = [
         {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.{kind}"}

@@ -9,6 +9,7 @@ from huggingface_hub import try_to_load_from_cache
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from common.checkpoint import read_json, write_json
 from embeddings.config import ROOT, Config, UserError
 
 
@@ -83,10 +84,7 @@ def end_in_eos(tokenizer: PreTrainedTokenizerFast, config: Config) -> None:
         raise UserError(f"{config.model}: its tokenizer has no EOS token, which pooling last needs: mean or cls do not")
     if ends_in_eos(tokenizer):
         return
-    if "add_eos_token" in tokenizer.init_kwargs:  # Llama: its loader makes the post-processor anew from this setting
-        tokenizer.add_eos_token = tokenizer.init_kwargs["add_eos_token"] = True
-    if not ends_in_eos(tokenizer):
-        append_to_template(tokenizer.backend_tokenizer, tokenizer.eos_token, tokenizer.eos_token_id)
+    append_to_template(tokenizer.backend_tokenizer, tokenizer.eos_token, tokenizer.eos_token_id)
     if not ends_in_eos(tokenizer):
         raise UserError(f"{config.model}: its tokenizer does not take {tokenizer.eos_token} at the end of a text")
 
@@ -114,3 +112,16 @@ def append_to_template(backend: Tokenizer, token: str, token_id: int) -> None:
         template[form] = pieces
     state["post_processor"] = {"type": "Sequence", "processors": steps}
     backend.post_processor = Tokenizer.from_str(json.dumps(state)).post_processor
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write the tokenizer so that every loader takes it as it is.
+
+    Under the name of its own class one might make it anew: Llama's did its post-processor, from add_eos_token, before
+    transformers 5, and does the rest since.
+    """
+    tokenizer.backend_tokenizer.no_truncation()  # the last batch's settings are no part of the tokenizer
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    write_json(path, read_json(path) | {"tokenizer_class": "PreTrainedTokenizerFast"})

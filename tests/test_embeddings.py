@@ -68,7 +68,7 @@ from embeddings.model import (
     pool,
 )
 from embeddings.parallel import Processes
-from embeddings.tokenizer import end_in_eos, ends_in_eos, load_tokenizer
+from embeddings.tokenizer import end_in_eos, ends_in_eos, load_tokenizer, save_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 ALONE = Processes(0, 1, torch.device("cpu"))
@@ -294,7 +294,7 @@ def test_the_tokenizer_itself_ends_every_text_in_eos_and_every_loader_keeps_it(k
     both = processors.TemplateProcessing(
         single="<s> $A </s>", pair="<s> $A </s> $B:1 </s>:1", special_tokens=[("<s>", 1), ("</s>", 2)]
     )
-    if kind == "llama":  # its loader makes the post-processor from add_bos_token and add_eos_token
+    if kind == "llama":  # whose class makes its parts anew
         vocabulary = {word: number for number, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *"▁abcd"])}
         tokenizer = LlamaTokenizer(vocab=vocabulary, merges=[], add_bos_token=True, add_eos_token=False)
     else:
@@ -307,8 +307,9 @@ def test_the_tokenizer_itself_ends_every_text_in_eos_and_every_loader_keeps_it(k
     plain = tokenizer("a b", add_special_tokens=False)["input_ids"]
     end_in_eos(tokenizer, SAMPLE)
     end_in_eos(tokenizer, SAMPLE)  # a second time adds none
-    tokenizer.save_pretrained(tmp_path)
-    for each in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
+    save_tokenizer(tokenizer, tmp_path)
+    for each in (tokenizer, AutoTokenizer.from_pretrained(tmp_path), PreTrainedTokenizerFast.from_pretrained(tmp_path)):
+        assert each.eos_token == "</s>" and each.pad_token == tokenizer.pad_token
         assert each("a b")["input_ids"] == [*begins, *plain, 2]
         assert each("")["input_ids"][-1] == 2
         cut_short = each("a b c d " * 10, truncation=True, max_length=6)["input_ids"]

@@ -747,8 +747,9 @@ def test_a_run_of_two_processes_equals_one_of_the_same_batch_and_goes_on_exactly
     (tmp_path / "stopped" / "results.json").unlink()
     with pytest.raises(UserError, match="was begun with 2 processes, these are 1"):
         train.main(replace(config, run_dir=str(tmp_path / "stopped")))
-    out = launch(2, "embeddings/train.py", *flags, "--batch_size=13", f"--run_dir={tmp_path / 'odd'}", code=1)
-    assert "batch_size 13 cannot be shared evenly by 2 processes" in out and not (tmp_path / "odd").exists()
+    (tmp_path / "one" / "results.json").unlink()
+    out = launch(2, "embeddings/train.py", *flags, f"--run_dir={tmp_path / 'one'}", code=1)
+    assert out.count("was begun with 1 processes, these are 2") == 1 and "onnection" not in out  # the other one ends too
 
 
 STOPS = """
@@ -1115,6 +1116,13 @@ def test_best_without_its_eos_is_refused_and_not_mended(finished, tmp_path):
     config = load_config(["--run_dir", str(tmp_path / "run")], trained=True)[0]
     with pytest.raises(UserError, match="best: its tokenizer does not end a text in <eos>"):
         load_embedder(config)
+
+
+def test_a_batch_that_processes_cannot_share_evenly_is_refused(small_data, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "start_processes", lambda: Processes(0, 2, torch.device("cpu")))
+    with pytest.raises(UserError, match="batch_size 13 cannot be shared evenly by 2 processes"):
+        train.main(short(small_data, batch_size=13, run_dir=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_loss_that_is_no_number_ends_the_run_and_names_the_batch(small_data, tmp_path, monkeypatch):

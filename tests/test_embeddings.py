@@ -749,7 +749,7 @@ def test_a_run_of_two_processes_equals_one_of_the_same_batch_and_goes_on_exactly
         train.main(replace(config, run_dir=str(tmp_path / "stopped")))
     (tmp_path / "one" / "results.json").unlink()
     out = launch(2, "embeddings/train.py", *flags, f"--run_dir={tmp_path / 'one'}", code=1)
-    assert out.count("was begun with 1 processes, these are 2") == 1 and "onnection" not in out  # the other one ends too
+    assert out.count("was begun with 1 processes, these are 2") == 1 and "onnection" not in out
 
 
 STOPS = """

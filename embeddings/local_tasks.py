@@ -9,7 +9,6 @@ counts as 0. A document with the query's id is a document like any other.
 """
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
 from mteb.abstasks.task_metadata import TaskMetadata
 
 from embeddings.config import Config, UserError
-from embeddings.dataset import read_lines, read_pairs
+from embeddings.dataset import parse_object, read_lines, read_pairs
 from embeddings.mteb_encoder import run_tasks, score_table
 
 BEIR_FILES = ("corpus.jsonl", "queries.jsonl", "qrels/test.tsv")
@@ -89,12 +88,7 @@ def read_texts(path: Path, titles: bool) -> dict[str, tuple[str, str]]:
     """
     texts = {}
     for number, line in read_lines(path):
-        try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError):
-            row = None
-        if not isinstance(row, dict):
-            raise UserError(f"{path}, line {number}: expected a JSON object, found {line[:40]!r}")
+        row = parse_object(path, number, line)
         values = {"_id": row.get("_id"), "title": row.get("title") if titles else None, "text": row.get("text")}
         if values["title"] is None:
             values["title"] = ""

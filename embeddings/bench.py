@@ -57,7 +57,7 @@ from embeddings.parallel import Processes
 from embeddings.tokenizer import load_tokenizer
 from embeddings.train import batch_gradient, make_optimizer, update
 
-POOLING_MODES = {"last": "lasttoken", "mean": "mean", "cls": "cls"}  # sentence-transformers' names
+POOLING_MODES = {"last": "lasttoken", "mean": "mean", "cls": "cls"}  # what its Pooling is called with
 OURS, PLAIN, BY_TOKENS = "ours", "cached, 32 rows at a time", "cached, mini_batch_num_tokens"
 STEP_SIDES = (OURS, PLAIN, BY_TOKENS)
 MEMORY_SIDES = ("ours in chunks", "ours, whole batch", PLAIN)

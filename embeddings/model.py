@@ -23,7 +23,7 @@ from embeddings.dataset import Tokens, cut, pad, tokenize
 from embeddings.lora import add_adapters, load_adapter, merge_adapters, save_adapter
 from embeddings.tokenizer import load_part, load_tokenizer, model_source, save_tokenizer
 
-POOLING_MODES = {"last": "lasttoken", "mean": "mean_tokens", "cls": "cls_token"}  # sentence-transformers' names
+POOLING_MODES = {"last": "lasttoken", "mean": "mean_tokens", "cls": "cls_token"}  # in sentence-transformers' files
 
 
 def pool(hidden_states: Tensor, attention_mask: Tensor, pooling: str) -> Tensor:

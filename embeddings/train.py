@@ -24,7 +24,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
-from common.checkpoint import Best, Run, StopSignal, environment, peak_memory_bytes, read_last, run_results
+from common.checkpoint import Best, Run, RunError, StopSignal, environment, peak_memory_bytes, read_last, run_results
 from common.seed import seed_everything, seed_micro_batch
 from embeddings.config import Config, UserError, parse_dims, run_config, run_path, run_script, shown
 from embeddings.dataset import (
@@ -234,7 +234,7 @@ def main(config: Config, check: bool = False) -> int | None:
                 refuse_another_machine(run, dtype, world)
             else:  # another process finished it meanwhile
                 outcome = "finished"
-        except Exception:
+        except (UserError, RunError, OSError):  # what run_script says in one line
             from_rank_0("refused", processes)  # the others wait for a word
             raise
     outcome = from_rank_0(outcome, processes)

@@ -411,7 +411,7 @@ def test_targets_that_are_not_there_are_named():
     assert len(adapters(model)) == 12 and not any(name.startswith("pooler") for name in adapters(model))
 
 
-@pytest.mark.skipif(find_spec("peft") is None, reason="needs peft")
+@pytest.mark.skipif(find_spec("peft") is None, reason="no script needs peft; .ci/run installs it")
 @pytest.mark.parametrize("targets", ["q_proj,v_proj", "all-linear"])
 def test_peft_gives_the_same_vectors_with_the_saved_adapter(targets, tmp_path):
     from peft import PeftModel

@@ -4,86 +4,16 @@ import csv
 import json
 import math
 import os
-import random
 import shutil
-import signal
-import subprocess
 import sys
-import time
-from dataclasses import MISSING, asdict, fields, replace
+from dataclasses import fields, replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import torch
+from launch import BEST, METRIC, OWN, PREDICTIONS, PROJECTS, ROOT, SCRIPTS, SHORT, call, listing, start, train_short
 from sklearn.metrics import f1_score
-
-ROOT = Path(__file__).resolve().parents[1]
-PROJECTS = sorted(path.parent.name for path in ROOT.glob("*/config.py"))
-SCRIPTS = sorted(
-    path.relative_to(ROOT).as_posix()
-    for project in PROJECTS
-    for path in (ROOT / project).glob("*.py")
-    if "__main__" in path.read_text(encoding="utf-8")
-)
-
-def start(*words: str, cwd: Path = ROOT) -> subprocess.Popen:
-    environment = os.environ | {"PYTHONUTF8": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "120", "OMP_NUM_THREADS": "1"}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    settings = {"cwd": cwd, "env": environment, "text": True, "encoding": "utf-8", **pipes}
-    return subprocess.Popen([sys.executable, *words], start_new_session=os.name != "nt", **settings)
-
-
-def call(*words: str, code: int = 0, cwd: Path = ROOT, text: str = "") -> tuple[str, str]:
-    """Run a command to its end: its stdout and stderr."""
-    with start(*words, cwd=cwd) as process:
-        out, err = process.communicate(text)
-    assert process.returncode == code, f"{words}\n{out}\n{err}"
-    return out, err
-
-
-def listing(folder: Path) -> dict[str, int]:
-    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*") if "__pycache__" not in path.parts}
-
-
-# What every project's copy must do
-
-
-@pytest.mark.parametrize("project", PROJECTS)
-def test_every_field_of_a_config_round_trips_through_its_flag(project):
-    config = import_module(f"{project}.config")
-    for preset in (config.Config(), config.SAMPLE):
-        flags = [f"--{name}={value}" for name, value in asdict(preset).items()]
-        assert config.load_config(flags)[0] == preset
-    changed = {"batch_size": 3, "learning_rate": 0.5, "seed": 9, "amp": "off", "deterministic": True}
-    found = config.load_config(["--sample", *(f"--{name}={value}" for name, value in changed.items())])[0]
-    assert found == replace(config.SAMPLE, **changed)
-    for field in fields(config.Config):
-        assert field.metadata.get("help") and field.default is not MISSING, field.name
-
-
-@pytest.mark.parametrize("project", PROJECTS)
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        (["--batchsize", "3"], ["--batchsize"]),
-        (["--batch", "3"], ["--batch"]),  # no abbreviations: they change their meaning when a field is added
-        (["stray"], ["stray"]),
-        (["--batch_size", "many"], ["--batch_size", "int", "many"]),
-        (["--batch_size", "0"], ["--batch_size", "at least 1"]),
-        (["--learning_rate", "nan"], ["--learning_rate", "nan"]),
-        (["--amp", "fp8"], ["--amp", "auto", "bf16", "fp16", "off"]),
-        (["--epochs"], ["--epochs"]),
-        (["--deterministic", "perhaps"], ["--deterministic", "perhaps"]),
-    ],
-)
-def test_a_wrong_flag_ends_with_one_line_that_names_it(project, flags, words, capsys):
-    with pytest.raises(SystemExit) as error:
-        import_module(f"{project}.config").load_config(["--sample", *flags])
-    assert error.value.code == 2
-    message = capsys.readouterr().err
-    assert message.count("\n") == 1 and all(word in message for word in words), message
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -95,50 +25,6 @@ def test_help_names_every_field_from_any_folder(script, tmp_path):
         return
     config = import_module(f"{script.split('/')[0]}.config")
     assert "(default: " in out and all(f"--{field.name}" in out for field in fields(config.Config))
-
-
-def test_projects_import_nothing_of_each_other_and_define_no_class_in_scripts():
-    for project in PROJECTS:
-        for path in (ROOT / project).rglob("*.py"):
-            text = path.read_text(encoding="utf-8")
-            others = [other for other in PROJECTS if other != project]
-            assert not any(f"from {other}" in text or f"import {other}" in text for other in others), path
-            entry = "__main__" in text and path.parent.name == project
-            assert not entry or "\nclass " not in text, path
-
-
-# What every project's training, evaluation and resuming must do
-
-SHORT = ("--sample", "--max_steps", "6", "--batch_size", "16", "--logging_steps", "1", "--save_steps", "2")
-OWN = {"embeddings": ("--warmup_steps", "1", "--eval_steps", "3")}  # its schedule counts steps, not a share of them
-BEST = {
-    "afqmc": ("model.safetensors", "config.json", "tokenizer.json", "threshold.json"),
-    "redsm5_nli": ("adapter_model.safetensors", "adapter_config.json", "head.safetensors", "thresholds.json"),
-    "evidence_spans": ("model.safetensors", "config.json", "tokenizer.json", "decoding.json"),
-    "emotions": ("model.safetensors", "config.json", "tokenizer.json", "thresholds.json"),
-    "embeddings": ("model.safetensors", "config.json", "tokenizer.json", "modules.json", "adapter/adapter_config.json"),
-}
-PREDICTIONS = dict.fromkeys(PROJECTS, "jsonl") | {"redsm5_nli": "csv"}
-METRIC = dict.fromkeys(PROJECTS, "f1_macro") | {"evidence_spans": "f1_balanced", "embeddings": "spearman"}
-AUGMENTED = ("--augment_words=0.5", "--augment_features=1", "--label_balance=0.5", "--loss=asl")  # all that is drawn
-FEWER = ("--question_form=empty", "--negatives_per_positive=0.2")  # one example a post; some of them are drawn
-KILLED = (  # project and settings of the runs that are killed: over the end of an epoch, or the hardest path
-    ("afqmc", ("--fgm_epsilon", "1")),
-    ("redsm5_nli", ("--batch_size", "32")),
-    ("redsm5_nli", ("--share_post", "false", "--adapter_dropout", "0.1", "--pooler", "attention")),
-    ("evidence_spans", ("--batch_size=30", "--gradient_accumulation_steps=2", "--evaluations_per_epoch=2", *FEWER)),
-    ("emotions", ("--batch_size=64", "--gradient_accumulation_steps=2", *AUGMENTED)),
-    ("embeddings", ("--batch_size=200", "--chunk_tokens=2000", "--mask_false_negatives=true", "--eval_steps=8")),
-)
-
-
-def train_short(project: str, folder: Path) -> Path:
-    """A finished short run, started from a folder that is not the repository's."""
-    flags = (*SHORT, *OWN.get(project, ()), "--run_dir", f"run_{project}")
-    out, err = call(str(ROOT / project / "train.py"), *flags, cwd=folder)
-    assert "error" not in err and "step 6/6 |" in out
-    assert out.splitlines()[-1].startswith(f"done | validation {METRIC[project]} ")
-    return folder / f"run_{project}"
 
 
 @pytest.fixture(scope="module")
@@ -707,63 +593,3 @@ def test_emotions_presets_are_the_familys_sizes():
     for name, preset in PRESETS.items():
         assert load_config(["--preset", name])[0] == preset and preset.model == f"microsoft/deberta-v3-{name}"
         assert preset.batch_size * preset.gradient_accumulation_steps == 16
-
-
-# Stopped at any moment
-
-
-def wait_for_lines(process: subprocess.Popen, path: Path, count: int) -> None:
-    """Until metrics.jsonl has count lines, or the process is over."""
-    while process.poll() is None:
-        if path.exists() and path.read_bytes().count(b"\n") >= count:
-            return
-        time.sleep(0.002)
-
-
-def final_weights(run: Path) -> dict[str, torch.Tensor]:
-    return torch.load(run / "last.pt", weights_only=True)["state"]["model"]
-
-
-def kill_and_resume(project: str, settings: tuple, folder: Path, kills: int, seed: int) -> None:
-    """Kill -9 one run at random lines of its metrics, resume each time, compare with a run never stopped."""
-    flags = (f"{project}/train.py", *SHORT, "--max_steps", "20", "--save_steps", "3", *settings)
-    call(*flags, "--run_dir", str(folder / "whole"))
-    generator, killed = random.Random(seed), 0
-    print(f"kills drawn from seed {seed}")
-    for line in sorted(generator.sample(range(1, 20), kills)):
-        with start(*flags, "--run_dir", str(folder / "killed")) as process:
-            wait_for_lines(process, folder / "killed" / "metrics.jsonl", line)
-            process.kill()
-            process.communicate()
-            killed += process.returncode != 0
-    out, _ = call(*flags, "--run_dir", str(folder / "killed"))
-    assert killed == kills and out.splitlines()[-1].startswith("done | ")
-    whole, resumed = final_weights(folder / "whole"), final_weights(folder / "killed")
-    assert whole.keys() == resumed.keys()
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    for name in (f"best/{BEST[project][0]}", "report.md", f"predictions/test_predictions.{PREDICTIONS[project]}"):
-        assert (folder / "whole" / name).read_bytes() == (folder / "killed" / name).read_bytes(), name
-
-
-@pytest.mark.parametrize("project, settings", KILLED)
-def test_kill_9_costs_nothing(project, settings, tmp_path):
-    kills, seed = int(os.environ.get("KILLS", "2")), int(os.environ.get("KILL_SEED", "0"))
-    kill_and_resume(project, settings, tmp_path, kills, seed)
-
-
-@pytest.mark.skipif(os.name == "nt", reason="Windows cannot send SIGTERM to a process that could note it")
-@pytest.mark.parametrize("project", PROJECTS)
-def test_sigterm_saves_and_says_how_to_go_on(project, tmp_path):
-    flags = (f"{project}/train.py", *SHORT, "--max_steps", "60", "--save_steps", "1000")
-    if "num_workers" in {field.name for field in fields(import_module(f"{project}.config").Config)}:
-        flags += ("--num_workers", "1")
-    flags += ("--run_dir", str(tmp_path / "run"))
-    with start(*flags) as process:
-        wait_for_lines(process, tmp_path / "run" / "metrics.jsonl", 2)
-        os.killpg(process.pid, signal.SIGTERM)  # the loader's worker too, as a terminal and a scheduler do
-        out, err = process.communicate()
-    assert process.returncode == 128 + signal.SIGTERM and "Traceback" not in err
-    stopped = int(out.splitlines()[-1].split()[3])
-    assert out.splitlines()[-1] == f"stopped at step {stopped} of 60: the same command goes on from here"
-    out, _ = call(*flags)
-    assert f"resuming from step {stopped} of 60" in out

@@ -1,0 +1,70 @@
+"""How tests start the scripts: as a user does, on the sample, with few steps."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECTS = sorted(path.parent.name for path in ROOT.glob("*/config.py"))
+SCRIPTS = sorted(
+    path.relative_to(ROOT).as_posix()
+    for project in PROJECTS
+    for path in (ROOT / project).glob("*.py")
+    if "__main__" in path.read_text(encoding="utf-8")
+)
+
+
+def start(*words: str, cwd: Path = ROOT) -> subprocess.Popen:
+    environment = os.environ | {"PYTHONUTF8": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "120", "OMP_NUM_THREADS": "1"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    settings = {"cwd": cwd, "env": environment, "text": True, "encoding": "utf-8", **pipes}
+    return subprocess.Popen([sys.executable, *words], start_new_session=os.name != "nt", **settings)
+
+
+def call(*words: str, code: int = 0, cwd: Path = ROOT, text: str = "") -> tuple[str, str]:
+    """Run a command to its end: its stdout and stderr."""
+    with start(*words, cwd=cwd) as process:
+        out, err = process.communicate(text)
+    assert process.returncode == code, f"{words}\n{out}\n{err}"
+    return out, err
+
+
+def listing(folder: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*") if "__pycache__" not in path.parts}
+
+SHORT = ("--sample", "--max_steps", "6", "--batch_size", "16", "--logging_steps", "1", "--save_steps", "2")
+OWN = {"embeddings": ("--warmup_steps", "1", "--eval_steps", "3")}  # its schedule counts steps, not a share of them
+BEST = {
+    "afqmc": ("model.safetensors", "config.json", "tokenizer.json", "threshold.json"),
+    "redsm5_nli": ("adapter_model.safetensors", "adapter_config.json", "head.safetensors", "thresholds.json"),
+    "evidence_spans": ("model.safetensors", "config.json", "tokenizer.json", "decoding.json"),
+    "emotions": ("model.safetensors", "config.json", "tokenizer.json", "thresholds.json"),
+    "embeddings": ("model.safetensors", "config.json", "tokenizer.json", "modules.json", "adapter/adapter_config.json"),
+}
+PREDICTIONS = dict.fromkeys(PROJECTS, "jsonl") | {"redsm5_nli": "csv"}
+METRIC = dict.fromkeys(PROJECTS, "f1_macro") | {"evidence_spans": "f1_balanced", "embeddings": "spearman"}
+
+
+def train_short(project: str, folder: Path) -> Path:
+    """A finished short run, started from a folder that is not the repository's."""
+    flags = (*SHORT, *OWN.get(project, ()), "--run_dir", f"run_{project}")
+    out, err = call(str(ROOT / project / "train.py"), *flags, cwd=folder)
+    assert "error" not in err and "step 6/6 |" in out
+    assert out.splitlines()[-1].startswith(f"done | validation {METRIC[project]} ")
+    return folder / f"run_{project}"
+
+
+def wait_for_lines(process: subprocess.Popen, path: Path, count: int) -> None:
+    """Until metrics.jsonl has count lines, or the process is over."""
+    while process.poll() is None:
+        if path.exists() and path.read_bytes().count(b"\n") >= count:
+            return
+        time.sleep(0.002)
+
+
+def final_weights(run: Path) -> dict[str, torch.Tensor]:
+    return torch.load(run / "last.pt", weights_only=True)["state"]["model"]

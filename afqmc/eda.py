@@ -22,9 +22,10 @@ PERCENTILES = (50, 95, 99, 100)
 
 
 def table(header: list[str], rows: list[list]) -> list[str]:
-    """A Markdown table, floats with four decimals."""
+    """A Markdown table, floats with four decimals, "-" for what is undefined."""
     cells = [header, ["---"] * len(header)]
-    cells += [[f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
+    for row in rows:
+        cells.append([f"{c:.4f}" if isinstance(c, float) else "-" if c is None else str(c) for c in row])
     return ["| " + " | ".join(row) + " |" for row in cells] + [""]
 
 

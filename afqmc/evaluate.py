@@ -127,6 +127,13 @@ def check_data(run: Run, splits: dict[str, list[Pair]], config: Config) -> None:
         raise RunError(f"{config.data_dir} does not hold the rows that {run.path} was begun with: bring them back")
 
 
+def say_precision(path: Path, config: Config, device: torch.device) -> None:
+    """Tell where this machine or --amp computes in another type than the run was trained in."""
+    trained = read_json(path / "config.json").get("environment", {}).get("autocast")
+    if trained != str(now := autocast_dtype(config.amp, device)):
+        print(f"trained with autocast {trained}, now {now}: scores can differ from the run's own", file=sys.stderr)
+
+
 def report(scores: dict, splits: dict[str, list[Pair]], history: list[dict], truncated: float, config: Config) -> str:
     """The readable evaluation; its detail is of the test split, or of validation where there is no test.
 
@@ -206,14 +213,15 @@ def hints(scores: dict, history: list[dict], truncated: float, config: Config) -
 
 
 def main(config: Config) -> None:
-    path = run_path(config)
+    path, device = run_path(config), pick_device()
     tokenizer = load_tokenizer(config, best_folder(path))  # before the lock: where there is no run, none is made
     splits = load_splits(config)
     run = Run(path, saved_config(path / "config.json"), {})
     check_data(run, splits, config)
+    say_precision(path, config, device)
     if run.results is None:
         print("the run is not finished: this is its best epoch so far", file=sys.stderr)
-    evaluate_run(run, splits, tokenizer, config, pick_device())
+    evaluate_run(run, splits, tokenizer, config, device)
     print((path / "report.md").read_text(encoding="utf-8"))
     run.close()
 

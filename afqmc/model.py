@@ -113,6 +113,8 @@ def load_part(source: str | Path, what: str, load: Callable, **settings):
     """Call one of transformers' from_pretrained on this machine's files; UserError with the source and the cause."""
     try:
         return load(source, local_files_only=True, **settings)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # no common base: OSError, ValueError, KeyError, SafetensorError, UnpicklingError ...
         raise UserError(f"the {what} of {source} does not load: {type(error).__name__}: {error}") from error
 
@@ -123,6 +125,7 @@ def load_tokenizer(config: Config, folder: Path | None = None) -> PreTrainedToke
     Raises UserError.
     """
     source = folder or model_source(config)
+    shape = load_part(source, "config", AutoConfig.from_pretrained)
     tokenizer = load_part(source, "tokenizer", AutoTokenizer.from_pretrained)
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # what transformers makes up where there are no files
         raise UserError(f"{source} holds no tokenizer: tokenizer.json or vocab.txt is missing")
@@ -130,6 +133,9 @@ def load_tokenizer(config: Config, folder: Path | None = None) -> PreTrainedToke
         tokenizer.init_kwargs.pop(name, None)
     if not tokenizer.is_fast or tokenizer.pad_token is None:
         raise UserError(f"{source}: needs a fast tokenizer with a padding token")
+    if getattr(shape, "type_vocab_size", 0) < 2:  # the encoder takes no token types, whatever its tokenizer gives
+        tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
+    tokenizer.padding_side = tokenizer.truncation_side = "right"
     tokenizer.model_max_length = config.max_length  # so that pipeline(..., truncation=True) cuts where training did
     return tokenizer
 
@@ -142,8 +148,6 @@ def build_model(config: Config, tokenizer: PreTrainedTokenizerFast) -> PairClass
         raise UserError(f"{config.model} is a {model_config.model_type} model; supported are {', '.join(HEADS)}")
     if len(tokenizer) > model_config.vocab_size:
         raise UserError(f"{config.model}: {len(tokenizer)} tokens do not fit {model_config.vocab_size} embeddings")
-    if "token_type_ids" in tokenizer.model_input_names and model_config.type_vocab_size < 2:
-        raise UserError(f"{config.model}: its tokenizer gives token types, its encoder has embeddings for one")
     first_position = model_config.pad_token_id + 1 if model_config.model_type in WITHOUT_POOLER else 0
     if config.max_length + first_position > model_config.max_position_embeddings:
         raise UserError(f"max_length {config.max_length} is more than the positions that {config.model} has")
@@ -208,6 +212,8 @@ def load_model(folder: Path) -> PairClassifier:
         options = {"add_pooling_layer": False} if model_config.model_type in WITHOUT_POOLER else {}
         model = PairClassifier(AutoModel.from_config(model_config, dtype=torch.float32, **options), dropout=0.0)
         model.load_state_dict(load_file(folder / "model.safetensors"))
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # OSError, SafetensorError, RuntimeError for keys: all mean a damaged folder
         raise UserError(f"{folder} does not load: {error}") from error
     return model.eval()

@@ -19,8 +19,8 @@ if not __package__:  # run as a script: import from the repository root, not fro
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from afqmc.config import Config, UserError, run_path, run_script
-from afqmc.dataset import LABELS, Pair, parse_pair
-from afqmc.evaluate import predict_logits, probabilities, read_threshold
+from afqmc.dataset import LABELS, Pair, parse_pair, token_lengths
+from afqmc.evaluate import predict_logits, probabilities, read_threshold, say_precision
 from afqmc.model import load_model, load_tokenizer, pick_device
 from common.checkpoint import best_folder
 
@@ -36,19 +36,20 @@ def read_lines(stream: BinaryIO) -> Iterator[Pair | str]:
 
 
 def main(config: Config, input: str, threshold: float | None) -> int:
-    folder = best_folder(run_path(config))
+    folder, device = best_folder(run_path(config)), pick_device()
     if threshold is None:
         threshold = read_threshold(folder)
     elif not 0 <= threshold <= 1:
         raise UserError(f"threshold {threshold} is out of range: from 0 to 1")
-    device = pick_device()
+    say_precision(folder.parent, config, device)
     model, tokenizer = load_model(folder).to(device), load_tokenizer(config, folder)
-    failed = False
+    failed, cut = False, 0
     with open(sys.stdin.fileno() if input == "-" else input, "rb", closefd=input != "-") as stream:
         rows = read_lines(stream)
         while block := list(islice(rows, 8 * config.eval_batch_size)):  # sorted by length inside a block only
             pairs = [row for row in block if isinstance(row, Pair)]
             found = iter(probabilities(predict_logits(model, pairs, tokenizer, config, device)) if pairs else ())
+            cut += int((token_lengths(pairs, tokenizer) > config.max_length).sum())
             for row in block:
                 if isinstance(row, Pair):
                     p = float(next(found))
@@ -59,6 +60,8 @@ def main(config: Config, input: str, threshold: float | None) -> int:
                     print(f"error: {input}, {row}", file=sys.stderr)
                     answer = {"error": row}
                 print(json.dumps(answer, ensure_ascii=False))
+    if cut:
+        print(f"{cut} pairs are longer than max_length {config.max_length}: their ends were not read", file=sys.stderr)
     return int(failed)
 
 

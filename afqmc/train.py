@@ -174,7 +174,8 @@ def main(config: Config, check: bool = False) -> int | None:
     model = build_model(config, tokenizer).to(device)
     weights = class_weights(config.class_weights, [pair.label for pair in train])
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"{parameters:,} parameters | class weights {'off' if weights is None else weights.numpy().round(4)}")
+    balance = "off" if weights is None else weights.numpy().round(4)
+    print(f"{parameters:,} parameters | class weights {balance} | {total_steps} steps")
     weights = None if weights is None else weights.to(device)
 
     # Optimizer
@@ -268,6 +269,9 @@ def main(config: Config, check: bool = False) -> int | None:
             if stopped:
                 bar.write(f"stopped at step {step} of {total_steps}: the same command goes on from here")
                 return 128 + stopped
+
+    if best.exhausted and step < total_steps:
+        print(f"stopped by patience: {best.stale_evaluations} evaluations without a better {config.metric}")
 
     # Final evaluation
     scores = evaluate_run(run, splits, tokenizer, config, device)

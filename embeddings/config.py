@@ -8,7 +8,7 @@ from argparse import ArgumentDefaultsHelpFormatter, Namespace, RawDescriptionHel
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from transformers import HfArgumentParser
@@ -28,6 +28,7 @@ class UserError(Exception):
 
 @dataclass(frozen=True)
 class Config:
+    _argument_group_name: ClassVar[str] = "settings, whose defaults are those of config.py"
     # What is trained on what.
     model: str = HfArg(
         default="embeddings/data/minicpm-2b", help="decoder or encoder: a local folder or a name on the hub (README.md)"
@@ -211,7 +212,8 @@ def load_config(
     trained: where --run_dir names a run, its saved config gives the defaults, and only what does not define a
     run (ANY_RUN) may be changed. Exits with status 2 on a wrong flag or value.
     """
-    parser = ConfigParser(Config, description=description, allow_abbrev=False, formatter_class=HelpFormatter)
+    texts = {"usage": "%(prog)s [--flag value ...]", "description": description, "formatter_class": HelpFormatter}
+    parser = ConfigParser(Config, allow_abbrev=False, **texts)
     parser.add_argument("--sample", action="store_true", help="tiny offline preset")
     for name, settings in flags.items():
         parser.add_argument(f"--{name}", **settings)

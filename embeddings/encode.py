@@ -26,7 +26,8 @@ from tqdm import tqdm
 
 from common.checkpoint import flush
 from embeddings.config import Config, UserError, run_script
-from embeddings.model import embed_texts, load_embedder
+from embeddings.dataset import tokenize
+from embeddings.model import embed_tokens, load_embedder
 
 BLOCK = 10_000  # lines that are sorted by length, encoded and written together
 
@@ -116,7 +117,10 @@ def main(config: Config, input: str, output: str, query: str | None, top: int, p
     model, tokenizer = load_embedder(config, base)
 
     def encode(texts: list[str], kind: str = prompt) -> np.ndarray:
-        return embed_texts(model, tokenizer, [prompts[kind] + text for text in texts], config)
+        tokens = tokenize([prompts[kind] + text for text in texts], tokenizer, config)
+        if full := int((tokens.lengths == config.max_length).sum()):
+            print(f"{full} texts fill max_length {config.max_length}: what is beyond was not read", file=sys.stderr)
+        return embed_tokens(model, tokens, np.arange(len(texts)), tokenizer.pad_token_id, config).numpy()
 
     with open(sys.stdin.fileno() if input == "-" else input, "rb", closefd=input != "-") as stream:
         if query is not None:

@@ -50,10 +50,12 @@ def check_data(run: Run, splits: Splits, config: Config) -> None:
         raise RunError(f"{config.data_dir} does not hold the rows that {run.path} was begun with: bring them back")
 
 
-def table(columns: list[str], rows: list[list]) -> list[str]:
-    """A Markdown table; floats to four places."""
-    cells = [[f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
-    return ["| " + " | ".join(row) + " |" for row in [columns, ["---"] * len(columns), *cells]] + [""]
+def table(header: list[str], rows: list[list]) -> list[str]:
+    """A Markdown table, floats with four decimals, "-" for what is undefined."""
+    cells = [header, ["---"] * len(header)]
+    for row in rows:
+        cells.append([f"{c:.4f}" if isinstance(c, float) else "-" if c is None else str(c) for c in row])
+    return ["| " + " | ".join(row) + " |" for row in cells] + [""]
 
 
 def print_summary(splits: Splits, tokens: Tokens, rows: Rows, config: Config) -> None:

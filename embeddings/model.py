@@ -15,7 +15,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils.logging import get_verbosity, set_verbosity, set_verbosity_error
 
-from common.checkpoint import best_folder, write_json
+from common.checkpoint import best_folder, read_json, write_json
 from common.seed import seed_everything
 from embeddings.bidirectional import make_bidirectional
 from embeddings.config import Config, UserError, parse_dims, run_path
@@ -187,6 +187,13 @@ def save_merged(config: Config, tokenizer: PreTrainedTokenizerFast, best: Path, 
     write_json(folder / "modules.json", modules)  # last: with it the folder is whole
 
 
+def say_precision(path: Path, config: Config, device: torch.device) -> None:
+    """Tell where this machine or --amp computes in another type than the run was trained in."""
+    trained = read_json(path / "config.json").get("environment", {}).get("autocast")
+    if trained != str(now := autocast_dtype(config.amp, device)):
+        print(f"trained with autocast {trained}, now {now}: scores can differ from the run's own", file=sys.stderr)
+
+
 def load_embedder(config: Config, base: bool = False) -> tuple[Embedder, PreTrainedTokenizerFast]:
     """The run's best model, ready for use on this machine's device, and its tokenizer; base: the config's model itself.
 
@@ -195,6 +202,8 @@ def load_embedder(config: Config, base: bool = False) -> tuple[Embedder, PreTrai
     device = pick_device()
     dtype = autocast_dtype(config.amp, device) or torch.float32
     folder = None if base else best_folder(run_path(config))
+    if folder is not None:
+        say_precision(run_path(config), config, device)
     if folder is not None and (folder / "modules.json").exists():
         tokenizer, encoder = load_tokenizer(config, folder), load_encoder(config, dtype, folder)
     else:

@@ -124,25 +124,21 @@ def refuse_non_finite(what: str, value: float, batch: np.ndarray, triplets: list
         )
 
 
-def update(
-    model: Embedder, optimizer: Optimizer, scheduler: LRScheduler, scaler: torch.amp.GradScaler, config: Config
-) -> float:
-    """Clip and take one optimizer step, unless the scaler found an overflow; the gradient's norm before clipping.
-
-    The schedule moves only if the optimizer did.
-    """
+def clip_gradient(model: Embedder, optimizer: Optimizer, scaler: torch.amp.GradScaler, config: Config) -> float:
+    """Take the loss scale out of the gradient and clip it; its norm before clipping."""
     scaler.unscale_(optimizer)
-    parameters = model.trained_parameters().values()
-    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf).item()
-    if not scaler.is_enabled() and not math.isfinite(grad_norm):
-        return grad_norm
+    trained = model.trained_parameters().values()
+    return torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm or math.inf).item()
+
+
+def update(optimizer: Optimizer, scheduler: LRScheduler, scaler: torch.amp.GradScaler) -> None:
+    """One optimizer step, unless the scaler found an overflow. The schedule moves only if the optimizer did."""
     scale = scaler.get_scale()
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()
     if scaler.get_scale() >= scale:  # the scaler lowers its scale when it skips a step
         scheduler.step()
-    return grad_norm
 
 
 def validate(
@@ -204,11 +200,10 @@ def main(config: Config, check: bool = False) -> int | None:
 
     # Model
     model = build_model(config, tokenizer, device, dtype)
-    trained = sum(parameter.numel() for parameter in model.trained_parameters().values())
-    print(
-        f"{sum(p.numel() for p in model.parameters()):,} parameters, {trained:,} of them trained | {len(batches)} "
-        f"batches of {config.batch_size} in the first epoch, {config.max_steps} steps"
-    )
+    parameters = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.trained_parameters().values())
+    share = f"{trained:,} trained ({trained / parameters:.2%})"
+    print(f"{parameters:,} parameters, {share} | {len(batches)} batches in epoch 1 | {config.max_steps} steps")
     if config.max_steps <= config.warmup_steps:
         print(f"warning: the learning rate never reaches its peak: warmup_steps {config.warmup_steps} are all steps")
 
@@ -224,7 +219,8 @@ def main(config: Config, check: bool = False) -> int | None:
         return None
 
     # Resume
-    run, outcome = None, "to be trained"
+    best = Best("max", config.patience)
+    run, state, outcome = None, None, "to be trained"
     if rank == 0:
         try:
             begun = {"data_sha256": fingerprint(splits), "autocast": str(dtype), "processes": world}
@@ -232,6 +228,7 @@ def main(config: Config, check: bool = False) -> int | None:
             if run.results is None:
                 check_data(run, splits, config)
                 refuse_another_machine(run, dtype, world)
+                state = run.load_last(best)
             else:  # another process finished it meanwhile
                 outcome = "finished"
         except (UserError, RunError, OSError):  # what run_script says in one line
@@ -246,13 +243,10 @@ def main(config: Config, check: bool = False) -> int | None:
             print(last_line(run.results, path))
         end_processes()
         return None
-    best = Best("max", config.patience)
+    if rank:
+        state, _ = read_last(path / "last.pt", run_config(config), best) or (None, 0)
     step, epoch, position = 0, 0, 0
     totals = {"seconds": 0.0, "train_seconds": 0.0, "tokens": 0, "base": None}
-    if run:
-        state = run.load_last(best)
-    else:
-        state, _ = read_last(path / "last.pt", run_config(config), best) or (None, 0)
     if state:
         try:
             model.load_trained(state["model"])
@@ -289,10 +283,11 @@ def main(config: Config, check: bool = False) -> int | None:
             loss = gradient(rows.texts[batch[rank::world]], step=step, processes=processes)
             loss, stopped = summed(torch.tensor([loss, stop.number], dtype=torch.float64), processes).tolist()
             refuse_non_finite("loss", loss, batch, splits.train, step)
-            learning_rate = scheduler.get_last_lr()[0]
-            grad_norm = update(model, optimizer, scheduler, scaler, config)
+            grad_norm = clip_gradient(model, optimizer, scaler, config)
             if not scaler.is_enabled():  # the scaler skips such a step by itself
                 refuse_non_finite("gradient norm", grad_norm, batch, splits.train, step)
+            learning_rate = scheduler.get_last_lr()[0]
+            update(optimizer, scheduler, scaler)
             step, position = step + 1, position + 1
             bar.update()
 
@@ -334,6 +329,8 @@ def main(config: Config, check: bool = False) -> int | None:
                 bar.write(f"stopped at step {step} of {config.max_steps}: the same command goes on from here")
                 end_processes()
                 return 128 + (stop.number or signal.SIGTERM)  # the signal may have gone to another process
+    if best.exhausted and step < config.max_steps:
+        print(f"stopped by patience: {best.stale_evaluations} evaluations without a better spearman")
     end_processes()
     if run is None:
         return None

@@ -201,10 +201,19 @@ def check_data(run: Run, splits: dict[str, list[Row]], config: Config) -> None:
         raise RunError(f"{config.data_dir} does not hold the rows that {run.path} was begun with: bring them back")
 
 
-def table(columns: list[str], rows: list[list]) -> list[str]:
-    """A Markdown table; floats to four places."""
-    cells = [[f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
-    return ["| " + " | ".join(row) + " |" for row in [columns, ["---"] * len(columns), *cells]] + [""]
+def say_precision(path: Path, config: Config, device: torch.device) -> None:
+    """Tell where this machine or --amp computes in another type than the run was trained in."""
+    trained = read_json(path / "config.json").get("environment", {}).get("autocast")
+    if trained != str(now := autocast_dtype(config.amp, device)):
+        print(f"trained with autocast {trained}, now {now}: scores can differ from the run's own", file=sys.stderr)
+
+
+def table(header: list[str], rows: list[list]) -> list[str]:
+    """A Markdown table, floats with four decimals, "-" for what is undefined."""
+    cells = [header, ["---"] * len(header)]
+    for row in rows:
+        cells.append([f"{c:.4f}" if isinstance(c, float) else "-" if c is None else str(c) for c in row])
+    return ["| " + " | ".join(row) + " |" for row in cells] + [""]
 
 
 def print_summary(splits: dict[str, list[Row]], tokenizer: PreTrainedTokenizerFast, config: Config) -> None:
@@ -294,14 +303,15 @@ def per_label_table(per_label: dict) -> list[str]:
 
 
 def main(config: Config) -> None:
-    path = run_path(config)
+    path, device = run_path(config), pick_device()
     tokenizer = load_tokenizer(config, best_folder(path))  # before the lock: where there is no run, none is made
     splits = load_splits(config)
     run = Run(path, saved_config(path / "config.json"), {})
     check_data(run, splits, config)
+    say_precision(path, config, device)
     if run.results is None:
         print("the run is not finished: this is its best epoch so far", file=sys.stderr)
-    evaluate_run(run, splits, tokenizer, config, Processes(0, 1, pick_device()))
+    evaluate_run(run, splits, tokenizer, config, Processes(0, 1, device))
     print((path / "report.md").read_text(encoding="utf-8"))
     run.close()
 

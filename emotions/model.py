@@ -206,7 +206,7 @@ def load_tokenizer(config: Config, folder: Path | None = None) -> PreTrainedToke
         tokenizer.init_kwargs.pop(name, None)
     if not tokenizer.is_fast or tokenizer.pad_token is None:
         raise UserError(f"{source}: needs a fast tokenizer with a padding token")
-    if getattr(shape, "type_vocab_size", 0) < 2:  # the encoder has no token types, whatever its tokenizer gives
+    if getattr(shape, "type_vocab_size", 0) < 2:  # the encoder takes no token types, whatever its tokenizer gives
         tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
     tokenizer.padding_side = tokenizer.truncation_side = "right"
     tokenizer.model_max_length = config.max_length  # so that pipeline(..., truncation=True) cuts where training did
@@ -309,6 +309,8 @@ def load_model(folder: Path, config: Config) -> EmotionClassifier:
         shape = AutoConfig.from_pretrained(folder, local_files_only=True)
         model = EmotionClassifier(new_encoder(folder, shape), config.pooling, dropout=0.0)
         model.load_state_dict(load_file(folder / "model.safetensors"))
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # OSError, SafetensorError, RuntimeError for keys: all mean a damaged folder
         raise UserError(f"{folder} does not load: {error}") from error
     if config.attention == "fast":

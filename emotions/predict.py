@@ -23,8 +23,8 @@ import numpy as np
 
 from common.checkpoint import best_folder
 from emotions.config import Config, UserError, run_path, run_script
-from emotions.dataset import ALL, EMOTIONS, Row
-from emotions.evaluate import answer, predict_logits, probabilities, read_thresholds
+from emotions.dataset import ALL, EMOTIONS, Row, token_lengths
+from emotions.evaluate import answer, predict_logits, probabilities, read_thresholds, say_precision
 from emotions.model import load_model, load_tokenizer, pick_device
 from emotions.parallel import Processes
 
@@ -43,20 +43,22 @@ def read_lines(stream: BinaryIO) -> Iterator[Row | tuple[int, str]]:
 
 
 def main(config: Config, input: str, threshold: float | None) -> int:
-    folder = best_folder(run_path(config))
+    folder, device = best_folder(run_path(config)), pick_device()
     thresholds = read_thresholds(folder)[1]
     if threshold is not None:
         if not 0 <= threshold <= 1:
             raise UserError(f"threshold {threshold} is out of range: from 0 to 1")
         thresholds = np.full(len(EMOTIONS), threshold)
-    processes = Processes(0, 1, pick_device())
-    model, tokenizer = load_model(folder, config).to(processes.device), load_tokenizer(config, folder)
-    failed = False
+    say_precision(folder.parent, config, device)
+    model, tokenizer = load_model(folder, config).to(device), load_tokenizer(config, folder)
+    processes = Processes(0, 1, device)
+    failed, cut = False, 0
     with open(sys.stdin.fileno() if input == "-" else input, "rb", closefd=input != "-") as stream:
         lines = read_lines(stream)
         while block := list(islice(lines, 8 * config.eval_batch_size)):  # sorted by length inside a block only
             rows = [row for row in block if isinstance(row, Row)]
             found = iter(probabilities(predict_logits(model, rows, tokenizer, config, processes)) if rows else ())
+            cut += int((token_lengths(rows, tokenizer) > config.max_length).sum())
             for row in block:
                 if isinstance(row, Row):
                     found_here = answer(next(found), thresholds)
@@ -67,6 +69,8 @@ def main(config: Config, input: str, threshold: float | None) -> int:
                     print(f"error: {input}, line {row[0]}: {row[1]}", file=sys.stderr)
                     out = {"line": row[0], "error": row[1]}
                 print(json.dumps(out, ensure_ascii=False))
+    if cut:
+        print(f"{cut} texts are longer than max_length {config.max_length}: their ends were not read", file=sys.stderr)
     return int(failed)
 
 

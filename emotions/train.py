@@ -7,7 +7,6 @@
 """
 
 import math
-import re
 import signal
 import sys
 import time
@@ -26,7 +25,16 @@ from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
-from common.checkpoint import Best, Run, StopSignal, environment, peak_memory_bytes, read_last, run_results
+from common.checkpoint import (
+    Best,
+    Run,
+    RunError,
+    StopSignal,
+    environment,
+    peak_memory_bytes,
+    read_last,
+    run_results,
+)
 from common.metrics import mean_average_precision, multilabel_metrics
 from common.seed import seed_everything, seed_micro_batch
 from emotions.config import Config, UserError, run_config, run_path, run_script, shown
@@ -53,6 +61,7 @@ from emotions.evaluate import (
     thresholds_json,
     tune_thresholds,
 )
+from emotions.gradient_health import collapse, gradient_health, parameter_group
 from emotions.losses import class_weights, emotion_loss
 from emotions.model import (
     MODEL_INPUTS,
@@ -97,14 +106,6 @@ def make_optimizer(
     scheduler = schedules[config.schedule](optimizer, round(config.warmup_ratio * total_steps), total_steps)
     scaler = torch.amp.GradScaler(device.type, enabled=autocast_dtype(config.amp, device) == torch.float16)
     return optimizer, scheduler, scaler
-
-
-def parameter_group(model: EmotionClassifier, name: str) -> str:
-    """Where a parameter stands: "embeddings" (with relative positions and final norms), "layer 0" ..., or "head"."""
-    if not name.startswith(f"{model.prefix}."):
-        return "head"
-    found = re.search(r"layers?\.(\d+)\.", name)
-    return f"layer {found[1]}" if found else "embeddings"
 
 
 def accumulate_gradients(
@@ -157,37 +158,6 @@ def clip_gradient(
     """Take the loss scale out of the gradient and clip it; its norm before clipping."""
     scaler.unscale_(optimizer)
     return whole(torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)).item()
-
-
-def gradient_health(model: EmotionClassifier, clipped_from: float, config: Config) -> dict[str, dict[str, float]]:
-    """Of each group of parameters: the norm of its gradient before clipping, unscaled, and the share of exact zeros.
-
-    clipped_from: the whole gradient's norm before it was clipped. A rare word's embedding has no gradient in most
-    steps, so zeros there mean nothing; in a layer they are a gradient that has underflowed or a dead path.
-    """
-    factor = max(1.0, clipped_from / config.max_grad_norm) if config.max_grad_norm else 1.0
-    squares, zeros, sizes = {}, {}, {}
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            gradient, group = whole(parameter.grad).float(), parameter_group(model, name)
-            squares[group] = squares.get(group, 0.0) + gradient.square().sum()
-            zeros[group] = zeros.get(group, 0) + (gradient == 0).sum()
-            sizes[group] = sizes.get(group, 0) + gradient.numel()
-    return {
-        group: {"norm": squares[group].sqrt().item() * factor, "zeros": zeros[group].item() / sizes[group]}
-        for group in squares
-    }
-
-
-def collapse(health: dict[str, dict[str, float]], skipped: int, steps: int) -> str:
-    """What is wrong with the gradients, or "". skipped: how many of the last steps the loss scaler left out."""
-    found = [f"{skipped} of {steps} steps skipped, the loss overflows"] if 2 * skipped > steps else []
-    for group, values in health.items():
-        if group not in ("embeddings", "head") and values["zeros"] > 0.5:  # of the head ASL's clip leaves labels out
-            found.append(f"{values['zeros']:.0%} of the gradient of {group} is exactly 0")
-        elif values["norm"] < 1e-7:
-            found.append(f"the gradient of {group} has norm {values['norm']:.1e}")
-    return "; ".join(found)
 
 
 def update(optimizer: Optimizer, scheduler: LRScheduler, scaler: torch.amp.GradScaler) -> bool:
@@ -304,27 +274,35 @@ def main(config: Config, check: bool = False) -> int | None:
         return None
 
     # Resume
-    run, finished = None, False
+    best = Best("min" if config.metric == "loss" else "max", config.patience)
+    run, state, outcome = None, None, "to be trained"
     if rank == 0:
-        begun = {"data_sha256": fingerprint(splits), "autocast": str(dtype), "processes": world}
-        run = Run(path, run_config(config), info | begun)
-        if not (finished := run.results is not None):
-            check_data(run, splits, config)
-            refuse_another_machine(run, dtype, world)
-    if from_rank_0(finished, processes):  # another process finished it meanwhile
+        try:
+            begun = {"data_sha256": fingerprint(splits), "autocast": str(dtype), "processes": world}
+            run = Run(path, run_config(config), info | begun)
+            if run.results is None:
+                check_data(run, splits, config)
+                refuse_another_machine(run, dtype, world)
+                state = run.load_last(best)
+            else:  # another process finished it meanwhile
+                outcome = "finished"
+        except (UserError, RunError, OSError):  # what run_script says in one line
+            from_rank_0("refused", processes)  # the others wait for a word
+            raise
+    outcome = from_rank_0(outcome, processes)
+    if outcome == "refused":
+        return 1
+    if outcome == "finished":
         if run:
             run.close()
             print(last_line(run.results, path))
         end_processes()
         return None
-    best = Best("min" if config.metric == "loss" else "max", config.patience)
+    if rank:
+        state, _ = read_last(path / "last.pt", run_config(config), best) or (None, 0)
     step = 0
     totals = {"seconds": 0.0, "train_seconds": 0.0, "tokens": 0, "epoch_loss": 0.0, "epoch_examples": 0}
     totals |= {"skipped_steps": 0}  # since the last line
-    if run:
-        state = run.load_last(best)
-    else:
-        state, _ = read_last(path / "last.pt", run_config(config), best) or (None, 0)
     if state:
         try:
             load_training_state(model, optimizer, (state["model"], state["optimizer"]), config.shard)
@@ -417,6 +395,8 @@ def main(config: Config, check: bool = False) -> int | None:
                 bar.write(f"stopped at step {step} of {total_steps}: the same command goes on from here")
                 end_processes()
                 return 128 + (stop.number or signal.SIGTERM)  # the signal may have gone to another process
+    if best.exhausted and step < total_steps:
+        print(f"stopped by patience: {best.stale_evaluations} evaluations without a better {config.metric}")
     end_processes()
     if run is None:
         return None

@@ -45,7 +45,7 @@ from common.metrics import span_metrics
 from common.seed import seed_everything
 from evidence_spans.config import Config, UserError, run_path, run_script
 from evidence_spans.dataset import load_splits
-from evidence_spans.evaluate import answer_texts, longest_answer, n_best, predict, table, tune
+from evidence_spans.evaluate import answer_texts, n_best, predict, tune
 from evidence_spans.model import (
     MODEL_INPUTS,
     SpanModel,
@@ -57,6 +57,7 @@ from evidence_spans.model import (
     pick_device,
 )
 from evidence_spans.postprocess import Decoding, best_pairs, merge_windows, window_predictions
+from evidence_spans.report import table
 from evidence_spans.train import (
     accumulate_gradients,
     clip_gradient,
@@ -65,7 +66,7 @@ from evidence_spans.train import (
     steps_of_epochs,
     update,
 )
-from evidence_spans.windows import Window, collate, epoch_batches, make_loader, make_windows
+from evidence_spans.windows import Window, collate, epoch_batches, longest_answer, make_loader, make_windows
 
 SIDES = ("ours", "Trainer, padded to the longest", "Trainer, padded to max_length")  # the last is the example's default
 

@@ -8,7 +8,7 @@ from argparse import ArgumentDefaultsHelpFormatter, Namespace, RawDescriptionHel
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from transformers import HfArgumentParser
@@ -32,6 +32,7 @@ class UnfitSettings(UserError):
 
 @dataclass(frozen=True)
 class Config:
+    _argument_group_name: ClassVar[str] = "settings, whose defaults are those of config.py"
     # What is trained on what.
     model: str = HfArg(default="SpanBERT/spanbert-base-cased", help="encoder: a name on the hub or a local folder")
     init: Literal["pretrained", "random"] = HfArg(
@@ -196,7 +197,8 @@ def load_config(
     trained: where --run_dir names a run, its saved config gives the defaults, and only what does not define a
     run (ANY_RUN) may be changed. Exits with status 2 on a wrong flag or value.
     """
-    parser = ConfigParser(Config, description=description, allow_abbrev=False, formatter_class=HelpFormatter)
+    texts = {"usage": "%(prog)s [--flag value ...]", "description": description, "formatter_class": HelpFormatter}
+    parser = ConfigParser(Config, allow_abbrev=False, **texts)
     parser.add_argument("--sample", action="store_true", help="tiny offline preset")
     for name, settings in flags.items():
         parser.add_argument(f"--{name}", **settings)
@@ -205,7 +207,10 @@ def load_config(
     if given.sample:
         parser.set_defaults(**asdict(SAMPLE))
     if trained and given.run_dir:
-        saved = saved_config(ROOT / portable(given.run_dir) / "config.json")
+        folder = ROOT / portable(given.run_dir)
+        if not (folder / "config.json").exists():
+            raise RunError(f"{folder} is no run: --run_dir names what train.py's last line calls results in")
+        saved = saved_config(folder / "config.json")
         parser.set_defaults(**saved)
     try:
         config, arguments, unknown = parser.parse_args_into_dataclasses(

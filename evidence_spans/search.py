@@ -32,8 +32,8 @@ from common.checkpoint import read_json, write_json, write_text
 from evidence_spans import train
 from evidence_spans.config import Config, UnfitSettings, UserError, run_config, run_path, run_script, shown
 from evidence_spans.dataset import fingerprint, load_splits
-from evidence_spans.evaluate import table
 from evidence_spans.model import autocast_dtype, pick_device
+from evidence_spans.report import table
 
 
 def space(config: Config) -> dict:

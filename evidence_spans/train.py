@@ -30,15 +30,7 @@ from common.metrics import span_metrics
 from common.seed import seed_everything, seed_micro_batch
 from evidence_spans.config import Config, UnfitSettings, UserError, run_config, run_path, run_script, shown
 from evidence_spans.dataset import Example, fingerprint, load_splits
-from evidence_spans.evaluate import (
-    answer_texts,
-    check_data,
-    evaluate_run,
-    longest_answer,
-    predict,
-    print_summary,
-    tune,
-)
+from evidence_spans.evaluate import answer_texts, check_data, evaluate_run, predict, tune
 from evidence_spans.model import (
     MODEL_INPUTS,
     SpanModel,
@@ -50,7 +42,8 @@ from evidence_spans.model import (
     span_loss,
 )
 from evidence_spans.postprocess import Decoding
-from evidence_spans.windows import Window, epoch_batches, epoch_windows, make_loader, make_windows
+from evidence_spans.report import print_summary
+from evidence_spans.windows import Window, epoch_batches, epoch_windows, longest_answer, make_loader, make_windows
 
 
 def steps_of_epochs(examples: list[Example], windows: list[Window], config: Config) -> np.ndarray:

@@ -206,3 +206,13 @@ def make_loader(
         pin_memory=config.pin_memory and torch.cuda.is_available(),
         **workers,
     )
+
+
+def answer_tokens(windows: list[Window]) -> np.ndarray:
+    """The tokens of each answer that lies in a window whole."""
+    return np.array([end - start + 1 for window in windows for start, end in window.labels], dtype=int)
+
+
+def longest_answer(train: list[Window], config: Config) -> int:
+    """max_answer_length in tokens: the config's, or that of the longest answer in training."""
+    return config.max_answer_length or int(answer_tokens(train).max(initial=1))

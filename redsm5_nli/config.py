@@ -8,7 +8,7 @@ from argparse import ArgumentDefaultsHelpFormatter, Namespace, RawDescriptionHel
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from transformers import HfArgumentParser
@@ -27,6 +27,7 @@ class UserError(Exception):
 
 @dataclass(frozen=True)
 class Config:
+    _argument_group_name: ClassVar[str] = "settings, whose defaults are those of config.py"
     # What is trained on what.
     model: str = HfArg(default="google/gemma-3-1b-it", help="decoder: a name on the hub or a local folder")
     data_dir: str = HfArg(default="redsm5_nli/data", help="folder of redsm5_posts.csv and redsm5_annotations.csv")
@@ -199,7 +200,8 @@ def load_config(
     trained: where --run_dir names a run, its saved config gives the defaults, and only what does not define a
     run (ANY_RUN) may be changed. Exits with status 2 on a wrong flag or value.
     """
-    parser = ConfigParser(Config, description=description, allow_abbrev=False, formatter_class=HelpFormatter)
+    texts = {"usage": "%(prog)s [--flag value ...]", "description": description, "formatter_class": HelpFormatter}
+    parser = ConfigParser(Config, allow_abbrev=False, **texts)
     presets = parser.add_mutually_exclusive_group()
     presets.add_argument("--sample", action="store_true", help="tiny offline preset")
     presets.add_argument("--preset", choices=PRESETS, help="settings for another size of decoder (config.py)")
@@ -212,7 +214,10 @@ def load_config(
     if given.preset:
         parser.set_defaults(**asdict(PRESETS[given.preset]))
     if trained and given.run_dir:
-        saved = saved_config(ROOT / portable(given.run_dir) / "config.json")
+        folder = ROOT / portable(given.run_dir)
+        if not (folder / "config.json").exists():
+            raise RunError(f"{folder} is no run: --run_dir names what train.py's last line calls results in")
+        saved = saved_config(folder / "config.json")
         parser.set_defaults(**saved)
     try:
         config, arguments, unknown = parser.parse_args_into_dataclasses(

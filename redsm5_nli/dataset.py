@@ -70,6 +70,17 @@ def find_file(folder: Path, names: tuple[str, ...]) -> Path:
     return found[0]
 
 
+def decoded_lines(path: Path) -> Iterator[str]:
+    """The lines of a text file with their ends. Raises UserError for what is no UTF-8."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                reason = f"found byte {line[error.start]:#x} ({error.reason})"
+                raise UserError(f"{path}, line {number}: expected UTF-8, {reason}") from error
+
+
 def read_table(path: Path, columns: Iterable[tuple[str, ...]]) -> Iterator[tuple[int, list[str]]]:
     """The line number and the wanted fields of each row of a CSV file; each column is given by its possible names.
 
@@ -77,25 +88,22 @@ def read_table(path: Path, columns: Iterable[tuple[str, ...]]) -> Iterator[tuple
     """
     line = 1
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, strict=True)
-            header = [name.strip() for name in next(reader, [])]
-            places = []
-            for names in columns:
-                if not (found := [header.index(name) for name in names if name in header]):
-                    there = " and ".join(header) or "nothing"
-                    raise UserError(f"{path}, line 1: no column {' or '.join(names)} between commas, found {there}")
-                places.append(found[0])
-            while True:
-                line = reader.line_num + 1
-                if (row := next(reader, None)) is None:
-                    return
-                if row and len(row) != len(header):
-                    raise UserError(f"{path}, line {line}: expected {len(header)} fields, found {len(row)}")
-                if row:
-                    yield line, [row[place].strip() for place in places]
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: expected UTF-8, found byte {error.object[error.start]:#x}") from error
+        reader = csv.reader(decoded_lines(path), strict=True)
+        header = [name.strip() for name in next(reader, [])]
+        places = []
+        for names in columns:
+            if not (found := [header.index(name) for name in names if name in header]):
+                there = " and ".join(header) or "nothing"
+                raise UserError(f"{path}, line 1: no column {' or '.join(names)} between commas, found {there}")
+            places.append(found[0])
+        while True:
+            line = reader.line_num + 1
+            if (row := next(reader, None)) is None:
+                return
+            if row and len(row) != len(header):
+                raise UserError(f"{path}, line {line}: expected {len(header)} fields, found {len(row)}")
+            if row:
+                yield line, [row[place].strip() for place in places]
     except csv.Error as error:
         raise UserError(f"{path}, line {line}: no CSV row: {error}; is a quote left open?") from error
 

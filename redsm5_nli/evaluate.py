@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from common.checkpoint import Run, RunError, best_folder, read_json, write_text
 from common.metrics import classification_metrics, per_label_metrics, ranking_metrics
-from redsm5_nli.config import ROOT, Config, UserError, run_path, run_script, saved_config
+from redsm5_nli.config import ROOT, Config, run_path, run_script, saved_config
 from redsm5_nli.criteria import Criterion, load_criteria
 from redsm5_nli.dataset import Encoder, Post, fingerprint, load_splits, make_examples, make_loader, sorted_batches
 from redsm5_nli.model import (
@@ -35,9 +35,10 @@ from redsm5_nli.model import (
 
 
 def table(header: list[str], rows: list[list]) -> list[str]:
-    """A Markdown table, floats with four decimals."""
+    """A Markdown table, floats with four decimals, "-" for what is undefined."""
     cells = [header, ["---"] * len(header)]
-    cells += [[f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
+    for row in rows:
+        cells.append([f"{c:.4f}" if isinstance(c, float) else "-" if c is None else str(c) for c in row])
     return ["| " + " | ".join(row) + " |" for row in cells] + [""]
 
 
@@ -54,14 +55,13 @@ def count_cut(splits: dict[str, list[Post]], encoder: Encoder) -> dict[str, int]
 def print_summary(splits: dict[str, list[Post]], kinds: Counter, encoder: Encoder, config: Config) -> None:
     """The tables of what is trained on: posts, pairs, positive pairs of each criterion, lengths in tokens."""
     rows, per_criterion = [], []
-    cut = count_cut(splits, encoder)
     for name, posts in splits.items():
-        lengths = encoder.lengths(make_examples(posts, encoder.criteria, encoder.share_post))[0]
+        lengths, cut = encoder.lengths(make_examples(posts, encoder.criteria, encoder.share_post))
         labels = labels_of(posts)
         percentiles = np.percentile(lengths, (50, 95, 100)).astype(int).tolist()
         without = int((labels.sum(1) == 0).sum())
         counts = [len(posts), without, labels.size, int(labels.sum()), f"{labels.mean():.1%}"]
-        rows.append([name, *counts, *percentiles, cut[name]])
+        rows.append([name, *counts, *percentiles, cut])
         per_criterion.append(labels.sum(0).tolist())
     header = ["split", "posts", "with no criterion", "pairs", "positive", "share", "tokens p50", "p95", "max"]
     print("\n".join(table([*header, f"posts cut to {config.max_length}"], rows)[:-1]))
@@ -185,11 +185,11 @@ def read_thresholds(folder: Path, criteria: tuple[Criterion, ...]) -> dict:
 
 
 def check_data(run: Run, splits: dict[str, list[Post]], criteria: tuple[Criterion, ...], config: Config) -> None:
-    """Raise UserError unless posts, labels and criteria are those that the run was begun with."""
+    """Refuse to go on with, or to score, other rows than a run began with: training rows could become test rows."""
     if run.environment.get("data_sha256") != fingerprint(splits, criteria):
-        raise UserError(
-            f"{run.path} was begun with other posts, annotations or criteria than {config.data_dir} now gives: "
-            "train a new run, or label other posts with predict.py"
+        raise RunError(
+            f"{config.data_dir} does not hold the rows that {run.path} was begun with, or its criteria were others: "
+            "bring them back"
         )
 
 
@@ -197,7 +197,7 @@ def say_precision(path: Path, config: Config, device: torch.device) -> None:
     """Tell where this machine or --amp computes in another type than the run was trained in."""
     trained = read_json(path / "config.json").get("environment", {}).get("dtype")
     if trained != str(now := weights_dtype(config.amp, device)):
-        print(f"trained in {trained}, now in {now}: probabilities can differ from the run's own", file=sys.stderr)
+        print(f"trained in {trained}, now in {now}: scores can differ from the run's own", file=sys.stderr)
 
 
 RULES = {"at_half": ".5", "at_global": "one threshold", "at_criteria": "a threshold for each criterion"}

@@ -172,6 +172,8 @@ def load_weights(model: Matcher, folder: Path) -> None:
         if head.keys() != own:
             raise ValueError(f"head.safetensors holds {sorted(head)}, expected {sorted(own)}")
         model.load_state_dict(head, strict=False)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # OSError, SafetensorError, ValueError, RuntimeError: all mean a damaged folder
         raise UserError(f"{folder} does not load: {error}") from error
 

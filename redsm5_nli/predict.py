@@ -19,7 +19,7 @@ if not __package__:  # run as a script: import from the repository root, not fro
 from common.checkpoint import best_folder, read_json
 from redsm5_nli.config import Config, UserError, run_path, run_script
 from redsm5_nli.criteria import Criterion, parse_criteria
-from redsm5_nli.dataset import Post, read_texts
+from redsm5_nli.dataset import Post, make_examples, read_texts
 from redsm5_nli.evaluate import predict_logits, probabilities, read_thresholds, say_precision
 from redsm5_nli.model import LABELS, build_model, load_weights, make_encoder, pick_device
 
@@ -53,6 +53,8 @@ def main(config: Config, text: str | None, input: str, thresholds: Literal["glob
     model = build_model(config, device)
     load_weights(model, folder)
     found = probabilities(predict_logits(model, posts, encoder, config)).tolist()
+    if cut := encoder.lengths(make_examples(posts, criteria, config.share_post))[1]:
+        print(f"{cut} posts are longer than max_length {config.max_length}: their ends were not read", file=sys.stderr)
     limits = [tuned["criteria"][c.id] if thresholds == "criteria" else tuned["global"] for c in criteria]
     print(NO_DIAGNOSIS, file=sys.stdout if input == "-" else sys.stderr)
     if input == "-":

@@ -169,10 +169,9 @@ def main(config: Config, check: bool = False) -> int | None:
     weights = class_weights(config.class_weights, labels_of(splits["train"]).ravel().tolist())
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.trained_state().values())
-    print(
-        f"{parameters:,} parameters, {trained:,} trained ({trained / parameters:.2%}) | "
-        f"class weights {'off' if weights is None else weights.numpy().round(4)}"
-    )
+    balance = "off" if weights is None else weights.numpy().round(4)
+    share = f"{trained:,} trained ({trained / parameters:.2%})"
+    print(f"{parameters:,} parameters, {share} | class weights {balance} | {total_steps} steps")
     weights = None if weights is None else weights.to(device)
 
     # Optimizer
@@ -267,6 +266,9 @@ def main(config: Config, check: bool = False) -> int | None:
             if stopped:
                 bar.write(f"stopped at step {step} of {total_steps}: the same command goes on from here")
                 return 128 + stopped
+
+    if best.exhausted and step < total_steps:
+        print(f"stopped by patience: {best.stale_evaluations} evaluations without a better {config.metric}")
 
     # Final evaluation
     scores = evaluate_run(run, model, splits, encoder, config)

@@ -1,11 +1,13 @@
 """How tests start the scripts: as a user does, on the sample, with few steps."""
 
 import os
+import runpy
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,6 +33,16 @@ def call(*words: str, code: int = 0, cwd: Path = ROOT, text: str = "") -> tuple[
         out, err = process.communicate(text)
     assert process.returncode == code, f"{words}\n{out}\n{err}"
     return out, err
+
+
+def run_here(script: str, *flags: str) -> int:
+    """Run a script in this process, for what needs none of its own: its exit status."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [str(ROOT / script), *flags])
+        patch.setattr(sys, "path", [*sys.path])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+    return ended.value.code
 
 
 def listing(folder: Path) -> dict[str, int]:

@@ -26,16 +26,9 @@ from common.metrics import (
 from evidence_spans import train
 from evidence_spans.config import ROOT, UnfitSettings, UserError
 from evidence_spans.config import SAMPLE as PRESET
-from evidence_spans.dataset import (
-    CRITERIA,
-    Example,
-    find_spans,
-    group_keys,
-    load_splits,
-    read_source,
-    split_examples,
-)
-from evidence_spans.evaluate import answer_row, longest_answer, n_best, predict, read_decoding, score_split, tune
+from evidence_spans.dataset import group_keys, load_splits, split_examples
+from evidence_spans.evaluate import answer_row, n_best, predict, read_decoding, score_split, tune
+from evidence_spans.formats import CRITERIA, Example, find_spans, read_source
 from evidence_spans.model import (
     MODEL_INPUTS,
     SUPPORTED,
@@ -75,6 +68,7 @@ from evidence_spans.windows import (
     collate,
     drawn_examples,
     epoch_windows,
+    longest_answer,
     make_loader,
     make_windows,
     token_span,
@@ -358,7 +352,7 @@ def make_posts(n: int, generator: random.Random) -> list[Example]:
 
 
 def splits_of(examples: list[Example], **changes) -> dict[str, str]:
-    from evidence_spans.dataset import Source
+    from evidence_spans.formats import Source
 
     found = split_examples(Source(examples, [], Counter(), [], {}), replace(SAMPLE, **changes))
     return {e.id: name for name, some in found.items() for e in some}

@@ -5,26 +5,50 @@ import json
 import math
 import os
 import shutil
-import sys
 from dataclasses import fields, replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from launch import BEST, METRIC, OWN, PREDICTIONS, PROJECTS, ROOT, SCRIPTS, SHORT, call, listing, start, train_short
+from launch import (
+    BEST,
+    METRIC,
+    OWN,
+    PREDICTIONS,
+    PROJECTS,
+    ROOT,
+    SCRIPTS,
+    SHORT,
+    call,
+    listing,
+    run_here,
+    start,
+    train_short,
+)
 from sklearn.metrics import f1_score
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_names_every_field_from_any_folder(script, tmp_path):
-    out, _ = call(str(ROOT / script), "--help", cwd=tmp_path)
+def test_help_names_every_field(script, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
+    assert run_here(script, "--help") == 0
+    out = capsys.readouterr().out
     assert not list(tmp_path.iterdir())
     if script == "embeddings/minicpm.py":  # from a folder to a folder, before there is anything to configure
         assert "SRC DST" in out
         return
     config = import_module(f"{script.split('/')[0]}.config")
     assert "(default: " in out and all(f"--{field.name}" in out for field in fields(config.Config))
+    own, settings = out.split("\nsettings, ")
+    assert "\n  --sample " in own and "\n  --seed " in settings  # a script's own flags come first
+
+
+@pytest.mark.parametrize("project", PROJECTS)
+def test_a_script_starts_in_any_folder(project, tmp_path):
+    out, err = call(str(ROOT / project / "train.py"), "--help", cwd=tmp_path)
+    assert out.startswith("usage: train.py ") and not err and not list(tmp_path.iterdir())
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +100,23 @@ def test_evaluate_repeats_the_report_from_the_run_alone(project, runs):
 
 
 LACKING = {
-    "evidence_spans": [
+    "afqmc/train.py": [
+        ((), ["model hfl/chinese-macbert-base is not on", "download.py --model", "--sample"]),
+        (("--sample", "--data_dir", "none"), ["none/train.json not found", "download.py", "--data_dir", "--sample"]),
+        (("--sample", "--model", "no/such"), ["model no/such is not on this machine", "download.py --model no/such"]),
+    ],
+    "afqmc/eda.py": [(("--sample", "--data_dir", "none"), ["none/train.json not found"])],
+    "redsm5_nli/train.py": [
+        (("--data_dir", "SAMPLE"), ["model google/gemma-3-1b-it is not on", "hf download google/gemma", "--sample"]),
+        (("--data_dir", "SAMPLE", "--preset", "gemma-3-4b-it"), ["model google/gemma-3-4b-it is not"]),
+        (("--sample", "--data_dir", "none"), ["none/redsm5_posts.csv not found", "--data_dir", "--sample"]),
+        (("--sample", "--criteria_file", "none.json"), ["none.json not found"]),
+        (("--sample", "--max_length", "16"), ["leaves", "max_length 16"]),
+        (("--sample", "--model", "a/b/c"), ["model a/b/c: there is no such folder"]),
+        (("--sample", "--folds", "600"), ["posts cannot be split", "600 folds need 600 posts"]),
+        (("--sample", "--model", "afqmc/sample/model"), ["afqmc/sample/model", "does not load"]),
+    ],
+    "evidence_spans/train.py": [
         ((), ["model SpanBERT/spanbert-base-cased is not on", "hf download SpanBERT/spanbert-base-cased", "--sample"]),
         (("--sample", "--data_dir", "none"), ["none does not exist", "--data_dir", "--sample"]),
         (("--sample", "--model", "a/b/c"), ["model a/b/c: there is no such folder"]),
@@ -84,7 +124,7 @@ LACKING = {
         (("--sample", "--model", "redsm5_nli/sample/model"), ["is a gemma3_text model; supported are bert"]),
         (("--sample", "--validation_fraction", "0.0001"), ["cannot be split: validation would hold no answer"]),
     ],
-    "emotions": [
+    "emotions/train.py": [
         ((), ["model microsoft/deberta-v3-large is not on", "hf download microsoft/deberta-v3-large", "--sample"]),
         (("--sample", "--data_dir", "none"), ["none/train.jsonl not found", "prepare.py", "--data_dir", "--sample"]),
         (("--sample", "--model", "a/b/c"), ["model a/b/c: there is no such folder"]),
@@ -92,7 +132,7 @@ LACKING = {
         (("--sample", "--source_weights", "gomotions=2"), ["no training row has source 'gomotions', there are"]),
         (("--sample", "--shard", "true"), ["shard needs several processes", "torchrun --nproc_per_node 2"]),
     ],
-    "embeddings": [
+    "embeddings/train.py": [
         ((), ["model embeddings/data/minicpm-2b is not on", "hf download openbmb/MiniCPM-2B-dpo-bf16", "--sample"]),
         (("--sample", "--model", "no/such"), ["model no/such is not on this machine", "hf download no/such"]),
         (("--sample", "--model", "a/b/c"), ["model a/b/c: there is no such folder"]),
@@ -101,22 +141,28 @@ LACKING = {
         (("--sample", "--batch_size", "3000"), ["no batch of 3000 rows without a repeated text", "lower batch_size"]),
         (("--sample", "--targets", "query"), ["has no linear layer query", "q_proj", "all-linear"]),
     ],
+} | {
+    f"{project}/{script}": [
+        (("--run_dir", "none"), ["none is no run", "--run_dir"]),
+        (("--sample", "--seed", "77"), ["holds no trained model", "--run_dir"]),
+    ]
+    for project in PROJECTS
+    for script in ("evaluate.py", "encode.py" if project == "embeddings" else "predict.py")
 }
 
 
-@pytest.mark.parametrize("project, flags, words", [(name, *case) for name, cases in LACKING.items() for case in cases])
+@pytest.mark.parametrize("script, flags, words", [(name, *case) for name, cases in LACKING.items() for case in cases])
 def test_what_a_run_lacks_is_said_in_one_line_and_nothing_is_written(
-    project, flags, words, tmp_path, monkeypatch, capsys
+    script, flags, words, tmp_path, monkeypatch, capsys
 ):
+    folder = ROOT / script.split("/")[0]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train.py", *flags])
-    before = listing(ROOT / project)
-    main = import_module(f"{project}.train").main
-    assert import_module(f"{project}.config").run_script(main, "") == 1
+    before = listing(folder)
+    assert run_here(script, *(str(folder / "sample") if flag == "SAMPLE" else flag for flag in flags)) == 1
     err = capsys.readouterr().err
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and all(word in errors[0] for word in words), err
-    assert not list(tmp_path.iterdir()) and listing(ROOT / project) == before
+    assert not list(tmp_path.iterdir()) and listing(folder) == before
 
 
 # afqmc
@@ -207,34 +253,6 @@ def test_download_says_what_it_cannot_get(tmp_path):
     _, err = call("afqmc/download.py", *flags, code=1)
     assert "model no/such-model could not be fetched" in err.splitlines()[-1]
     assert not (tmp_path / "data").exists()
-
-
-@pytest.mark.parametrize(
-    "script, flags, words",
-    [
-        ("train.py", [], ["afqmc/data/train.json not found", "download.py", "--sample"]),
-        ("train.py", ["--model", "no/such"], ["model no/such is not on this machine", "download.py --model no/such"]),
-        ("eda.py", ["--sample", "--data_dir", "none"], ["none/train.json not found"]),
-        ("evaluate.py", ["--run_dir", "none"], ["none/config.json cannot be read"]),
-        ("evaluate.py", ["--sample", "--seed", "77"], ["holds no trained model", "--run_dir"]),
-        ("predict.py", ["--sample", "--seed", "77"], ["holds no trained model", "--run_dir"]),
-    ],
-)
-def test_what_is_missing_is_said_and_nothing_is_written(script, flags, words, tmp_path, monkeypatch, capsys):
-    from afqmc import config
-
-    if not flags:  # data is looked for after the tokenizer, which the sample has
-        flags = ["--model", "afqmc/sample/model", "--init", "random"]
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [script, *flags])
-    before = listing(ROOT / "afqmc")
-    settings = {"trained": True} if script != "train.py" else {}
-    own = {"predict.py": {"input": {"default": "-"}, "threshold": {"default": None}}}.get(script, {})
-    main = import_module(f"afqmc.{script.removesuffix('.py')}").main
-    assert config.run_script(main, "", **settings, **own) == 1
-    err = capsys.readouterr().err
-    assert err.startswith("error: ") and err.count("\n") == 1 and all(word in err for word in words), err
-    assert not list(tmp_path.iterdir()) and listing(ROOT / "afqmc") == before
 
 
 # redsm5_nli
@@ -338,28 +356,6 @@ def test_redsm5_cross_validation_tests_every_post_once_and_results_lists_the_fol
 def read_predictions(run: Path) -> list[dict]:
     text = (run / "predictions" / "test_predictions.csv").read_text(encoding="utf-8")
     return list(csv.DictReader(text.splitlines()))
-
-
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        ((), ["model google/gemma-3-1b-it is not on this machine", "hf download google/gemma-3-1b-it", "--sample"]),
-        (("--preset", "gemma-3-4b-it"), ["model google/gemma-3-4b-it is not"]),
-        (("--sample", "--data_dir", "none"), ["none/redsm5_posts.csv not found", "--data_dir", "--sample"]),
-        (("--sample", "--criteria_file", "none.json"), ["none.json not found"]),
-        (("--sample", "--max_length", "16"), ["leaves", "max_length 16"]),
-        (("--sample", "--model", "a/b/c"), ["model a/b/c: there is no such folder"]),
-        (("--sample", "--folds", "600"), ["posts cannot be split", "600 folds need 600 posts"]),
-        (("--sample", "--model", "afqmc/sample/model"), ["afqmc/sample/model", "does not load"]),
-    ],
-)
-def test_redsm5_says_what_is_missing_in_one_line_and_writes_nothing(flags, words, tmp_path):
-    if "--sample" not in flags:  # the data is read first
-        flags = (*flags, "--data_dir", str(ROOT / "redsm5_nli/sample"))
-    _, err = call(str(ROOT / "redsm5_nli/train.py"), *flags, cwd=tmp_path, code=1)
-    errors = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and "Traceback" not in err and all(word in errors[0] for word in words), err
-    assert not list(tmp_path.iterdir())
 
 
 def test_redsm5_bench_prints_its_tables(monkeypatch, capsys):

@@ -31,7 +31,7 @@ if not __package__:  # run as a script: import from the repository root, not fro
 
 from transformers import AutoConfig, AutoModel, get_linear_schedule_with_warmup
 
-from evidence_spans.dataset import CRITERIA
+from evidence_spans.formats import CRITERIA
 from evidence_spans.model import SpanModel, span_loss
 from evidence_spans.windows import Window, collate
 

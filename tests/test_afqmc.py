@@ -26,10 +26,8 @@ from afqmc.dataset import (
     collate,
     epoch_batches,
     load_splits,
-    make_loader,
     parse_pair,
     read_pairs,
-    sorted_batches,
     split_pairs,
     token_lengths,
 )
@@ -188,29 +186,6 @@ def test_a_long_pair_loses_tokens_from_its_longer_side(tokenizer):
     assert tokenizer.decode(batch["input_ids"][0]) == "[CLS] " + "还 " * 9 + "[SEP] 提 高 额 度 [SEP]"
 
 
-@pytest.mark.parametrize("rows", [1, 32, 1000, 7001])
-def test_an_epoch_holds_every_row_once_and_batches_of_like_length(rows):
-    lengths = np.random.default_rng(0).integers(8, 64, rows)
-    batches = epoch_batches(lengths, 32, seed=1, epoch=2)
-    assert sorted(row for batch in batches for row in batch) == list(range(rows))
-    assert [len(batch) == 32 for batch in batches].count(False) <= 1 + rows // 3200
-    assert batches == epoch_batches(lengths, 32, seed=1, epoch=2)
-    if rows > 32:
-        assert batches != epoch_batches(lengths, 32, seed=1, epoch=3)
-        assert batches != epoch_batches(lengths, 32, seed=2, epoch=2)
-        padded = sum(len(batch) * lengths[batch].max() for batch in batches)
-        assert lengths.sum() / padded > 0.9  # random batches of these lengths: .57
-    assert sorted(row for batch in sorted_batches(lengths, 128) for row in batch) == list(range(rows))
-
-
-def test_loader_workers_change_nothing(tokenizer, splits):
-    pairs, batches = splits["train"][:96], [list(range(i, i + 32)) for i in range(0, 96, 32)]
-    here = make_loader(pairs, batches, tokenizer, SAMPLE)
-    there = make_loader(pairs, batches, tokenizer, replace(SAMPLE, num_workers=2))
-    for first, second in zip(here, there, strict=True):
-        assert all(torch.equal(first[name], second[name]) for name in first)
-
-
 # The sample
 
 
@@ -317,7 +292,7 @@ def test_models_that_cannot_be_used_are_refused_in_words(tmp_path, tokenizer):
         load_tokenizer(replace(SAMPLE, model="no/such"))
     with pytest.raises(UserError, match="max_length 129 is more than the positions"):
         build_model(replace(SAMPLE, max_length=129), tokenizer)
-    with pytest.raises(UserError, match=r"not on this machine"):
+    with pytest.raises(UserError, match=r"there is no such folder"):
         load_tokenizer(replace(SAMPLE, model="../a/mistyped path"))
     AutoConfig.for_model("gpt2").save_pretrained(tmp_path / "gpt2")
     with pytest.raises(UserError, match="is a gpt2 model; supported are bert"):
@@ -459,17 +434,6 @@ def test_gradient_checkpointing_changes_no_gradient(tokenizer, splits):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize("epsilon", [0.0, 1.0])
-def test_micro_batches_give_the_gradient_of_one_batch(tokenizer, splits, epsilon):
-    model, weights = tiny_model(**NO_DROPOUT), torch.tensor([0.7, 1.6])
-    pairs = sorted(splits["train"][:40], key=lambda pair: len(pair.sentence1))  # micro-batches of unlike lengths
-    parts = [collate(pairs[start : start + 16], tokenizer, 64) for start in (0, 16, 32)]  # the last has 8
-    _, accumulated = gradients(model, parts, weights, fgm_epsilon=epsilon)
-    _, whole = gradients(model, [collate(pairs, tokenizer, 64)], weights, fgm_epsilon=epsilon)
-    for name, expected in whole.items():
-        torch.testing.assert_close(accumulated[name], expected, rtol=1e-4, atol=1e-6)
-
-
 # FGM
 
 
@@ -522,50 +486,6 @@ def test_a_gradient_that_is_not_finite_skips_the_attack(tokenizer, splits, monke
 
 
 # Loop
-
-
-def test_every_parameter_is_optimized_once_and_vectors_do_not_decay():
-    model = tiny_model()
-    optimizer, _, _ = train.make_optimizer(model, 10, SAMPLE)
-    decay = {p: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
-    assert len(decay) == sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
-    for name, p in model.named_parameters():
-        undecayed = name.endswith("bias") or "LayerNorm" in name
-        assert decay[p] == (0.0 if undecayed else SAMPLE.weight_decay), name
-
-
-def test_the_schedule_counts_optimizer_steps_and_waits_for_a_skipped_one():
-    model = tiny_model()
-    optimizer, scheduler, _ = train.make_optimizer(model, 100, replace(SAMPLE, learning_rate=1e-3, warmup_ratio=0.1))
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    rates, before = [], next(model.parameters()).clone()
-    for gradient in (float("inf"), 1.0, 1.0):
-        for p in model.parameters():
-            p.grad = torch.full_like(p, gradient) * scaler.get_scale()
-        scaler.scale(torch.ones(()))  # as the loop's backward would have
-        train.clip_gradient(model, optimizer, scaler, SAMPLE)
-        train.update(optimizer, scheduler, scaler)
-        rates.append(scheduler.get_last_lr()[0])
-        if gradient != 1.0:
-            assert torch.equal(next(model.parameters()), before)
-    assert rates == pytest.approx([0.0, 1e-4, 2e-4])
-    assert not torch.equal(next(model.parameters()), before)
-    assert all(p.grad is None for p in model.parameters())
-
-
-def test_the_gradient_is_clipped_and_its_norm_reported():
-    model = tiny_model()
-    optimizer, scheduler, scaler = train.make_optimizer(model, 10, SAMPLE)
-    seen = {}
-    optimizer.register_step_pre_hook(
-        lambda *_: seen.update(norm=torch.linalg.vector_norm(torch.cat([p.grad.flatten() for p in model.parameters()])))
-    )
-    for p in model.parameters():
-        p.grad = torch.ones_like(p)
-    norm = train.clip_gradient(model, optimizer, scaler, SAMPLE)
-    train.update(optimizer, scheduler, scaler)
-    assert norm == pytest.approx(sum(p.numel() for p in model.parameters()) ** 0.5, rel=1e-4)
-    assert seen["norm"].item() == pytest.approx(1.0, rel=1e-3)
 
 
 def test_one_batch_overfits(tokenizer, splits):
@@ -636,40 +556,6 @@ def small_data(tmp_path_factory, splits) -> str:
         rows = [{"sentence1": p.sentence1, "sentence2": p.sentence2, "label": str(p.label)} for p in pairs]
         write_lines(folder / f"{name}.json", rows)
     return str(folder)
-
-
-def short_run(path: Path, **changes) -> dict[str, torch.Tensor]:
-    """Train for 5 steps, epochs of 2 to 4: the final weights, optimizer state and metrics."""
-    config = replace(SAMPLE, run_dir=str(path), max_steps=5, logging_steps=1, save_steps=1, **changes)
-    train.main(config)
-    saved = torch.load(path / "last.pt", weights_only=True)["state"]
-    moments = {f"{i}.{k}": v for i, s in saved["optimizer"]["state"].items() for k, v in s.items()}
-    keep = ("event", "step", "epoch", "loss", "train_loss", "grad_norm", "f1_macro", "threshold")
-    lines = (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    saved["metrics"] = [{k: v for k, v in json.loads(line).items() if k in keep} for line in lines]
-    return saved["model"] | moments | {"metrics": saved["metrics"]}
-
-
-def assert_same(first: dict, second: dict) -> None:
-    assert first.keys() == second.keys()
-    for name, value in first.items():
-        assert torch.equal(value, second[name]) if isinstance(value, torch.Tensor) else value == second[name], name
-
-
-@pytest.mark.parametrize("changes", [{}, {"fgm_epsilon": 1.0, "gradient_accumulation_steps": 2, "amp": "bf16"}])
-def test_stopped_after_any_step_a_run_ends_bit_for_bit_the_same(tmp_path, monkeypatch, small_data, changes):
-    changes = changes | {"data_dir": small_data}
-    whole = short_run(tmp_path / "whole", **changes)
-    assert_same(whole, short_run(tmp_path / "again", **changes))
-    monkeypatch.setattr(train, "accumulate_gradients", interrupted(train.accumulate_gradients))
-    stopped = 0
-    while not (tmp_path / "parts" / "results.json").exists():
-        try:
-            parts = short_run(tmp_path / "parts", **changes)
-        except KeyboardInterrupt:
-            stopped += 1
-    assert stopped == 4  # after each step but the last
-    assert_same(whole, parts)
 
 
 def interrupted(function):

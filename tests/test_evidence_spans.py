@@ -12,7 +12,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenizer
 
 from common.checkpoint import RunError
@@ -704,28 +703,6 @@ def test_what_a_model_lacks_is_said(tmp_path, tokenizer):
 # The loop
 
 
-def test_accumulation_gives_the_gradient_of_the_big_batch(tokenizer, splits):
-    windows = make_windows(splits["train"][:14], tokenizer, SAMPLE)
-    model = tiny_model(tokenizer, dropout=0.0)
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    gradients = []
-    for groups in ([windows], [windows[:4], windows[4:8], windows[8:]]):
-        model.zero_grad()
-        losses = accumulate_gradients(model, [collate(group, 0) for group in groups], scaler, SAMPLE, step=0)
-        gradients.append([p.grad.clone() for p in model.parameters()])
-    assert sum(losses) == pytest.approx(span_loss_of(model, windows).sum().item(), rel=1e-5)
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients))
-
-
-def span_loss_of(model: SpanModel, windows: list[Window]) -> torch.Tensor:
-    batch = collate(windows, 0)
-    names = ("input_ids", "attention_mask", "token_type_ids")
-    return span_loss(*model(**{name: batch[name] for name in names}), batch)
-
-
 def test_one_batch_overfits_and_its_answers_come_out(tokenizer, splits):
     examples = [e for e in splits["train"] if e.answers][:6] + [e for e in splits["train"] if not e.answers][:4]
     config = replace(SAMPLE, init="random", learning_rate=3e-3, warmup_ratio=0.0, dropout=0.0)
@@ -755,15 +732,6 @@ def test_steps_are_counted_by_epoch_and_evaluations_are_spread_evenly(tokenizer,
     config = replace(config, evaluations_per_epoch=3)
     assert evaluation_steps(np.array([9, 20, 30]), 25, config) == {3, 6, 9, 13, 16, 20, 23, 25}
     assert evaluation_steps(np.array([2]), 2, config) == {1, 2}
-
-
-def test_decay_spares_biases_and_norms(tokenizer):
-    model = tiny_model(tokenizer)
-    optimizer, _, _ = make_optimizer(model, 10, SAMPLE)
-    names = {id(p): name for name, p in model.named_parameters()}
-    decayed, others = ({names[id(p)] for p in group["params"]} for group in optimizer.param_groups)
-    assert len(decayed) + len(others) == len(names) and optimizer.param_groups[0]["weight_decay"] == 0.01
-    assert others == {name for name in names.values() if name.endswith("bias") or "LayerNorm" in name}
 
 
 # From logits to text
@@ -1147,28 +1115,6 @@ def test_patience_counts_evaluations_and_a_bad_loss_names_its_examples(small, tm
     windows = make_windows(examples, load_tokenizer(config), config)
     rows = train.epoch_rows(examples, windows, config, 0)[0]
     assert named == list(dict.fromkeys(examples[windows[row].example].id for row in rows))
-
-
-@pytest.mark.parametrize("scale_after, moved", [(4.0, 1), (2.0, 0), (8.0, 1)])
-def test_the_schedule_moves_only_if_the_optimizer_did(scale_after, moved):
-    class Scaler:
-        scale = 4.0
-
-        def get_scale(self):
-            return self.scale
-
-        def step(self, optimizer):
-            pass
-
-        def update(self):
-            self.scale = scale_after
-
-    weight = nn.Parameter(torch.ones(1))
-    optimizer = torch.optim.SGD([weight], lr=1.0)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-    optimizer.step()
-    train.update(optimizer, scheduler, Scaler())
-    assert scheduler.last_epoch == moved
 
 
 def test_the_gradient_is_clipped_and_the_head_computes_in_fp32(tokenizer, splits):

@@ -104,6 +104,8 @@ LACKING = {
         ((), ["model hfl/chinese-macbert-base is not on", "download.py --model", "--sample"]),
         (("--sample", "--data_dir", "none"), ["none/train.json not found", "download.py", "--data_dir", "--sample"]),
         (("--sample", "--model", "no/such"), ["model no/such is not on this machine", "download.py --model no/such"]),
+        (("--sample", "--model", "a/b/c"), ["model a/b/c: there is no such folder"]),
+        (("--sample", "--model", "../typo"), ["model ../typo: there is no such folder"]),
     ],
     "afqmc/eda.py": [(("--sample", "--data_dir", "none"), ["none/train.json not found"])],
     "redsm5_nli/train.py": [

@@ -16,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -188,6 +189,9 @@ def read_last(path: Path, config: dict, best: Best) -> tuple[dict, int] | None:
     if not path.exists():
         return None
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not look at its checksums
+            if damaged := archive.testzip():
+                raise zipfile.BadZipFile(damaged)
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load has no error of its own: zip, pickle, EOF, Runtime ... all mean this
         message = f"{path} is damaged or no checkpoint ({type(error).__name__}); delete it to train from the start"
@@ -283,8 +287,12 @@ class Run:
     def log(self, record: dict) -> None:
         """Append one line to metrics.jsonl; a number that is not finite (a skipped step's norm) becomes null."""
         record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        with open(self.path / "metrics.jsonl", "a", encoding="utf-8", newline="\n") as file:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        path = self.path / "metrics.jsonl"
+        try:
+            with open(path, "a", encoding="utf-8", newline="\n") as file:
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        except OSError as error:  # of a full disk it does not name the file
+            raise RunError(f"could not write {path} ({error}); the same command goes on from last.pt") from error
 
     def history(self) -> list[dict]:
         """The lines of metrics.jsonl."""

@@ -173,7 +173,7 @@ def load_splits(config: Config) -> Splits:
     splits = Splits(
         read_triplets(folder / "train.jsonl"),
         read_pairs(folder / "sts-dev.csv"),
-        read_pairs(test) if test.is_file() else [],
+        read_pairs(test) if test.exists() else [],
     )
     judged = {letters(text) for pair in splits.validation + splits.test for text in pair[:2]}
     for row in splits.train:

@@ -14,6 +14,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
@@ -76,19 +77,29 @@ def write_jsonl(stream: BinaryIO, name: str, encode, write) -> int:
     return failed
 
 
-def write_npy(texts: list[str], encode, path: Path) -> None:
-    """The array (N, D), block after block into a file that gets its name when it is whole."""
-    temporary, array = path.with_name(path.name + ".tmp"), None
+def write_npy(texts: list[str], encode, file: BinaryIO) -> None:
+    """The array (N, D), block after block."""
     for first in tqdm(range(0, len(texts), BLOCK), unit="block", disable=None):
-        vectors = encode(texts[first : first + BLOCK])
-        if array is None:
-            shape = (len(texts), vectors.shape[1])
-            array = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
-        array[first : first + len(vectors)] = vectors
-    array.flush()
-    del array
-    flush(temporary)
-    os.replace(temporary, path)
+        vectors = encode(texts[first : first + BLOCK]).astype("<f4")
+        if first == 0:
+            header = {"descr": "<f4", "fortran_order": False, "shape": (len(texts), vectors.shape[1])}
+            np.lib.format.write_array_header_1_0(file, header)
+        file.write(vectors.tobytes())
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """A file that gets its name when it is whole, and is gone after an error. Raises UserError where it has no room."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+        flush(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"could not write {path}: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def print_nearest(query: np.ndarray, lines: list[tuple[int, str]], vectors: np.ndarray, top: int) -> None:
@@ -128,15 +139,14 @@ def main(config: Config, input: str, output: str, query: str | None, top: int, p
             vectors = encode([text for _, text in lines], "document")
             print_nearest(encode([query], "query")[0], lines, vectors, top)
         elif path.suffix == ".npy":
-            write_npy([text for _, text in all_texts(stream, input, blank=False)], encode, path)
+            texts = [text for _, text in all_texts(stream, input, blank=False)]
+            with new_file(path) as file:
+                write_npy(texts, encode, file)
         elif output == "-":
             return write_jsonl(stream, input, encode, sys.stdout.write)
         else:
-            temporary = path.with_name(path.name + ".tmp")
-            with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-                failed = write_jsonl(stream, input, encode, file.write)
-            os.replace(temporary, path)
-            return failed
+            with new_file(path) as file:
+                return write_jsonl(stream, input, encode, lambda line: file.write(line.encode()))
     return 0
 
 

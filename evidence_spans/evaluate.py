@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from common.checkpoint import Run, RunError, best_folder, read_json, write_text
+from common.checkpoint import Run, RunError, best_folder, read_json, write_json, write_text
 from common.metrics import answer_scores, multi_span_metrics, normalize_answer, span_metrics, token_metrics
 from evidence_spans.config import Config, UserError, run_path, run_script, saved_config
 from evidence_spans.dataset import Example, fingerprint, load_splits
@@ -318,9 +318,9 @@ def main(
         print("\n".join(score_table(scores, [name])))
     run.close()
     if metrics_output:
-        Path(metrics_output).write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8", newline="\n")
+        write_json(Path(metrics_output), scores)
     if predictions_output:
-        Path(predictions_output).write_text(lines, encoding="utf-8", newline="\n")
+        write_text(Path(predictions_output), lines)
 
 
 if __name__ == "__main__":

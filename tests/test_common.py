@@ -199,7 +199,7 @@ def test_a_foreign_folder_is_refused_and_left_alone(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-@pytest.mark.parametrize("damage", ["truncate", "flip", "empty", "foreign", "other config"])
+@pytest.mark.parametrize("damage", ["truncate", "name", "tensor", "empty", "foreign", "other config"])
 def test_a_bad_checkpoint_is_refused_by_name(tmp_path, damage):
     run = new_run(tmp_path / "run")
     run.log({"step": 1})
@@ -208,8 +208,12 @@ def test_a_bad_checkpoint_is_refused_by_name(tmp_path, damage):
     content = path.read_bytes()
     if damage == "truncate":
         path.write_bytes(content[: len(content) // 2])
-    elif damage == "flip":
+    elif damage == "name":
         path.write_bytes(content.replace(b"data.pkl", b"dxta.pkl"))
+    elif damage == "tensor":  # one bit of it: 1. becomes 1.5
+        one, other = (torch.tensor([value]).numpy().tobytes() for value in (1.0, 1.5))
+        assert content.count(one) == 1
+        path.write_bytes(content.replace(one, other))
     elif damage == "empty":
         path.write_bytes(b"")
     elif damage == "foreign":
@@ -302,6 +306,11 @@ try:
 except RunError as error:
     print("refused:", error)
 print(run.load_last(Best("max", 1))["weights"].sum().item(), sorted(p.name for p in run.path.iterdir()))
+resource.setrlimit(resource.RLIMIT_FSIZE, (20, 100_000))
+try:
+    run.log({"step": 2})
+except RunError as error:
+    print("refused:", error)
 """
 
 
@@ -312,6 +321,7 @@ def test_a_full_disk_costs_no_saved_state(tmp_path):
     assert result.returncode == 0, result.stderr
     assert "refused: could not write" in result.stdout
     assert "0.0 ['.lock', 'config.json', 'last.pt', 'metrics.jsonl']" in result.stdout
+    assert f"refused: could not write {tmp_path / 'run' / 'metrics.jsonl'} (" in result.stdout
 
 
 HOLD = """

@@ -1049,6 +1049,15 @@ def test_encode_writes_every_line_in_order(finished, tmp_path, capsys):
             encode_lines(finished, b"a", tmp_path, **settings)
 
 
+@pytest.mark.parametrize("error, raised", [(OSError(28, "No space left"), UserError), (ValueError("other"), ValueError)])
+def test_a_file_of_vectors_that_is_not_whole_is_not_there(error, raised, tmp_path):
+    (tmp_path / "v.npy").write_bytes(b"before")
+    with pytest.raises(raised, match="other|could not write .*v.npy: .*No space"), encode.new_file(tmp_path / "v.npy") as f:
+        f.write(b"half")
+        raise error
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("v.npy", b"before")]
+
+
 def test_encode_in_blocks_equals_one_block(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(encode, "BLOCK", 3)
     config = load_config(["--run_dir", str(finished)], trained=True)[0]

@@ -11,14 +11,10 @@ import os
 import pickle
 import random
 import re
-import runpy
 import shutil
 import signal
-import sys
-import warnings
 import zipfile
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, fields
 from functools import cache
 from importlib import import_module
@@ -27,7 +23,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import BEST, PREDICTIONS, PROJECTS, ROOT, SHORT, call, final_weights, start, wait_for_lines
+from launch import BEST, PREDICTIONS, PROJECTS, ROOT, SHORT, call, final_weights, run_here, start, wait_for_lines
 
 from common import checkpoint
 from common.checkpoint import Best, Run
@@ -66,23 +62,7 @@ TRAINED_ON = [(project, name) for project, name in FILES if not re.search("dev|t
 
 
 def train(project: str, *flags: object) -> tuple[int, str, str]:
-    return run_script(f"{project}.train", *flags)
-
-
-def run_script(module: str, *flags: object) -> tuple[int, str, str]:
-    """Run a script inside this process: its exit status, stdout and stderr. A traceback is the test's own."""
-    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2))
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        patch.chdir(ROOT)
-        patch.setattr(sys, "argv", [module, *map(str, flags)])
-        with warnings.catch_warnings(), pytest.raises(SystemExit) as end:
-            warnings.filterwarnings("ignore", message=".*found in sys.modules")  # the tests import it as well
-            runpy.run_module(module, run_name="__main__")
-    said = []
-    for stream in (out, err):
-        stream.flush()
-        said.append(stream.buffer.getvalue().decode())
-    return end.value.code, *said
+    return run_here(f"{project}/train.py", *flags)
 
 
 def refused(ended: tuple[int, str, str], *words: object, code: int = 1) -> str:
@@ -238,10 +218,8 @@ def test_sigint_and_sigterm_save_say_how_to_go_on_and_cost_nothing(project, smal
 @pytest.mark.parametrize("project", PROJECTS)
 def test_a_second_process_is_refused_and_the_first_goes_on_unharmed(project, small, tmp_path):
     run, flags = tmp_path / "run", (*map(str, small(project).flags), "--run_dir", str(tmp_path / "run"))
-    with start(f"{project}/train.py", *flags) as first:
-        wait_for_lines(first, run / "metrics.jsonl", 2)
-        os.kill(first.pid, signal.SIGSTOP)
-        assert first.poll() is None and not (run / "results.json").exists()
+    with start("-c", STOP, f"{project}.train", str(int(signal.SIGSTOP)), "2", *flags) as first:
+        assert os.WIFSTOPPED(os.waitpid(first.pid, os.WUNTRACED)[1])
         before = contents(run)
         try:
             refused(train(project, *flags), run, "another process is working there", "--run_dir")
@@ -358,7 +336,7 @@ def test_a_damaged_model_is_refused_by_name(project, how, small, tmp_path):
     before = contents(run)
     script, *question = ASK[project]
     for name, words in (("evaluate", ()), (script, question)):
-        refused(run_script(f"{project}.{name}", "--run_dir", run, *words), run / "best", "does not load")
+        refused(run_here(f"{project}/{name}.py", "--run_dir", run, *words), run / "best", "does not load")
         assert contents(run) == before and not (run / "best" / "pwned").exists()
 
 
@@ -369,7 +347,7 @@ def test_another_projects_run_is_refused_and_left_alone(project, small, tmp_path
     refused(train(project, *small(project).flags, "--run_dir", run), f"{run} holds a run with another config", "absent")
     script, *question = ASK[project]
     for name, words in (("evaluate", ()), (script, question)):
-        ended = run_script(f"{project}.{name}", "--run_dir", run, *words)
+        ended = run_here(f"{project}/{name}.py", "--run_dir", run, *words)
         refused(ended, run / "config.json", "which this version does not write")
     assert contents(run) == before
 
@@ -382,7 +360,7 @@ def test_another_configs_run_is_refused_and_left_alone(project, small, tmp_path)
     refused(ended, f"{run} holds a run with another config: seed 42 there, 1 here")
     script, *question = ASK[project]
     for name, words in (("evaluate", ()), (script, question)):
-        ended = run_script(f"{project}.{name}", "--run_dir", run, "--seed", "1", *words)
+        ended = run_here(f"{project}/{name}.py", "--run_dir", run, "--seed", "1", *words)
         refused(ended, "--seed", run, "was trained with 42", code=2)
     assert contents(run) == before
 

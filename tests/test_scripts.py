@@ -30,12 +30,9 @@ from sklearn.metrics import f1_score
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_names_every_field(script, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "120")
-    assert run_here(script, "--help") == 0
-    out = capsys.readouterr().out
-    assert not list(tmp_path.iterdir())
+def test_help_names_every_field(script, tmp_path):
+    code, out, err = run_here(script, "--help", cwd=tmp_path)
+    assert code == 0 and not err and not list(tmp_path.iterdir())
     if script == "embeddings/minicpm.py":  # from a folder to a folder, before there is anything to configure
         assert "SRC DST" in out
         return
@@ -154,16 +151,12 @@ LACKING = {
 
 
 @pytest.mark.parametrize("script, flags, words", [(name, *case) for name, cases in LACKING.items() for case in cases])
-def test_what_a_run_lacks_is_said_in_one_line_and_nothing_is_written(
-    script, flags, words, tmp_path, monkeypatch, capsys
-):
+def test_what_a_run_lacks_is_said_in_one_line_and_nothing_is_written(script, flags, words, tmp_path):
     folder = ROOT / script.split("/")[0]
-    monkeypatch.chdir(tmp_path)
     before = listing(folder)
-    assert run_here(script, *(str(folder / "sample") if flag == "SAMPLE" else flag for flag in flags)) == 1
-    err = capsys.readouterr().err
+    code, _, err = run_here(script, *(folder / "sample" if flag == "SAMPLE" else flag for flag in flags), cwd=tmp_path)
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and all(word in errors[0] for word in words), err
+    assert code == 1 and len(errors) == 1 and all(word in errors[0] for word in words), err
     assert not list(tmp_path.iterdir()) and listing(folder) == before
 
 

@@ -30,7 +30,9 @@ class Config:
     _argument_group_name: ClassVar[str] = "settings, whose defaults are those of config.py"
     # What is trained on what.
     model: str = HfArg(default="hfl/chinese-macbert-base", help="encoder: a name on the hub or a local folder")
-    init: Literal["pretrained", "random"] = HfArg(default="pretrained", help="random: the folder's shape, new weights")
+    init: Literal["pretrained", "random"] = HfArg(
+        default="pretrained", help="random: the model's shape and tokenizer with new weights"
+    )
     data_dir: str = HfArg(default="afqmc/data", help="folder of train.json and, if there, dev.json (the test split)")
     run_dir: str = HfArg(default="", help="folder of the run; empty: afqmc/runs/<model>-<8 hex of the config>")
     validation_fraction: float = HfArg(default=0.1, help="share of train.json held out to choose epoch and threshold")
@@ -58,7 +60,9 @@ class Config:
     # The machine.
     seed: int = HfArg(default=42, help="seed of initial weights, batch order and dropout")
     deterministic: bool = HfArg(default=False, help="ask PyTorch for deterministic algorithms (slower on CUDA)")
-    amp: Literal["auto", "bf16", "fp16", "off"] = HfArg(default="auto", help="mixed precision")
+    amp: Literal["auto", "bf16", "fp16", "off"] = HfArg(
+        default="auto", help="auto: bf16 where the hardware has it, else fp16 with loss scaling on a GPU, else off"
+    )
     gradient_checkpointing: bool = HfArg(default=False, help="recompute activations: less memory, about 1/3 slower")
     eval_batch_size: int = HfArg(default=128, help="pairs in a batch without gradients")
     num_workers: int = HfArg(default=0, help="loader processes; tokenising a batch takes 1 ms, so none are needed")

@@ -43,9 +43,9 @@ class Pair(NamedTuple):
 def parse_pair(line: bytes, number: int, labelled: bool) -> Pair:
     """One JSON line as a Pair. Raises ValueError saying what is wrong with it."""
     try:
-        text = line.decode("utf-8-sig").strip()
+        text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
     except UnicodeDecodeError as error:
-        raise ValueError(f"expected UTF-8, found byte {line[error.start]:#x} ({error.reason})") from error
+        raise ValueError(f"expected UTF-8, found byte {error.object[error.start]:#x} ({error.reason})") from error
     try:
         row = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
@@ -106,7 +106,7 @@ def split_pairs(pairs: list[Pair], fraction: float, seed: int) -> tuple[list[Pai
 
 def fingerprint(splits: dict[str, list[Pair]]) -> str:
     """SHA-256 of all pairs and where they are: equal only for the same rows in the same splits."""
-    rows = {name: [pair[:4] for pair in pairs] for name, pairs in splits.items()}
+    rows = {name: [pair[:3] for pair in pairs] for name, pairs in splits.items()}
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
@@ -122,6 +122,12 @@ def load_splits(config: Config) -> dict[str, list[Pair]]:
     if (folder / "dev.json").exists():
         splits["test"] = read_pairs(folder / "dev.json")
     return splits
+
+
+def repeated_in_test(splits: dict[str, list[Pair]]) -> int:
+    """How many test pairs, in either order, also stand in train.json."""
+    known = {pair.key for pair in splits["train"] + splits["validation"]}
+    return sum(pair.key in known for pair in splits["test"])
 
 
 def token_lengths(pairs: list[Pair], tokenizer: PreTrainedTokenizerFast) -> np.ndarray:

@@ -15,7 +15,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from afqmc.config import ROOT, Config, run_script
-from afqmc.dataset import LABELS, Pair, read_pairs, token_lengths
+from afqmc.dataset import LABELS, Pair, read_pairs, repeated_in_test, token_lengths
 from afqmc.model import class_weights, load_tokenizer
 
 PERCENTILES = (50, 95, 99, 100)
@@ -40,6 +40,8 @@ def print_summary(splits: dict[str, list[Pair]], tokenizer: PreTrainedTokenizerF
     header = ["split", "rows", "label 1", "tokens p50", "p95", "p99", "max", f"cut to {config.max_length}"]
     print("\n".join(table(header, rows)[:-1]))
     print("rows dropped: 0 (blank lines are skipped, a bad row ends the run)")
+    if "test" in splits and (seen := repeated_in_test(splits)):
+        print(f"{seen} of the {len(splits['test'])} test pairs are also in train.json")
 
 
 def histogram(lengths: np.ndarray, bins: int = 12, width: int = 50) -> list[str]:

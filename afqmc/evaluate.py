@@ -16,7 +16,16 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from afqmc.config import Config, run_path, run_script, saved_config
-from afqmc.dataset import LABELS, Pair, fingerprint, load_splits, make_loader, sorted_batches, token_lengths
+from afqmc.dataset import (
+    LABELS,
+    Pair,
+    fingerprint,
+    load_splits,
+    make_loader,
+    repeated_in_test,
+    sorted_batches,
+    token_lengths,
+)
 from afqmc.eda import table
 from afqmc.model import (
     PairClassifier,
@@ -27,7 +36,7 @@ from afqmc.model import (
     pair_loss,
     pick_device,
 )
-from common.checkpoint import Run, RunError, best_folder, read_json, write_text
+from common.checkpoint import Run, RunError, begun_in, best_folder, read_json, write_text
 from common.metrics import classification_metrics
 
 
@@ -129,7 +138,7 @@ def check_data(run: Run, splits: dict[str, list[Pair]], config: Config) -> None:
 
 def say_precision(path: Path, config: Config, device: torch.device) -> None:
     """Tell where this machine or --amp computes in another type than the run was trained in."""
-    trained = read_json(path / "config.json").get("environment", {}).get("autocast")
+    trained = begun_in(path).get("autocast")
     if trained != str(now := autocast_dtype(config.amp, device)):
         print(f"trained with autocast {trained}, now {now}: scores can differ from the run's own", file=sys.stderr)
 
@@ -144,9 +153,8 @@ def report(scores: dict, splits: dict[str, list[Pair]], history: list[dict], tru
     lines = [f"# {config.model} on {config.data_dir}", ""]
     lines += ["The epoch and the tuned threshold were chosen on validation, so its own row at that threshold flatters."]
     if detail == "test":
-        known = {pair.key for pair in splits["train"] + splits["validation"]}
-        seen = sum(pair.key in known for pair in splits["test"])
-        lines += [f"Nothing was chosen on test; {seen} of its {len(splits['test'])} pairs are also in train.json.", ""]
+        seen = f"{repeated_in_test(splits)} of its {len(splits['test'])} pairs"
+        lines += [f"Nothing was chosen on test; {seen} are also in train.json.", ""]
     else:
         lines += ["There is no test split (no dev.json): no figure below is an unbiased estimate.", ""]
     columns = ["f1_macro", "accuracy", "f1_weighted"]

@@ -4,7 +4,8 @@
     echo '{"sentence1": "...", "sentence2": "..."}' | python afqmc/predict.py --run_dir afqmc/runs/...
 
 Out: the line's id where it has one, label ("1": the same meaning), probability (of label 1). Blank lines are skipped.
-A bad line is reported on stderr with its number, gives {"error": ...} in its place, and makes the exit status 1.
+A bad line is reported on stderr with its number, gives {"line": ..., "error": ...} in its place, and makes the exit
+status 1.
 Lines are answered in blocks of 8 x eval_batch_size, the last block at the end of the input.
 """
 
@@ -25,14 +26,14 @@ from afqmc.model import load_model, load_tokenizer, pick_device
 from common.checkpoint import best_folder
 
 
-def read_lines(stream: BinaryIO) -> Iterator[Pair | str]:
-    """A Pair for each line that is not blank, or what is wrong with it."""
+def read_lines(stream: BinaryIO) -> Iterator[Pair | tuple[int, str]]:
+    """A Pair for each line that is not blank, or its number and what is wrong with it."""
     for number, line in enumerate(stream, 1):
         if line.strip():
             try:
                 yield parse_pair(line, number, labelled=False)
             except ValueError as error:
-                yield f"line {number}: {error}"
+                yield number, str(error)
 
 
 def main(config: Config, input: str, threshold: float | None) -> int:
@@ -51,14 +52,14 @@ def main(config: Config, input: str, threshold: float | None) -> int:
             found = iter(probabilities(predict_logits(model, pairs, tokenizer, config, device)) if pairs else ())
             cut += int((token_lengths(pairs, tokenizer) > config.max_length).sum())
             for row in block:
-                if isinstance(row, Pair):
+                if not isinstance(row, Pair):
+                    failed = True
+                    print(f"error: {input}, line {row[0]}: {row[1]}", file=sys.stderr)
+                    answer = {"line": row[0], "error": row[1]}
+                else:
                     p = float(next(found))
                     answer = {} if row.id is None else {"id": row.id}
                     answer |= {"label": LABELS[p >= threshold], "probability": round(p, 6)}
-                else:
-                    failed = True
-                    print(f"error: {input}, {row}", file=sys.stderr)
-                    answer = {"error": row}
                 print(json.dumps(answer, ensure_ascii=False))
     if cut:
         print(f"{cut} pairs are longer than max_length {config.max_length}: their ends were not read", file=sys.stderr)

@@ -9,6 +9,7 @@ import math
 import sys
 import time
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 if not __package__:  # run as a script: import from the repository root, not from this folder
@@ -98,8 +99,8 @@ def refuse_non_finite(what: str, values: list[float], batches: list[list[int]], 
         if not math.isfinite(value):
             lines = ", ".join(str(pairs[row].line) for row in rows)
             raise UserError(
-                f"the {what} is {value} at step {step}, in the batch of train.json lines {lines}; best/ is untouched. "
-                "A lower learning_rate or amp off may help"
+                f"the {what} is {value} at step {step + 1}, in the batch of train.json lines {lines}; best/ is "
+                "untouched. A lower learning_rate or amp off may help"
             )
 
 
@@ -199,7 +200,8 @@ def main(config: Config, check: bool = False) -> int | None:
         raise UserError(f"{path} was begun with autocast {begun}, amp {config.amp} means {dtype} on this machine")
     best = Best("min" if config.metric == "loss" else "max", config.patience)
     step = 0
-    totals = {"seconds": 0.0, "train_seconds": 0.0, "tokens": 0, "epoch_loss": 0.0, "epoch_pairs": 0}
+    totals = {"seconds": 0.0, "train_seconds": 0.0, "tokens": 0, "loss": 0.0, "examples": 0}
+    totals |= {"peak_memory_bytes": None}
     stateful = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
     if state := run.load_last(best):
         try:
@@ -227,7 +229,7 @@ def main(config: Config, check: bool = False) -> int | None:
             refuse_non_finite("loss", losses, group, train, step)
             grad_norm = clip_gradient(model, optimizer, scaler, config)
             if not scaler.is_enabled():  # the scaler skips such a step by itself
-                refuse_non_finite("gradient norm", [grad_norm], [[row for rows in group for row in rows]], train, step)
+                refuse_non_finite("gradient norm", [grad_norm], [list(chain(*group))], train, step)
             learning_rate = scheduler.get_last_lr()[0]
             update(optimizer, scheduler, scaler)
             step += 1
@@ -235,8 +237,8 @@ def main(config: Config, check: bool = False) -> int | None:
 
             pairs = sum(map(len, group))
             totals["tokens"] += sum(int(batch["attention_mask"].sum()) for batch in micro_batches)
-            totals["epoch_loss"] += sum(losses)
-            totals["epoch_pairs"] += pairs
+            totals["loss"] += sum(losses)
+            totals["examples"] += pairs
             totals["train_seconds"] += time.perf_counter() - began
             if step % config.logging_steps == 0:
                 record = {"event": "step", "step": step, "epoch": round(step / steps_per_epoch, 4)}
@@ -252,8 +254,8 @@ def main(config: Config, check: bool = False) -> int | None:
                 loader = None
                 scores = validate(model, splits["validation"], tokenizer, weights, config, device)
                 record = {"event": "evaluation", "epoch": epoch + 1, "step": step}
-                record |= {"train_loss": totals["epoch_loss"] / totals["epoch_pairs"], **scores}
-                totals |= {"epoch_loss": 0.0, "epoch_pairs": 0}
+                record |= {"train_loss": totals["loss"] / totals["examples"], **scores}
+                totals |= {"loss": 0.0, "examples": 0}
                 run.log(record)
                 if better := best.update(scores[config.metric], epoch + 1, step):
                     run.save_best(partial(save_model, model, tokenizer, scores["threshold"]))
@@ -262,6 +264,7 @@ def main(config: Config, check: bool = False) -> int | None:
                     f" | f1_macro {scores['f1_macro']:.4f} | accuracy {scores['accuracy']:.4f}{' | best' * better}"
                 )
             totals["seconds"] += time.perf_counter() - began
+            totals["peak_memory_bytes"] = peak_memory_bytes(device.type, totals["peak_memory_bytes"])
             stopped = stop.number  # read once: a signal during the save counts at the next step
             if epoch_ended or step % config.save_steps == 0 or stopped:
                 state = {name: part.state_dict() for name, part in stateful.items()}
@@ -278,7 +281,7 @@ def main(config: Config, check: bool = False) -> int | None:
     results = {"metric": config.metric, "best": best.score, "split": "validation", "epoch": best.epoch}
     results |= {"step": best.step, "seconds": totals["seconds"], "threshold": scores["threshold"]}
     results |= {"tokens_per_second": totals["tokens"] / totals["train_seconds"]}
-    results |= {"peak_memory_bytes": peak_memory_bytes(device.type)}
+    results |= {"peak_memory_bytes": peak_memory_bytes(device.type, totals["peak_memory_bytes"])}
     results |= {"validation": scores["validation"], "test": scores.get("test")}
     run.finish(results)
     run.close()

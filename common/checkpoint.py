@@ -99,14 +99,23 @@ def environment(device: str) -> dict:
     return {"python": platform.python_version(), **versions, "device": device, "git_commit": commit}
 
 
-def peak_memory_bytes(device_type: str) -> int | None:
-    """Peak of the tensors on the GPU, or of this process's resident memory; None on Windows without a GPU."""
+def peak_memory_bytes(device_type: str, earlier: int | None = None) -> int | None:
+    """Peak of the tensors on the GPU, or of this process's resident memory; None on Windows without a GPU.
+
+    earlier: the peak of the processes that had the run before; the larger one counts.
+    """
+    peaks = [peak for peak in (process_peak(device_type), earlier) if peak is not None]
+    return max(peaks, default=None)
+
+
+def process_peak(device_type: str) -> int | None:
     if device_type == "cuda":
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
     if status.exists():  # Linux, whose ru_maxrss also counts the process that started this one
-        line = next(line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
+        for line in status.read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     if resource is None:
         return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -193,6 +202,8 @@ def read_last(path: Path, config: dict, best: Best) -> tuple[dict, int] | None:
             if damaged := archive.testzip():
                 raise zipfile.BadZipFile(damaged)
         saved = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:  # no fault of the file's
+        raise RunError(f"{path} cannot be read: {error}") from error
     except Exception as error:  # torch.load has no error of its own: zip, pickle, EOF, Runtime ... all mean this
         message = f"{path} is damaged or no checkpoint ({type(error).__name__}); delete it to train from the start"
         raise RunError(message) from error
@@ -200,6 +211,14 @@ def read_last(path: Path, config: dict, best: Best) -> tuple[dict, int] | None:
         raise RunError(f"{path} is not a checkpoint of this run; delete it to train from the start")
     best.__dict__.update(saved["best"])
     return saved["state"], saved["metrics_bytes"]
+
+
+def begun_in(path: Path) -> dict:
+    """The environment that a run was begun in, from its config.json. Raises RunError."""
+    found = read_json(path / "config.json").get("environment")
+    if not isinstance(found, dict):
+        raise RunError(f"{path / 'config.json'} holds no environment, which every run writes")
+    return found
 
 
 def best_folder(path: Path) -> Path:
@@ -235,7 +254,7 @@ class Run:
         self.results = run_results(path, self.config)  # again: another process may have been here before the lock
         if not (path / "config.json").exists():
             write_json(path / "config.json", {"config": self.config, "environment": environment})
-        self.environment = read_json(path / "config.json").get("environment", {})
+        self.environment = begun_in(path)
         best, old = path / "best", path / "best.old"
         if old.exists() and not best.exists():  # killed between the two renames of a swap
             old.rename(best)
@@ -298,9 +317,13 @@ class Run:
         """The lines of metrics.jsonl."""
         path = self.path / "metrics.jsonl"
         try:
-            return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         except (OSError, ValueError) as error:
             raise RunError(f"{path} cannot be read: {error}") from error
+        for number, line in enumerate(lines, 1):
+            if not isinstance(line, dict) or "event" not in line:
+                raise RunError(f"{path}, line {number}: no run writes {str(line)[:40]!r}")
+        return lines
 
     def finish(self, results: dict) -> None:
         """Write results.json: from here on the run is finished."""

@@ -55,7 +55,7 @@ from embeddings.model import (
 )
 from embeddings.parallel import Processes
 from embeddings.tokenizer import load_tokenizer
-from embeddings.train import batch_gradient, make_optimizer, update
+from embeddings.train import batch_gradient, clip_gradient, make_optimizer, update
 
 POOLING_MODES = {"last": "lasttoken", "mean": "mean", "cls": "cls"}  # what its Pooling is called with
 OURS, PLAIN, BY_TOKENS = "ours", "cached, 32 rows at a time", "cached, mini_batch_num_tokens"
@@ -173,7 +173,8 @@ def run_ours(
     def step(number: int) -> float:
         texts = rows.texts[batches[number % len(batches)]]
         loss = batch_gradient(model, tokens, texts, pad_token_id, scaler, config, max(number, 0), alone)
-        update(model, optimizer, scheduler, scaler, config)
+        clip_gradient(model, optimizer, scaler, config)
+        update(optimizer, scheduler, scaler)
         return loss
 
     return step
@@ -197,7 +198,8 @@ def run_theirs(
         features, labels = SentenceTransformerTrainer.collect_features(None, batch)
         loss = loss_of(features, labels)
         scaler.scale(loss).backward()
-        update(model, optimizer, scheduler, scaler, config)
+        clip_gradient(model, optimizer, scaler, config)
+        update(optimizer, scheduler, scaler)
         return loss.item()
 
     return step

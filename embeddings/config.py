@@ -1,4 +1,4 @@
-"""Settings of the sentence embedder: edit the defaults here, or give any field as a flag (see --help)."""
+"""Settings of the sentence embedder: edit the defaults here, or give any field as a flag (--help lists them)."""
 
 import hashlib
 import json
@@ -48,7 +48,7 @@ class Config:
     bidirectional: bool = HfArg(default=False, help="let a decoder's tokens see the later ones too")
     rank: int = HfArg(default=8, help="rank of the LoRA update (arXiv 2106.09685)")
     alpha: float = HfArg(default=32.0, help="the update is scaled by alpha / rank")
-    lora_dropout: float = HfArg(default=0.1, help="dropout before the low-rank product")
+    adapter_dropout: float = HfArg(default=0.1, help="dropout before the low-rank term")
     targets: str = HfArg(
         default="q_proj,v_proj", help="names of the linear layers with an update, or all-linear (BERT: query,value)"
     )
@@ -92,7 +92,7 @@ class Config:
     eval_tokens: int = HfArg(
         default=0, help="padded tokens in a batch without gradients; 0: 16384 on a GPU, 512 on a CPU (README.md)"
     )
-    logging_steps: int = HfArg(default=10, help="optimizer steps between log lines")
+    logging_steps: int = HfArg(default=10, help="optimizer steps between lines")
     save_steps: int = HfArg(default=100, help="optimizer steps between saves of last.pt, besides each evaluation")
 
     def __post_init__(self):
@@ -105,8 +105,8 @@ class Config:
                 raise ValueError(f"argument --{name}: {getattr(self, name)} is out of range: at least {least}")
         if self.seed >= 2**32:
             raise ValueError(f"argument --seed: {self.seed} is out of range: below 2**32")
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"argument --lora_dropout: {self.lora_dropout} is out of range: from 0 to below 1")
+        if not 0 <= self.adapter_dropout < 1:
+            raise ValueError(f"argument --adapter_dropout: {self.adapter_dropout} is out of range: from 0 to below 1")
         if not 0 < self.temperature < float("inf"):
             raise ValueError(f"argument --temperature: {self.temperature} is out of range: above 0")
         if not -2 <= self.false_negative_margin <= 2:

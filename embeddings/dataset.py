@@ -69,7 +69,7 @@ def decoded_lines(path: Path) -> Iterator[tuple[int, str]]:
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
-                reason = f"found byte {line[error.start]:#x} ({error.reason})"
+                reason = f"found byte {error.object[error.start]:#x} ({error.reason})"
                 raise UserError(f"{path}, line {number}: expected UTF-8, {reason}") from error
             yield number, text
 
@@ -184,6 +184,12 @@ def load_splits(config: Config) -> Splits:
                     "too (its letters do); `python embeddings/prepare.py --nli train.jsonl --sts ...` removes such rows"
                 )
     return splits
+
+
+def repeated_in_test(splits: Splits) -> int:
+    """How many test pairs, in either order, also stand in sts-dev.csv by their letters."""
+    known = {frozenset(map(letters, pair[:2])) for pair in splits.validation}
+    return sum(frozenset(map(letters, pair[:2])) in known for pair in splits.test)
 
 
 def fingerprint(splits: Splits) -> str:

@@ -33,22 +33,22 @@ from embeddings.model import embed_tokens, load_embedder
 BLOCK = 10_000  # lines that are sorted by length, encoded and written together
 
 
-def read_lines(stream: BinaryIO, name: str) -> Iterator[tuple[int, str | UserError]]:
+def read_lines(stream: BinaryIO) -> Iterator[tuple[int, str | ValueError]]:
     """Each line's number, and its text or what is wrong with it."""
     for number, line in enumerate(stream, 1):
         try:
             yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
         except UnicodeDecodeError as error:
-            reason = f"expected UTF-8, found byte {line[error.start]:#x} ({error.reason})"
-            yield number, UserError(f"{name}, line {number}: {reason}")
+            reason = f"expected UTF-8, found byte {error.object[error.start]:#x} ({error.reason})"
+            yield number, ValueError(reason)
 
 
 def all_texts(stream: BinaryIO, name: str, blank: bool) -> list[tuple[int, str]]:
     """All lines with text, and their numbers. Raises UserError for no UTF-8, and without blank for a blank line."""
     found = []
-    for number, text in read_lines(stream, name):
-        if isinstance(text, UserError):
-            raise text
+    for number, text in read_lines(stream):
+        if isinstance(text, ValueError):
+            raise UserError(f"{name}, line {number}: {text}")
         if text:
             found.append((number, text))
         elif not blank:
@@ -61,15 +61,15 @@ def all_texts(stream: BinaryIO, name: str, blank: bool) -> list[tuple[int, str]]
 def write_jsonl(stream: BinaryIO, name: str, encode, write) -> int:
     """A JSON line for each line that is not blank, block after block; 1 if one was no UTF-8."""
     failed = 0
-    lines = read_lines(stream, name)
+    lines = read_lines(stream)
     with tqdm(unit="line", disable=None) as bar:
         while block := list(islice(lines, BLOCK)):
             texts = [text for _, text in block if isinstance(text, str) and text]
             vectors = iter(encode(texts) if texts else ())
             for number, text in block:
-                if isinstance(text, UserError):
+                if isinstance(text, ValueError):
                     failed = 1
-                    print(f"error: {text}", file=sys.stderr)
+                    print(f"error: {name}, line {number}: {text}", file=sys.stderr)
                     write(json.dumps({"line": number, "error": str(text)}) + "\n")
                 elif text:
                     write(json.dumps({"line": number, "vector": [round(float(x), 7) for x in next(vectors)]}) + "\n")
@@ -120,17 +120,24 @@ def main(config: Config, input: str, output: str, query: str | None, top: int, p
         raise UserError(f"--output {output}: there is no folder {path.parent}")
     if query is not None and not query.strip():
         raise UserError("--query is empty")
+    try:
+        (query or "").encode()
+    except UnicodeEncodeError as error:  # the command line can hold what is no text
+        raise UserError(f"--query: expected UTF-8, found {error.object[error.start]!a}") from error
     if query is not None and prompt != "none":
         raise UserError(f"--prompt {prompt}: with --query the prompts are query_prompt and, for lines, document_prompt")
     if top < 1:
         raise UserError(f"--top {top} is out of range: at least 1")
     prompts = {"none": "", "query": config.query_prompt, "document": config.document_prompt}
     model, tokenizer = load_embedder(config, base)
+    failed, cut = 0, 0
 
     def encode(texts: list[str], kind: str = prompt) -> np.ndarray:
-        tokens = tokenize([prompts[kind] + text for text in texts], tokenizer, config)
-        if full := int((tokens.lengths == config.max_length).sum()):
-            print(f"{full} texts fill max_length {config.max_length}: what is beyond was not read", file=sys.stderr)
+        nonlocal cut
+        texts = [prompts[kind] + text for text in texts]
+        tokens = tokenize(texts, tokenizer, config)
+        if full := [texts[number] for number in np.flatnonzero(tokens.lengths == config.max_length)]:
+            cut += sum(len(ids) > config.max_length for ids in tokenizer(full, verbose=False)["input_ids"])
         return embed_tokens(model, tokens, np.arange(len(texts)), tokenizer.pad_token_id, config).numpy()
 
     with open(sys.stdin.fileno() if input == "-" else input, "rb", closefd=input != "-") as stream:
@@ -143,11 +150,13 @@ def main(config: Config, input: str, output: str, query: str | None, top: int, p
             with new_file(path) as file:
                 write_npy(texts, encode, file)
         elif output == "-":
-            return write_jsonl(stream, input, encode, sys.stdout.write)
+            failed = write_jsonl(stream, input, encode, sys.stdout.write)
         else:
             with new_file(path) as file:
-                return write_jsonl(stream, input, encode, lambda line: file.write(line.encode()))
-    return 0
+                failed = write_jsonl(stream, input, encode, lambda line: file.write(line.encode()))
+    if cut:
+        print(f"{cut} texts are longer than max_length {config.max_length}: their ends were not read", file=sys.stderr)
+    return failed
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from torch import Tensor
 from common.checkpoint import Run, RunError, best_folder, write_text
 from common.metrics import correlation_metrics
 from embeddings.config import Config, UserError, run_path, run_script, saved_config
-from embeddings.dataset import Pair, Rows, Splits, Tokens, fingerprint, load_splits, tokenize
+from embeddings.dataset import Pair, Rows, Splits, Tokens, fingerprint, load_splits, repeated_in_test, tokenize
 from embeddings.model import embed_tokens, load_embedder
 
 
@@ -61,11 +61,12 @@ def table(header: list[str], rows: list[list]) -> list[str]:
 def print_summary(splits: Splits, tokens: Tokens, rows: Rows, config: Config) -> None:
     """The data as the run sees it: rows, distinct texts, lengths, what is cut."""
     lengths = tokens.lengths
-    percentiles = " / ".join(f"{value:.0f}" for value in np.percentile(lengths, [50, 95, 100]))
+    percentiles = np.percentile(lengths, (50, 95, 100)).astype(int).tolist()
     kinds = "triplets" if rows.texts.shape[1] == 3 else "pairs"
-    columns = [f"training {kinds}", "distinct texts", "tokens 50 / 95 / 100 %", f"cut or {config.max_length} long"]
-    cut = f"{(lengths == config.max_length).mean():.1%}"
-    print("\n".join(table(columns, [[len(splits.train), len(lengths), percentiles, cut]])))
+    columns = [f"training {kinds}", "distinct texts", "tokens p50", "p95", "max"]
+    columns.append(f"cut to {config.max_length}, or as long")
+    cut = int((lengths == config.max_length).sum())
+    print("\n".join(table(columns, [[len(splits.train), len(lengths), *percentiles, cut]])[:-1]))
     anchors = len(np.unique(rows.identities[:, 0]))
     if repeated := len(splits.train) - anchors:
         print(f"{repeated} rows repeat another row's anchor: never in one batch with it")
@@ -76,9 +77,12 @@ def print_summary(splits: Splits, tokens: Tokens, rows: Rows, config: Config) ->
         scores = [pair.score for pair in pairs]
         spread = " / ".join(f"{value:.1f}" for value in np.percentile(scores, [5, 50, 95]))
         lines.append([name, len(pairs), f"{np.mean(scores):.2f}", spread])
-    print("\n".join(table(columns, lines)))
+    print("\n".join(table(columns, lines)[:-1]))
     if not splits.test:
         print("no sts-test.csv: no test figure will be reported")
+    elif seen := repeated_in_test(splits):
+        print(f"{seen} of the {len(splits.test)} test pairs are also in sts-dev.csv")
+    print("rows dropped: 0 (blank lines are skipped, a bad row ends the run)")
 
 
 def evaluate_run(run: Run, splits: Splits, config: Config) -> dict:
@@ -95,16 +99,20 @@ def evaluate_run(run: Run, splits: Splits, config: Config) -> dict:
             lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in found]
             write_text(run.path / "predictions" / f"{name}_predictions.jsonl", "".join(lines))
     history = [record for record in run.history() if record["event"] == "evaluation"]
-    write_text(run.path / "report.md", report(scores, history, config))
+    write_text(run.path / "report.md", report(scores, splits, history, config))
     return scores
 
 
-def report(scores: dict, history: list[dict], config: Config) -> str:
+def report(scores: dict, splits: Splits, history: list[dict], config: Config) -> str:
     """The readable evaluation."""
     lines = [f"# {config.model} on {config.data_dir}", ""]
     lines += ["Correlation of the cosine with people's scores. The step was chosen on validation: its row flatters."]
     lines += [f"These are of the model in best/ as it is saved, adapter merged, computed with amp {config.amp}."]
-    lines += ["Nothing was chosen on test." if "test" in scores else "There is no test split: no test figure.", ""]
+    if splits.test:
+        seen = f"{repeated_in_test(splits)} of its {len(splits.test)} pairs"
+        lines += [f"Nothing was chosen on test; {seen} are also in sts-dev.csv.", ""]
+    else:
+        lines += ["There is no test split: no test figure.", ""]
     columns = ["pairs", "spearman", "pearson"]
     rows = [[name, *(found[column] for column in columns)] for name, found in scores.items()]
     lines += table(["split", *columns], rows)

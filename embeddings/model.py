@@ -15,7 +15,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils.logging import get_verbosity, set_verbosity, set_verbosity_error
 
-from common.checkpoint import best_folder, read_json, write_json
+from common.checkpoint import begun_in, best_folder, write_json
 from common.seed import seed_everything
 from embeddings.bidirectional import make_bidirectional
 from embeddings.config import Config, UserError, parse_dims, run_path
@@ -137,7 +137,7 @@ def sees_nothing(model: Embedder) -> bool:
 
 def adapt(encoder: PreTrainedModel, config: Config) -> None:
     try:
-        add_adapters(encoder, config.targets, config.rank, config.alpha, config.lora_dropout)
+        add_adapters(encoder, config.targets, config.rank, config.alpha, config.adapter_dropout)
     except RuntimeError as error:
         raise UserError(f"{config.model} cannot be adapted: {error}") from error
 
@@ -189,7 +189,7 @@ def save_merged(config: Config, tokenizer: PreTrainedTokenizerFast, best: Path, 
 
 def say_precision(path: Path, config: Config, device: torch.device) -> None:
     """Tell where this machine or --amp computes in another type than the run was trained in."""
-    trained = read_json(path / "config.json").get("environment", {}).get("autocast")
+    trained = begun_in(path).get("autocast")
     if trained != str(now := autocast_dtype(config.amp, device)):
         print(f"trained with autocast {trained}, now {now}: scores can differ from the run's own", file=sys.stderr)
 

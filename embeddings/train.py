@@ -119,7 +119,7 @@ def refuse_non_finite(what: str, value: float, batch: np.ndarray, triplets: list
     if not math.isfinite(value):
         lines = ", ".join(str(triplets[place].line) for place in batch)
         raise UserError(
-            f"the {what} is {value} at step {step}, in the batch of train.jsonl lines {lines}; best/ is untouched. "
+            f"the {what} is {value} at step {step + 1}, in the batch of train.jsonl lines {lines}; best/ is untouched. "
             "A lower learning_rate or amp off may help"
         )
 
@@ -154,7 +154,8 @@ def validate(
 def refuse_another_machine(run: Run, dtype: torch.dtype | None, world: int) -> None:
     """A run goes on with the autocast type and the number of processes that it was begun with, or not at all."""
     if (begun := run.environment.get("autocast")) != str(dtype):
-        raise UserError(f"{run.path} was begun with autocast {begun}, this machine and amp mean {dtype}")
+        now = f"amp {run.config['amp']} means {dtype} on this machine"
+        raise UserError(f"{run.path} was begun with autocast {begun}, {now}")
     if (begun := run.environment.get("processes")) != world:
         raise UserError(
             f"{run.path} was begun with {begun} processes, these are {world}: dropout would be another. "
@@ -240,13 +241,13 @@ def main(config: Config, check: bool = False) -> int | None:
     if outcome == "finished":
         if run:
             run.close()
-            print(last_line(run.results, path))
+            print(f"finished before\n{last_line(run.results, path)}")
         end_processes()
         return None
     if rank:
         state, _ = read_last(path / "last.pt", run_config(config), best) or (None, 0)
     step, epoch, position = 0, 0, 0
-    totals = {"seconds": 0.0, "train_seconds": 0.0, "tokens": 0, "base": None}
+    totals = {"seconds": 0.0, "train_seconds": 0.0, "tokens": 0, "base": None, "peak_memory_bytes": None}
     if state:
         try:
             model.load_trained(state["model"])
@@ -315,6 +316,7 @@ def main(config: Config, check: bool = False) -> int | None:
                     f"{' | best' * better}"
                 )
             totals["seconds"] += time.perf_counter() - began
+            totals["peak_memory_bytes"] = peak_memory_bytes(device.type, totals["peak_memory_bytes"])
             if evaluated or step % config.save_steps == 0 or stopped:
                 if run:
                     adapters = {name: parameter.detach() for name, parameter in model.trained_parameters().items()}
@@ -342,7 +344,7 @@ def main(config: Config, check: bool = False) -> int | None:
     results = {"metric": "spearman", "best": best.score, "split": "validation", "epoch": best.epoch}
     results |= {"step": best.step, "seconds": totals["seconds"], "base": totals["base"]}
     results |= {"tokens_per_second": totals["tokens"] / totals["train_seconds"]}
-    results |= {"peak_memory_bytes": peak_memory_bytes(device.type)}
+    results |= {"peak_memory_bytes": peak_memory_bytes(device.type, totals["peak_memory_bytes"])}
     results |= {"validation": scores["validation"], "test": scores.get("test")}
     run.finish(results)
     run.close()

@@ -1,4 +1,4 @@
-"""Settings of the emotion classifier: edit the defaults here, or give any field as a flag (see --help)."""
+"""Settings of the emotion classifier: edit the defaults here, or give any field as a flag (--help lists them)."""
 
 import hashlib
 import json
@@ -18,8 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 from common.checkpoint import RunError, read_json
 
 ROOT = Path(__file__).resolve().parents[1]  # relative paths in a config are relative to this folder
-# What evaluate.py and predict.py may change.
-ANY_RUN = {"data_dir", "eval_batch_size", "num_workers", "amp"}
+ANY_RUN = {"data_dir", "eval_batch_size", "num_workers", "amp"}  # what evaluate.py and predict.py may change
 
 
 class UserError(Exception):

@@ -76,9 +76,9 @@ def emotion_numbers(names: object, what: str) -> tuple[int, ...]:
 def parse_row(line: bytes, number: int) -> Row:
     """One JSON line as a Row. Raises ValueError saying what is wrong with it."""
     try:
-        text = line.decode("utf-8-sig").strip()
+        text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
     except UnicodeDecodeError as error:
-        raise ValueError(f"expected UTF-8, found byte {line[error.start]:#x} ({error.reason})") from error
+        raise ValueError(f"expected UTF-8, found byte {error.object[error.start]:#x} ({error.reason})") from error
     try:
         row = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
@@ -155,6 +155,12 @@ def load_splits(config: Config) -> dict[str, list[Row]]:
                     "a text that is scored must not be trained on: remove one"
                 )
     return splits
+
+
+def repeated_in_test(splits: dict[str, list[Row]]) -> int:
+    """How many test texts also stand in validation, whatever their case and punctuation."""
+    known = {normalized(row.text) for row in splits["validation"]}
+    return sum(normalized(row.text) in known for row in splits["test"])
 
 
 def fingerprint(splits: dict[str, list[Row]]) -> str:

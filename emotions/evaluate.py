@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from common.checkpoint import Run, RunError, best_folder, read_json, write_text
+from common.checkpoint import Run, RunError, begun_in, best_folder, read_json, write_text
 from common.metrics import mean_average_precision, multilabel_metrics
 from emotions.config import Config, run_path, run_script, saved_config
 from emotions.dataset import (
@@ -31,6 +31,7 @@ from emotions.dataset import (
     label_shares,
     load_splits,
     make_loader,
+    repeated_in_test,
     sorted_batches,
     token_lengths,
 )
@@ -122,7 +123,8 @@ def read_thresholds(folder: Path) -> tuple[float, np.ndarray]:
     """The shared threshold and the (28,) per-label ones of a best folder, as probabilities. Raises RunError."""
     path = folder / "thresholds.json"
     saved = read_json(path)
-    values = [saved.get("shared"), *(dict(saved.get("per_label") or {}).get(name) for name in EMOTIONS)]
+    own = saved.get("per_label")
+    values = [saved.get("shared"), *(own.get(name) if isinstance(own, dict) else None for name in EMOTIONS)]
     if not all(isinstance(value, float) and 0 <= value <= 1 for value in values):
         raise RunError(f"{path} does not hold a shared threshold and one for each emotion, from 0 to 1")
     return values[0], np.array(values[1:])
@@ -203,7 +205,7 @@ def check_data(run: Run, splits: dict[str, list[Row]], config: Config) -> None:
 
 def say_precision(path: Path, config: Config, device: torch.device) -> None:
     """Tell where this machine or --amp computes in another type than the run was trained in."""
-    trained = read_json(path / "config.json").get("environment", {}).get("autocast")
+    trained = begun_in(path).get("autocast")
     if trained != str(now := autocast_dtype(config.amp, device)):
         print(f"trained with autocast {trained}, now {now}: scores can differ from the run's own", file=sys.stderr)
 
@@ -218,22 +220,22 @@ def table(header: list[str], rows: list[list]) -> list[str]:
 
 def print_summary(splits: dict[str, list[Row]], tokenizer: PreTrainedTokenizerFast, config: Config) -> None:
     """The data as the run sees it: rows, sources, labels, what is cut, each label's rows."""
-    columns = ["split", "rows", "sources", "labels a row", "without label", "tokens 50 / 95 / 100 %"]
-    columns.append(f"cut at {config.max_length}")
+    columns = ["split", "rows", "sources", "labels a row", "without label", "tokens p50", "p95", "max"]
+    columns.append(f"cut to {config.max_length}")
     rows = []
     for name, split in splits.items():
         lengths = token_lengths(split, tokenizer)
-        percentiles = " / ".join(f"{value:.0f}" for value in np.percentile(lengths, [50, 95, 100]))
+        percentiles = np.percentile(lengths, (50, 95, 100)).astype(int).tolist()
         sources = ", ".join(sorted({row.source or "-" for row in split}))
         mean = np.mean([len(row.labels) for row in split])
         bare = sum(not row.labels for row in split)
-        cut = f"{(lengths > config.max_length).mean():.1%}"
-        rows.append([name, len(split), sources, f"{mean:.2f}", bare, percentiles, cut])
-    print("\n".join(table(columns, rows)))
+        cut = int((lengths > config.max_length).sum())
+        rows.append([name, len(split), sources, f"{mean:.2f}", bare, *percentiles, cut])
+    print("\n".join(table(columns, rows)[:-1]))
     known = label_matrix(splits["train"], "known").sum(axis=0)
     counts = [label_counts(split) for split in splits.values()]
     rows = [[name, *(count[n] for count in counts), known[n]] for n, name in enumerate(EMOTIONS)]
-    print("\n".join(table(["emotion", *splits, "known in train"], rows)))
+    print("\n".join(table(["emotion", *splits, "known in train"], rows)[:-1]))
     for name, count in zip(list(splits)[1:], counts[1:]):
         if missing := count.count(0):
             print(f"{missing} of 28 emotions have no positive in {name}: those it knows count as 0 in f1_macro")
@@ -241,6 +243,9 @@ def print_summary(splits: dict[str, list[Row]], tokenizer: PreTrainedTokenizerFa
         print(f"no training row knows {', '.join(untaught)}: never predicted")
     if "test" not in splits:
         print("no test.jsonl: no test figure will be reported")
+    elif seen := repeated_in_test(splits):
+        print(f"{seen} of the {len(splits['test'])} test texts are also in validation")
+    print("rows dropped: 0 (blank lines are skipped, a bad row ends the run)")
 
 
 def report(scores: dict, splits: dict[str, list[Row]], history: list[dict], config: Config) -> str:
@@ -249,7 +254,11 @@ def report(scores: dict, splits: dict[str, list[Row]], history: list[dict], conf
     lines = [f"# {config.model} on {config.data_dir}", ""]
     lines += ["The epoch and all thresholds were chosen on validation, so its rows marked tuned flatter. Those marked"]
     lines += ["cross-fitted (thresholds tuned on four fifths, scored on the last, in turn) owe only the epoch to it."]
-    lines += ["Nothing was chosen on test." if detail == "test" else "There is no test split: no test figure.", ""]
+    if detail == "test":
+        seen = f"{repeated_in_test(splits)} of its {len(splits['test'])} texts"
+        lines += [f"Nothing was chosen on test; {seen} are also in validation.", ""]
+    else:
+        lines += ["There is no test split: no test figure.", ""]
     for name in [name for name in splits if name != "train"]:
         per_label, known = scores[name]["at_half"]["per_label"], label_matrix(splits[name], "known").any(axis=0)
         if missing := sum(known[n] and not per_label[emotion]["support"] for n, emotion in enumerate(EMOTIONS)):
@@ -267,7 +276,7 @@ def report(scores: dict, splits: dict[str, list[Row]], history: list[dict], conf
         for name, row in own.items()
     ]
     lines += table(columns, rows)
-    columns = ["epoch", "step", "train_loss", "loss", "map", "f1_half", "f1_macro"]
+    columns = ["epoch", "step", "train_loss", "loss", "map", "f1_macro_at_half", "f1_macro"]
     lines += ["## Epochs (validation; f1_macro at the shared threshold that is best there)", ""]
     lines += table(columns, [[record[column] for column in columns] for record in history])
     return "\n".join(lines)

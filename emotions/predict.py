@@ -34,9 +34,9 @@ def read_lines(stream: BinaryIO) -> Iterator[Row | tuple[int, str]]:
     for number, line in enumerate(stream, 1):
         if line.strip():
             try:
-                text = line.decode("utf-8-sig").strip()
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
             except UnicodeDecodeError as error:
-                yield number, f"expected UTF-8, found byte {line[error.start]:#x} ({error.reason})"
+                yield number, f"expected UTF-8, found byte {error.object[error.start]:#x} ({error.reason})"
             else:
                 if text:  # other than line.strip, this also takes a lone byte order mark and wide spaces for blank
                     yield Row(text, (), ALL, "", number)

@@ -9,6 +9,7 @@ validation.jsonl, test.jsonl and the summary that is printed, as summary.md. Val
 whole. All files of the other sources are training data. GoEmotions' test.tsv may be missing: then so is the test split.
 """
 
+import codecs
 import csv
 import html
 import io
@@ -91,9 +92,9 @@ def decode(path: Path, source: str) -> str:
     if not path.is_file():
         origin = ORIGIN[source].format(path=path, name=path.name)
         raise UserError(f"{path} not found: get it ({origin}), or give another --raw_dir; --sample needs none")
-    content = path.read_bytes()
+    content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
     try:
-        return content.decode("utf-8-sig")
+        return content.decode("utf-8")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         found = f"found byte {content[error.start]:#x} ({error.reason})"

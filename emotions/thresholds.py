@@ -34,7 +34,7 @@ def middle_of_best_gap(logits: np.ndarray, scores: np.ndarray) -> float:
     best = int(np.argmax(np.where(possible, scores, -1.0)))
     if best == 0:
         return float(logits[0]) + 1.0  # nothing is predicted
-    return float((logits[best - 1] + logits[best]) / 2) if best < len(logits) else float(logits[-1])
+    return float((logits[best - 1] + logits[best]) / 2) if best < len(logits) else float(logits[-1]) - 1.0
 
 
 def best_threshold(logits: np.ndarray, labels: np.ndarray) -> float:

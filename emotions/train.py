@@ -147,8 +147,8 @@ def refuse_non_finite(what: str, values: list[float], batches: list[list[Draw]],
         if not math.isfinite(value):
             lines = ", ".join(str(draw.row.line) for draw in draws)
             raise UserError(
-                f"the {what} is {value} at step {step}, in the batch of train.jsonl lines {lines}; best/ is untouched. "
-                "A lower learning_rate or amp off may help"
+                f"the {what} is {value} at step {step + 1}, in the batch of train.jsonl lines {lines}; best/ is "
+                "untouched. A lower learning_rate or amp off may help"
             )
 
 
@@ -193,7 +193,7 @@ def validate(
         for cells in (probability >= 0.5, logits.double().numpy() >= thresholds.shared)
     ]
     scores = {"loss": mean_loss(logits, rows, None if weights is None else weights.cpu(), config)}
-    scores |= {"map": mean_average_precision(labels, probability, known), "f1_half": f1[0], "f1_macro": f1[1]}
+    scores |= {"map": mean_average_precision(labels, probability, known), "f1_macro_at_half": f1[0], "f1_macro": f1[1]}
     return scores, thresholds_json(thresholds)
 
 
@@ -207,7 +207,8 @@ def save_last(run: Run, state: dict, best: Best) -> None:
 def refuse_another_machine(run: Run, dtype: torch.dtype | None, world: int) -> None:
     """A run goes on with the autocast type and the number of processes that it was begun with, or not at all."""
     if (begun := run.environment.get("autocast")) != str(dtype):
-        raise UserError(f"{run.path} was begun with autocast {begun}, this machine and amp mean {dtype}")
+        now = f"amp {run.config['amp']} means {dtype} on this machine"
+        raise UserError(f"{run.path} was begun with autocast {begun}, {now}")
     if (begun := run.environment.get("processes")) != world:
         raise UserError(
             f"{run.path} was begun with {begun} processes, these are {world}: an optimizer step would have other rows. "
@@ -295,14 +296,14 @@ def main(config: Config, check: bool = False) -> int | None:
     if outcome == "finished":
         if run:
             run.close()
-            print(last_line(run.results, path))
+            print(f"finished before\n{last_line(run.results, path)}")
         end_processes()
         return None
     if rank:
         state, _ = read_last(path / "last.pt", run_config(config), best) or (None, 0)
     step = 0
-    totals = {"seconds": 0.0, "train_seconds": 0.0, "tokens": 0, "epoch_loss": 0.0, "epoch_examples": 0}
-    totals |= {"skipped_steps": 0}  # since the last line
+    totals = {"seconds": 0.0, "train_seconds": 0.0, "tokens": 0, "loss": 0.0, "examples": 0}
+    totals |= {"skipped_steps": 0, "peak_memory_bytes": None}  # skipped since the last line
     if state:
         try:
             load_training_state(model, optimizer, (state["model"], state["optimizer"]), config.shard)
@@ -348,8 +349,8 @@ def main(config: Config, check: bool = False) -> int | None:
             figures = torch.tensor([sum(losses), seen, stop.number], dtype=torch.float64)
             loss, tokens, stopped = summed(figures, processes).tolist()  # stopped: a signal to any of the processes
             totals["tokens"] += int(tokens)
-            totals["epoch_loss"] += loss
-            totals["epoch_examples"] += examples
+            totals["loss"] += loss
+            totals["examples"] += examples
             totals["train_seconds"] += time.perf_counter() - began
             if logged:
                 record = {"event": "step", "step": step, "epoch": round(step / steps_per_epoch, 4)}
@@ -369,17 +370,18 @@ def main(config: Config, check: bool = False) -> int | None:
                 loader = None
                 scores, thresholds = validate(model, splits["validation"], tokenizer, weights, config, processes)
                 record = {"event": "evaluation", "epoch": epoch + 1, "step": step}
-                record |= {"train_loss": totals["epoch_loss"] / totals["epoch_examples"], **scores}
-                totals |= {"epoch_loss": 0.0, "epoch_examples": 0}
+                record |= {"train_loss": totals["loss"] / totals["examples"], **scores}
+                totals |= {"loss": 0.0, "examples": 0}
                 better = best.update(scores[config.metric], epoch + 1, step)
                 if run:
                     run.log(record)
                 bar.write(
                     f"epoch {epoch + 1} | train loss {record['train_loss']:.4f} | validation loss {scores['loss']:.4f}"
-                    f" | f1_macro {scores['f1_macro']:.4f} at {thresholds['shared']:.3f}, {scores['f1_half']:.4f} at .5"
-                    f" | map {scores['map']:.4f}{' | best' * better}"
+                    f" | f1_macro {scores['f1_macro']:.4f} at {thresholds['shared']:.3f}, "
+                    f"{scores['f1_macro_at_half']:.4f} at .5 | map {scores['map']:.4f}{' | best' * better}"
                 )
             totals["seconds"] += time.perf_counter() - began
+            totals["peak_memory_bytes"] = peak_memory_bytes(device.type, totals["peak_memory_bytes"])
             if epoch_ended or step % config.save_steps == 0 or stopped:
                 model_state, optimizer_state = training_state(model, optimizer, config.shard)
                 state = {"model": model_state, "optimizer": optimizer_state, "scheduler": scheduler.state_dict()}
@@ -406,7 +408,7 @@ def main(config: Config, check: bool = False) -> int | None:
     results = {"metric": config.metric, "best": best.score, "split": "validation", "epoch": best.epoch}
     results |= {"step": best.step, "seconds": totals["seconds"], "thresholds": scores["thresholds"]}
     results |= {"tokens_per_second": totals["tokens"] / totals["train_seconds"]}
-    results |= {"peak_memory_bytes": peak_memory_bytes(device.type)}
+    results |= {"peak_memory_bytes": peak_memory_bytes(device.type, totals["peak_memory_bytes"])}
     results |= {"validation": scores["validation"], "test": scores.get("test")}
     run.finish(results)
     run.close()

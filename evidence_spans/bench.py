@@ -361,7 +361,7 @@ def main(config: Config, part: str, rounds: int, windows: int, length: int, step
 if __name__ == "__main__":
     flags = {
         "part": {"choices": ["search", "step", "trainer"], "default": "search", "help": "what to measure"},
-        "rounds": {"type": int, "default": 5, "help": "rounds, besides the warm-up"},
+        "rounds": {"type": int, "default": 5, "help": "rounds after the warm-up"},
         "windows": {"type": int, "default": 512, "help": "windows in the part search"},
         "length": {"type": int, "default": 384, "help": "their tokens, 34 or more, where the logits are random"},
         "steps": {"type": int, "default": 20, "help": "training steps of a round in the part step"},

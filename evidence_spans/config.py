@@ -1,4 +1,4 @@
-"""Settings of the evidence extractor: edit the defaults here, or give any field as a flag (see --help)."""
+"""Settings of the evidence extractor: edit the defaults here, or give any field as a flag (--help lists them)."""
 
 import hashlib
 import json

@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from common.checkpoint import Run, RunError, best_folder, read_json, write_json, write_text
+from common.checkpoint import Run, RunError, begun_in, best_folder, read_json, write_json, write_text
 from common.metrics import answer_scores, multi_span_metrics, normalize_answer, span_metrics, token_metrics
 from evidence_spans.config import Config, UserError, run_path, run_script, saved_config
 from evidence_spans.dataset import Example, fingerprint, load_splits
@@ -281,7 +281,7 @@ def check_data(run: Run, splits: dict[str, list[Example]], config: Config) -> No
 
 def say_precision(path: Path, config: Config, device: torch.device) -> None:
     """Tell where this machine or --amp computes in another type than the run was trained in."""
-    trained = read_json(path / "config.json").get("environment", {}).get("autocast")
+    trained = begun_in(path).get("autocast")
     if trained != str(now := autocast_dtype(config.amp, device)):
         print(f"trained with autocast {trained}, now {now}: scores can differ from the run's own", file=sys.stderr)
 

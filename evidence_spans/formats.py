@@ -11,6 +11,7 @@ Offsets are Python's: characters of the text as it stands in the file, the end e
 
 import csv
 import hashlib
+import io
 import json
 import re
 from collections import Counter
@@ -114,10 +115,11 @@ def decoded_lines(path: Path) -> Iterator[str]:
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
-                reason = f"found byte {line[error.start]:#x} ({error.reason})"
+                reason = f"found byte {error.object[error.start]:#x} ({error.reason})"
                 raise UserError(f"{path}, line {number}: expected UTF-8, {reason}") from error
+            yield from io.StringIO(text, newline="")  # Excel for Mac ends a line in \r alone
 
 
 def read_table(path: Path, columns: Iterable[tuple[str, ...]]) -> Iterator[tuple[int, list[str]]]:

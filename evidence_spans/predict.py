@@ -9,7 +9,7 @@ optional. Without --input the text is --text, or all of standard input. A criter
 stands for what the run asks about it; a run on ReDSM5 asks about every criterion where no question is given.
 
 Out: one JSON line for each question, with character offsets into the text as given. A bad line is reported on stderr
-with its number, gives {"error": ...} in its place, and makes the exit status 1.
+with its number, gives {"line": ..., "error": ...} in its place, and makes the exit status 1.
 """
 
 import json
@@ -35,10 +35,10 @@ from evidence_spans.windows import check_questions, make_windows
 BLOCK = 256  # lines that are read, and sorted by length, at a time
 
 
-def parse_line(line: bytes) -> dict:
+def parse_line(line: bytes, number: int) -> dict:
     """text, question (None where it is not given) and id of one JSON line. Raises ValueError."""
     try:
-        row = json.loads(line.decode("utf-8-sig"))
+        row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"expected a JSON object in UTF-8, found {line[:40]!r} ({error})") from error
     if not isinstance(row, dict):
@@ -62,8 +62,8 @@ def check_text(*parts: object) -> None:
         raise ValueError(f"{error.object[error.start : error.start + 1]!a} is no text") from error
 
 
-def read_rows(text: str | None, question: str | None, input: str) -> Iterator[dict | str]:
-    """The rows to answer for, or what is wrong with one. Raises UserError."""
+def read_rows(text: str | None, question: str | None, input: str) -> Iterator[dict]:
+    """The rows to answer for; one that cannot be has an error instead. Raises UserError."""
     if not input:
         if text is None:
             try:
@@ -76,7 +76,7 @@ def read_rows(text: str | None, question: str | None, input: str) -> Iterator[di
             check_text(text, question)
         except ValueError as error:
             raise UserError(f"the text or the question: {error}") from error
-        yield {"text": text, "question": question, "id": None, "place": "the text"}
+        yield {"text": text, "question": question, "id": None, "place": "the text", "line": 1}
         return
     if text is not None or question is not None:
         raise UserError("--input holds texts and questions: give it, or --text and --question")
@@ -85,9 +85,9 @@ def read_rows(text: str | None, question: str | None, input: str) -> Iterator[di
             if line.strip():
                 place = f"{input}, line {number}"
                 try:
-                    yield parse_line(line) | {"place": place}
+                    yield parse_line(line, number) | {"place": place, "line": number}
                 except ValueError as error:
-                    yield f"{place}: {error}"
+                    yield {"place": place, "line": number, "error": str(error)}
 
 
 def questions_of(row: dict, decoding: Decoding, config: Config) -> dict[str | None, str]:
@@ -111,11 +111,8 @@ def questions_of(row: dict, decoding: Decoding, config: Config) -> dict[str | No
 def make_examples(
     row: dict, decoding: Decoding, tokenizer: PreTrainedTokenizerFast, config: Config
 ) -> list[tuple[str | None, Example]]:
-    """One unlabelled example for each question of a row, with its criterion. Raises UserError."""
-    try:
-        asked = questions_of(row, decoding, config)
-    except ValueError as error:
-        raise UserError(f"{row['place']}: {error}") from error
+    """One unlabelled example for each question of a row, with its criterion. Raises ValueError or UserError."""
+    asked = questions_of(row, decoding, config)
     check_questions(dict.fromkeys(asked.values(), row["place"]), tokenizer, config)
     return [
         (criterion, Example(row["place"], "", question, row["text"], (), "unannotated", together=False))
@@ -150,25 +147,25 @@ def main(
     model = load_model(folder, config).to(device)
     rows, failed = read_rows(text, question, input), False
     while block := list(islice(rows, BLOCK)):
-        asked: list[str | list[tuple]] = []
+        asked: list[list[tuple]] = []
         for row in block:
             try:
-                asked.append(row if isinstance(row, str) else make_examples(row, decoding, tokenizer, config))
-            except UserError as error:
-                asked.append(str(error))
-        examples = [example for group in asked if not isinstance(group, str) for _, example in group]
+                asked.append([] if "error" in row else make_examples(row, decoding, tokenizer, config))
+            except (ValueError, UserError) as error:
+                row["error"] = str(error).removeprefix(f"{row['place']}: ")
+                asked.append([])
+        examples = [example for group in asked for _, example in group]
         found = iter(())
         if examples:
             windows = make_windows(examples, tokenizer, config)
             predictions, _ = predict(model, examples, windows, tokenizer, config, decoding.max_answer_length, device)
             found = iter(predictions)
         for row, group in zip(block, asked):
-            if isinstance(group, str):
+            if "error" in row:
                 failed = True
-                print(f"error: {group}", file=sys.stderr)
+                print(f"error: {row['place']}: {row['error']}", file=sys.stderr)
                 if input:
-                    print(json.dumps({"error": group}, ensure_ascii=False))
-                continue
+                    print(json.dumps({"line": row["line"], "error": row["error"]}, ensure_ascii=False))
             for criterion, example in group:
                 prediction = next(found)
                 answer = answer_row(row["id"], example.context, prediction, decoding)

@@ -119,7 +119,7 @@ def refuse_non_finite(
         if not math.isfinite(value):
             names = ", ".join(dict.fromkeys(examples[row].id for row in rows))
             raise UnfitSettings(
-                f"the {what} is {value} at step {step}, in the batch of examples {names}; best/ is untouched. "
+                f"the {what} is {value} at step {step + 1}, in the batch of examples {names}; best/ is untouched. "
                 "A lower learning_rate or amp off may help"
             )
 
@@ -225,7 +225,8 @@ def main(config: Config, check: bool = False, pause_after: int = 0) -> int | Non
         raise UserError(f"{path} was begun with autocast {begun}, amp {config.amp} means {dtype} on this machine")
     best = Best("max", config.patience)
     step = 0
-    totals = {"seconds": 0.0, "train_seconds": 0.0, "tokens": 0, "loss": 0.0, "windows": 0}
+    totals = {"seconds": 0.0, "train_seconds": 0.0, "tokens": 0, "loss": 0.0, "examples": 0}
+    totals |= {"peak_memory_bytes": None}
     stateful = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
     if state := run.load_last(best):
         try:
@@ -268,7 +269,7 @@ def main(config: Config, check: bool = False, pause_after: int = 0) -> int | Non
             in_epochs = epoch + (step - first) / int(ends[epoch] - first)
             totals["tokens"] += sum(int(batch["attention_mask"].sum()) for batch in micro_batches)
             totals["loss"] += sum(losses)
-            totals["windows"] += seen
+            totals["examples"] += seen
             totals["train_seconds"] += time.perf_counter() - began
             if step % config.logging_steps == 0:
                 record = {"event": "step", "step": step, "epoch": round(in_epochs, 4)}
@@ -293,8 +294,8 @@ def main(config: Config, check: bool = False, pause_after: int = 0) -> int | Non
                     device,
                 )
                 record = {"event": "evaluation", "epoch": round(in_epochs, 2), "step": step}
-                record |= {"train_loss": totals["loss"] / totals["windows"], **scores}
-                totals |= {"loss": 0.0, "windows": 0}
+                record |= {"train_loss": totals["loss"] / totals["examples"], **scores}
+                totals |= {"loss": 0.0, "examples": 0}
                 run.log(record)
                 if better := best.update(scores[config.metric], record["epoch"], step):
                     run.save_best(partial(save_model, model, tokenizer, asdict(decoding)))
@@ -304,6 +305,7 @@ def main(config: Config, check: bool = False, pause_after: int = 0) -> int | Non
                     f"f1 with answer {scores['f1_has_answer']:.4f}{' | best' * better}"
                 )
             totals["seconds"] += time.perf_counter() - began
+            totals["peak_memory_bytes"] = peak_memory_bytes(device.type, totals["peak_memory_bytes"])
             stopped = stop.number  # read once: a signal during the save counts at the next step
             if step in evaluate_after or step % config.save_steps == 0 or stopped:
                 state = {name: part.state_dict() for name, part in stateful.items()}
@@ -323,8 +325,8 @@ def main(config: Config, check: bool = False, pause_after: int = 0) -> int | Non
     results = {"metric": config.metric, "best": best.score, "split": "validation", "epoch": best.epoch}
     results |= {"step": best.step, "seconds": totals["seconds"], "decoding": scores["decoding"]}
     results |= {"tokens_per_second": totals["tokens"] / totals["train_seconds"]}
-    results |= {"peak_memory_bytes": peak_memory_bytes(device.type), "not_found": len(source.not_found)}
-    results |= {name: scores[name] for name in ("validation", "test")}
+    results |= {"peak_memory_bytes": peak_memory_bytes(device.type, totals["peak_memory_bytes"])}
+    results |= {"not_found": len(source.not_found)} | {name: scores[name] for name in ("validation", "test")}
     run.finish(results)
     run.close()
     print(last_line(results, path))

@@ -1,4 +1,4 @@
-"""Settings of the post and criterion classifier: edit the defaults here, or give any field as a flag (see --help)."""
+"""Settings of the criterion classifier: edit the defaults here, or give any field as a flag (--help lists them)."""
 
 import hashlib
 import json
@@ -43,7 +43,7 @@ class Config:
     # The model.
     adapter: Literal["dora", "lora"] = HfArg(default="dora", help="lora: without the magnitude, for comparison")
     rank: int = HfArg(default=16, help="rank of the update")
-    alpha: float = HfArg(default=32.0, help="the update counts alpha / rank times")
+    alpha: float = HfArg(default=32.0, help="the update is scaled by alpha / rank")
     adapter_dropout: float = HfArg(default=0.0, help="on the low-rank term; 0 allows the merged form (see bench.py)")
     pooler: Literal["mean", "cls", "max", "attention"] = HfArg(default="mean", help="from token states to one vector")
     dropout: float = HfArg(default=0.1, help="dropout before the classifier")

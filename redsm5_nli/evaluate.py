@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common.checkpoint import Run, RunError, best_folder, read_json, write_text
+from common.checkpoint import Run, RunError, begun_in, best_folder, read_json, write_text
 from common.metrics import classification_metrics, per_label_metrics, ranking_metrics
 from redsm5_nli.config import ROOT, Config, run_path, run_script, saved_config
 from redsm5_nli.criteria import Criterion, load_criteria
@@ -195,7 +195,7 @@ def check_data(run: Run, splits: dict[str, list[Post]], criteria: tuple[Criterio
 
 def say_precision(path: Path, config: Config, device: torch.device) -> None:
     """Tell where this machine or --amp computes in another type than the run was trained in."""
-    trained = read_json(path / "config.json").get("environment", {}).get("dtype")
+    trained = begun_in(path).get("dtype")
     if trained != str(now := weights_dtype(config.amp, device)):
         print(f"trained in {trained}, now in {now}: scores can differ from the run's own", file=sys.stderr)
 

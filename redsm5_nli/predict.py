@@ -39,6 +39,10 @@ def read_input(text: str | None, input: str) -> list[Post]:
             raise UserError(f"standard input: expected UTF-8, found byte {error.object[error.start]:#x}") from error
     if not text.strip():
         raise UserError("the text is empty")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # the command line can hold what is no text
+        raise UserError(f"the text: expected UTF-8, found {error.object[error.start]!a}") from error
     return [Post("", text.strip(), 1, ())]
 
 

@@ -98,7 +98,7 @@ def refuse_non_finite(
         if not math.isfinite(value):
             posts = ", ".join(dict.fromkeys(examples[row].post.id for row in rows))
             raise UserError(
-                f"the {what} is {value} at step {step}, in the batch of posts {posts}; best/ is untouched. "
+                f"the {what} is {value} at step {step + 1}, in the batch of posts {posts}; best/ is untouched. "
                 "A lower learning_rate or amp off may help"
             )
 
@@ -195,7 +195,8 @@ def main(config: Config, check: bool = False) -> int | None:
         raise UserError(f"{path} was begun in {begun}, amp {config.amp} means {dtype} on this machine")
     best = Best("min" if config.metric == "loss" else "max", config.patience)
     step = 0
-    totals = {"seconds": 0.0, "train_seconds": 0.0, "tokens": 0, "epoch_loss": 0.0, "epoch_pairs": 0}
+    totals = {"seconds": 0.0, "train_seconds": 0.0, "tokens": 0, "loss": 0.0, "examples": 0}
+    totals |= {"peak_memory_bytes": None}
     if state := run.load_last(best):
         try:
             model.load_trained_state(state["model"])
@@ -230,8 +231,8 @@ def main(config: Config, check: bool = False) -> int | None:
 
             pairs = sum(batch["labels"].numel() for batch in micro_batches)
             totals["tokens"] += sum(int(batch["attention_mask"].sum()) for batch in micro_batches)
-            totals["epoch_loss"] += sum(losses)
-            totals["epoch_pairs"] += pairs
+            totals["loss"] += sum(losses)
+            totals["examples"] += pairs
             totals["train_seconds"] += time.perf_counter() - began
             if step % config.logging_steps == 0:
                 record = {"event": "step", "step": step, "epoch": round(step / steps_per_epoch, 4)}
@@ -247,8 +248,8 @@ def main(config: Config, check: bool = False) -> int | None:
                 loader = None
                 scores, thresholds = validate(model, splits["validation"], encoder, weights, config)
                 record = {"event": "evaluation", "epoch": epoch + 1, "step": step}
-                record |= {"train_loss": totals["epoch_loss"] / totals["epoch_pairs"], **scores}
-                totals |= {"epoch_loss": 0.0, "epoch_pairs": 0}
+                record |= {"train_loss": totals["loss"] / totals["examples"], **scores}
+                totals |= {"loss": 0.0, "examples": 0}
                 run.log(record)
                 if better := best.update(scores[config.metric], epoch + 1, step):
                     run.save_best(partial(save_model, model, config, criteria, thresholds))
@@ -258,6 +259,7 @@ def main(config: Config, check: bool = False) -> int | None:
                     f"{' | best' * better}"
                 )
             totals["seconds"] += time.perf_counter() - began
+            totals["peak_memory_bytes"] = peak_memory_bytes(device.type, totals["peak_memory_bytes"])
             stopped = stop.number  # read once: a signal during the save counts at the next step
             if epoch_ended or step % config.save_steps == 0 or stopped:
                 state = {"model": model.trained_state(), "optimizer": optimizer.state_dict()}
@@ -275,8 +277,8 @@ def main(config: Config, check: bool = False) -> int | None:
     results = {"metric": config.metric, "best": best.score, "split": "validation", "epoch": best.epoch}
     results |= {"step": best.step, "seconds": totals["seconds"], "thresholds": scores["thresholds"]}
     results |= {"tokens_per_second": totals["tokens"] / totals["train_seconds"]}
-    results |= {"peak_memory_bytes": peak_memory_bytes(device.type), "trained_parameters": trained}
-    results |= {name: scores[name] for name in ("posts_cut", "validation", "test")}
+    results |= {"peak_memory_bytes": peak_memory_bytes(device.type, totals["peak_memory_bytes"])}
+    results |= {"trained_parameters": trained} | {name: scores[name] for name in ("posts_cut", "validation", "test")}
     run.finish(results)
     run.close()
     print(last_line(results, path))

@@ -2,12 +2,15 @@
 
 import csv
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before the first look for a GPU; the scripts that tests start inherit it
+# Where the weights are on the machine the tests must not find them: some tell what is missing.
+os.environ |= dict.fromkeys(("HF_HOME", "HF_HUB_CACHE"), tempfile.mkdtemp()) | {"HF_HUB_OFFLINE": "1"}
 torch.set_num_threads(1)
 
 

@@ -58,7 +58,9 @@ def run_here(script: str, *flags: object, cwd: Path = ROOT) -> tuple[int, str, s
 
 
 def listing(folder: Path) -> dict[str, int]:
-    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*") if "__pycache__" not in path.parts}
+    """The times of a folder's files, those aside that Python or the user of the checkout makes."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path): path.stat().st_mtime_ns for path in files if not {"__pycache__", "runs", "data"} & {*path.parts}}
 
 SHORT = ("--sample", "--max_steps", "6", "--batch_size", "16", "--logging_steps", "1", "--save_steps", "2")
 OWN = {"embeddings": ("--warmup_steps", "1", "--eval_steps", "3")}  # its schedule counts steps, not a share of them

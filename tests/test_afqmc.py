@@ -501,14 +501,14 @@ def test_one_batch_overfits(tokenizer, splits):
 
 def test_a_loss_that_is_no_number_names_its_batch(splits):
     lines = [splits["train"][row].line for row in (3, 4)]
-    with pytest.raises(UserError, match=rf"the loss is nan at step 7, in the batch .* lines {lines[0]}, {lines[1]};"):
+    with pytest.raises(UserError, match=rf"the loss is nan at step 8, in the batch .* lines {lines[0]}, {lines[1]};"):
         train.refuse_non_finite("loss", [0.5, float("nan")], [[1, 2], [3, 4]], splits["train"], step=7)
 
 
 def test_a_gradient_that_is_no_number_never_reaches_the_weights(tmp_path, small_data):
     config = replace(SAMPLE, run_dir=str(tmp_path / "run"), data_dir=small_data, fgm_epsilon=1e30, save_steps=1)
     for _ in range(2):  # and the same again: nothing of it was saved
-        with pytest.raises(UserError, match=r"the gradient norm is nan at step 0, in the batch of train\.json"):
+        with pytest.raises(UserError, match=r"the gradient norm is nan at step 1, in the batch of train\.json"):
             train.main(config)
     assert not (tmp_path / "run" / "last.pt").exists()
 

@@ -60,7 +60,7 @@ ONE_VALUE = {("embeddings", "gradient_accumulation_steps")}  # a field that is t
 ABOVE_0 = {"batch_size", "gradient_accumulation_steps", "epochs", "eval_batch_size", "logging_steps", "save_steps"}
 ABOVE_0 |= {"rank", "chunk_tokens", "eval_steps", "n_best_size", "evaluations_per_epoch", "prefetch_factor"}
 ABOVE_0 |= {"temperature", "validation_fraction"}
-AT_MOST_1 = {"dropout", "adapter_dropout", "lora_dropout", "label_smoothing", "warmup_ratio", "validation_fraction"}
+AT_MOST_1 = {"dropout", "adapter_dropout", "label_smoothing", "warmup_ratio", "validation_fraction"}
 AT_MOST_1 |= {"test_fraction", "clip", "combined_ratio", "augment_words", "augment_features"}
 NO_SUCH_TEXT = {
     "class_weights": ("1", "1,2,3", "0,1", "a,b", "nan,1", "1,inf"),

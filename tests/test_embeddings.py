@@ -655,7 +655,7 @@ def final_state(run: Path) -> dict:
 
 
 def test_a_run_of_two_processes_equals_one_of_the_same_batch_and_goes_on_exactly(small_data, tmp_path):
-    fixed = {"data_dir": small_data, "max_steps": 8, "batch_size": 12, "lora_dropout": 0.0, "chunk_tokens": 300}
+    fixed = {"data_dir": small_data, "max_steps": 8, "batch_size": 12, "adapter_dropout": 0.0, "chunk_tokens": 300}
     fixed |= {"learning_rate": 2e-4, "warmup_steps": 1, "eval_steps": 3, "save_steps": 2, "logging_steps": 1}
     config = replace(SAMPLE, **fixed, run_dir=str(tmp_path / "one"))
     train.main(config)
@@ -733,7 +733,7 @@ def finished(small_data, tmp_path_factory) -> Path:
 
 def test_one_batch_overfits(small_data):
     rows = load_splits(replace(SAMPLE, data_dir=small_data)).train[:12]
-    config = replace(SAMPLE, batch_size=12, lora_dropout=0.0)
+    config = replace(SAMPLE, batch_size=12, adapter_dropout=0.0)
     tokenizer = load_tokenizer(config)
     tokens, numbers = tokenize_rows(rows, tokenizer, config)
     model = build_model(config, tokenizer, torch.device("cpu"), None)
@@ -771,7 +771,7 @@ def test_chunks_change_no_number_but_rounding(small_data, tmp_path):
     states = []
     chunked = {"chunk_tokens": 150}
     for number, settings in enumerate(({}, chunked, {"gradient_checkpointing": True, **chunked})):
-        config = short(small_data, lora_dropout=0.0, learning_rate=2e-4, **settings)
+        config = short(small_data, adapter_dropout=0.0, learning_rate=2e-4, **settings)
         train.main(replace(config, run_dir=str(tmp_path / str(number))))
         states.append(final_state(tmp_path / str(number))["model"])
     for other in states[1:]:
@@ -892,7 +892,7 @@ def test_a_merged_model_keeps_its_bases_type(small_data, tmp_path):
     [
         (["--gradient_accumulation_steps", "2"], ["must be 1", "its own negatives only", "chunk_tokens"]),
         (["--temperature", "0"], ["--temperature", "above 0"]),
-        (["--lora_dropout", "1"], ["--lora_dropout"]),
+        (["--adapter_dropout", "1"], ["--adapter_dropout"]),
         (["--false_negative_margin", "3"], ["from -2 to 2"]),
         (["--targets", "q_proj,"], ["--targets", "'q_proj,'"]),
         (["--matryoshka_dims", "64;32"], ["--matryoshka_dims", "512,256"]),
@@ -946,7 +946,7 @@ def test_a_gradient_that_is_no_number_ends_the_run(small_data, tmp_path, monkeyp
         return 1.0
 
     monkeypatch.setattr(train, "batch_gradient", broken)
-    with pytest.raises(UserError, match=r"the gradient norm is nan at step 0, in the batch of train.jsonl lines \d+, "):
+    with pytest.raises(UserError, match=r"the gradient norm is nan at step 1, in the batch of train.jsonl lines \d+, "):
         train.main(short(small_data, run_dir=str(tmp_path / "run")))
 
 
@@ -986,7 +986,7 @@ def test_a_batch_that_processes_cannot_share_evenly_is_refused(small_data, tmp_p
 
 def test_a_loss_that_is_no_number_ends_the_run_and_names_the_batch(small_data, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "info_nce", lambda vectors, *rest: vectors.sum() * math.nan)
-    with pytest.raises(UserError, match=r"the loss is nan at step 0, in the batch of train.jsonl lines \d+, "):
+    with pytest.raises(UserError, match=r"the loss is nan at step 1, in the batch of train.jsonl lines \d+, "):
         train.main(short(small_data, run_dir=str(tmp_path / "run")))
     assert not (tmp_path / "run" / "best").exists()
 

@@ -56,7 +56,7 @@ def test_both_sides_give_the_same_loss_and_gradient(triplets, monkeypatch):
         optimizer.zero_grad()
 
     monkeypatch.setattr(bench, "update", keep)
-    config = replace(SMALL, lora_dropout=0.0)
+    config = replace(SMALL, adapter_dropout=0.0)
     steps, model = bench.make_steps(config, triplets, bench.STEP_SIDES, "random")
     for module in model.modules():
         if isinstance(module, LoRALinear):

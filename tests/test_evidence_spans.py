@@ -1108,7 +1108,7 @@ def test_patience_counts_evaluations_and_a_bad_loss_names_its_examples(small, tm
     assert sum(record["event"] == "evaluation" for record in records(config)) == 3  # the first and two no better
     config = replace(config, run_dir=str(tmp_path / "other"))
     monkeypatch.setattr(train, "span_loss", lambda start, end, batch: start[:, 0] * math.nan)
-    with pytest.raises(UserError, match=r"the loss is nan at step 0, in the batch of examples s_\d+_\d+, ") as error:
+    with pytest.raises(UserError, match=r"the loss is nan at step 1, in the batch of examples s_\d+_\d+, ") as error:
         train.main(config)
     named = str(error.value).split("examples ")[1].split(";")[0].split(", ")
     examples = load_splits(config)[0]["train"]

@@ -774,7 +774,7 @@ def test_fp16_is_refused_and_bf16_keeps_the_adapters_in_fp32(sample_posts):
 
 def test_a_loss_that_is_no_number_names_the_posts(sample_posts):
     examples = make_examples(sample_posts[:2], CRITERIA, False)
-    with pytest.raises(UserError, match=f"loss is nan at step 7, in the batch of posts {sample_posts[1].id};"):
+    with pytest.raises(UserError, match=f"loss is nan at step 8, in the batch of posts {sample_posts[1].id};"):
         refuse_non_finite("loss", [1.0, float("nan")], [[0, 1], [9, 10]], examples, 7)
 
 

@@ -171,9 +171,9 @@ def test_predict_answers_every_line_in_order_and_names_the_bad_ones(trained):
     answers = [json.loads(line) for line in out.splitlines()]
     assert [sorted(answer) for answer in answers] == [
         ["id", "label", "probability"],
-        ["error"],
+        ["error", "line"],
         ["label", "probability"],
-        ["error"],
+        ["error", "line"],
     ]
     assert "line 3: expected a JSON object, found 'not json' (Expecting value" in err
     assert "line 5: sentence2 is None" in err and "Traceback" not in err

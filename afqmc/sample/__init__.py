@@ -1,0 +1,1 @@
+"""The bundled sample and how it was made."""

@@ -6,9 +6,9 @@ import os
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args, get_origin
 
 import torch
 from transformers import HfArgumentParser
@@ -23,6 +23,22 @@ ANY_RUN = {"data_dir", "eval_batch_size", "num_workers", "amp"}  # what evaluate
 
 class UserError(Exception):
     """Something that the user can mend, said in one line."""
+
+
+def check_types(config) -> None:
+    """Make a whole number a float where its field is one. Raises ValueError for a value that is not of its type.
+
+    argparse sees to that on the command line; these are the defaults that a user has edited.
+    """
+    for field in fields(config):
+        value, kind = getattr(config, field.name), field.type
+        if get_origin(kind) is Literal:
+            if value not in get_args(kind):
+                raise ValueError(f"argument --{field.name}: {value!r} is none of {', '.join(get_args(kind))}")
+        elif kind is float and type(value) is int:
+            object.__setattr__(config, field.name, float(value))
+        elif type(value) is not kind:
+            raise ValueError(f"argument --{field.name}: {value!r} is no {kind.__name__}")
 
 
 @dataclass(frozen=True)
@@ -70,6 +86,7 @@ class Config:
     save_steps: int = HfArg(default=200, help="optimizer steps between saves of last.pt, besides each epoch's end")
 
     def __post_init__(self):
+        check_types(self)
         at_least = {"max_length": 8, "batch_size": 1, "gradient_accumulation_steps": 1, "epochs": 1}
         at_least |= {"eval_batch_size": 1, "logging_steps": 1, "save_steps": 1}
         at_least |= dict.fromkeys(("split_seed", "seed", "max_steps", "patience", "num_workers"), 0)
@@ -97,9 +114,16 @@ class Config:
                 )
 
 
+def preset(**changes) -> Config:
+    """The defaults with some changes. A default that cannot be ends the script here, in one line."""
+    try:
+        return replace(Config(), **changes)
+    except ValueError as error:
+        sys.exit(f"error: {__file__}: {str(error).removeprefix('argument --')}")
+
+
 # The offline preset: the bundled pairs and a BERT of 0.8 M parameters that starts at random.
-SAMPLE = replace(
-    Config(),
+SAMPLE = preset(
     model="afqmc/sample/model",
     init="random",
     data_dir="afqmc/sample",
@@ -203,7 +227,7 @@ def load_config(
     if unknown:
         parser.error(f"unknown argument {unknown[0]}")
     for name in ("model", "data_dir", "run_dir"):
-        if (value := getattr(config, name)) != parser.get_default(name):
+        if (value := getattr(config, name)) != parser.get_default(name) or value.startswith("~"):
             elsewhere = name == "model" or (name == "data_dir" and (ROOT / value).exists())
             config = replace(config, **{name: portable(value, must_exist=elsewhere)})
     for name, value in saved.items():

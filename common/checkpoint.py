@@ -226,7 +226,7 @@ def best_folder(path: Path) -> Path:
     for folder in (path / "best", path / "best.old"):
         if folder.is_dir():
             return folder
-    raise RunError(f"{path} holds no trained model: train first, or name a run that was with --run_dir")
+    raise RunError(f"{path} holds no trained model: train with the same flags first, or name a run with --run_dir")
 
 
 class Run:

@@ -29,8 +29,8 @@ def model_source(config: Config) -> str:
             f"`python embeddings/minicpm.py m {config.model}` make it; any decoder or encoder does as well "
             "(--model), --sample needs no download"
         )
-    if Path(config.model).is_absolute() or config.model.startswith(".") or config.model.count("/") > 1:
-        raise UserError(f"model {config.model}: there is no such folder")
+    if Path(config.model).is_absolute() or config.model.startswith((".", "~")) or config.model.count("/") > 1:
+        raise UserError(f"model {config.model}: there is no such folder here or in {ROOT}")
     raise UserError(
         f"model {config.model} is not on this machine: `hf download {config.model}` gets it, a folder on this machine "
         "does as well, --sample needs no download"

@@ -333,6 +333,8 @@ def main(config: Config, check: bool = False) -> int | None:
                 return 128 + (stop.number or signal.SIGTERM)  # the signal may have gone to another process
     if best.exhausted and step < config.max_steps:
         print(f"stopped by patience: {best.stale_evaluations} evaluations without a better spearman")
+    if best.score <= totals["base"]:
+        print(f"warning: no step's spearman is above the {totals['base']:.4f} without adapter: it does not pay here")
     end_processes()
     if run is None:
         return None

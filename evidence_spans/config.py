@@ -6,9 +6,9 @@ import os
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args, get_origin
 
 import torch
 from transformers import HfArgumentParser
@@ -28,6 +28,22 @@ class UserError(Exception):
 
 class UnfitSettings(UserError):
     """These settings cannot be trained, others could: a lower learning rate, a longer window."""
+
+
+def check_types(config) -> None:
+    """Make a whole number a float where its field is one. Raises ValueError for a value that is not of its type.
+
+    argparse sees to that on the command line; these are the defaults that a user has edited.
+    """
+    for field in fields(config):
+        value, kind = getattr(config, field.name), field.type
+        if get_origin(kind) is Literal:
+            if value not in get_args(kind):
+                raise ValueError(f"argument --{field.name}: {value!r} is none of {', '.join(get_args(kind))}")
+        elif kind is float and type(value) is int:
+            object.__setattr__(config, field.name, float(value))
+        elif type(value) is not kind:
+            raise ValueError(f"argument --{field.name}: {value!r} is no {kind.__name__}")
 
 
 @dataclass(frozen=True)
@@ -93,6 +109,7 @@ class Config:
     save_steps: int = HfArg(default=500, help="optimizer steps between saves of last.pt, besides each evaluation")
 
     def __post_init__(self):
+        check_types(self)
         at_least = {"max_length": 8, "batch_size": 1, "gradient_accumulation_steps": 1, "epochs": 1, "n_best_size": 1}
         at_least |= {"eval_batch_size": 1, "logging_steps": 1, "save_steps": 1, "evaluations_per_epoch": 1}
         at_least |= {"prefetch_factor": 1, "doc_stride": 0, "max_answer_length": 0, "negatives_per_positive": 0}
@@ -114,9 +131,16 @@ class Config:
             raise ValueError(f"argument --doc_stride: {self.doc_stride} is out of range: below max_length")
 
 
+def preset(**changes) -> Config:
+    """The defaults with some changes. A default that cannot be ends the script here, in one line."""
+    try:
+        return replace(Config(), **changes)
+    except ValueError as error:
+        sys.exit(f"error: {__file__}: {str(error).removeprefix('argument --')}")
+
+
 # The offline preset: the bundled posts and a BERT of 0.4 M parameters that has learned to compare words.
-SAMPLE = replace(
-    Config(),
+SAMPLE = preset(
     model="evidence_spans/sample/model",
     data_dir="evidence_spans/sample",
     max_length=128,
@@ -221,7 +245,7 @@ def load_config(
     if unknown:
         parser.error(f"unknown argument {unknown[0]}")
     for name in ("model", "data_dir", "run_dir"):
-        if (value := getattr(config, name)) != parser.get_default(name):
+        if (value := getattr(config, name)) != parser.get_default(name) or value.startswith("~"):
             elsewhere = name == "model" or (name == "data_dir" and (ROOT / value).exists())
             config = replace(config, **{name: portable(value, must_exist=elsewhere)})
     for name, value in saved.items():

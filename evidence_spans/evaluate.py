@@ -287,7 +287,10 @@ def say_precision(path: Path, config: Config, device: torch.device) -> None:
 
 
 def main(
-    config: Config, split: Literal["all", "val", "test"] = "all", metrics_output: str = "", predictions_output: str = ""
+    config: Config,
+    split: Literal["all", "val", "validation", "test"] = "all",
+    metrics_output: str = "",
+    predictions_output: str = "",
 ) -> None:
     path, device = run_path(config), pick_device()
     for output in filter(None, (metrics_output, predictions_output)):
@@ -302,7 +305,7 @@ def main(
     say_precision(path, config, device)
     if run.results is None:
         print("the run is not finished: this is its best epoch so far", file=sys.stderr)
-    names = {"val": ["validation"], "test": ["test"], "all": ["validation", "test"]}[split]
+    names = {"all": ["validation", "test"], "val": ["validation"]}.get(split, [split])
     windows = {name: make_windows(splits[name], tokenizer, config) for name in names}
     if split == "all":
         scores, lines = evaluate_run(run, splits, windows, tokenizer, config, device)
@@ -325,7 +328,11 @@ def main(
 
 if __name__ == "__main__":
     flags = {
-        "split": {"choices": ["all", "val", "test"], "default": "all", "help": "which split; all writes the report"},
+        "split": {
+            "choices": ["all", "val", "validation", "test"],
+            "default": "all",
+            "help": "which split; all writes the report",
+        },
         "metrics_output": {"default": "", "help": "JSON file for all scores"},
         "predictions_output": {"default": "", "help": "JSON-lines file for all predictions with their n best"},
     }

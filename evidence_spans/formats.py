@@ -243,7 +243,7 @@ def read_redsm5(posts_path: Path, annotations_path: Path, config: Config) -> Sou
             name = f"{post}:{criterion}" if criterion else post
             answers = tuple(sorted(spans.get(pair, ())))
             examples.append(Example(name, post, question, text, answers, kind, together=True))
-    counts["pairs left out for that"] = len(lost - spans.keys())
+    counts["pairs left out since their evidence was not found"] = len(lost - spans.keys())
     return Source(examples, [], counts, not_found, questions if "" not in questions else {})
 
 

@@ -83,8 +83,8 @@ def model_source(config: Config) -> str:
     except ValueError:  # no name that the hub could have: a mistyped path
         cached = None
     if not isinstance(cached, str):
-        if Path(config.model).is_absolute() or config.model.startswith(".") or config.model.count("/") > 1:
-            raise UserError(f"model {config.model}: there is no such folder")
+        if Path(config.model).is_absolute() or config.model.startswith((".", "~")) or config.model.count("/") > 1:
+            raise UserError(f"model {config.model}: there is no such folder here or in {ROOT}")
         raise UserError(
             f"model {config.model} is not on this machine: `hf download {config.model}` gets it, a folder on this "
             "machine does as well, --sample needs no download"

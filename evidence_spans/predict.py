@@ -71,7 +71,7 @@ def read_rows(text: str | None, question: str | None, input: str) -> Iterator[di
             except UnicodeDecodeError as error:
                 raise UserError(f"standard input: expected UTF-8, found byte {error.object[error.start]:#x}") from error
         if not text.strip():
-            raise UserError("the text is empty")
+            raise UserError("the text is empty: --text, --input or standard input gives one")
         try:
             check_text(text, question)
         except ValueError as error:
@@ -99,7 +99,7 @@ def questions_of(row: dict, decoding: Decoding, config: Config) -> dict[str | No
         return {None: ""}
     if given in decoding.questions:
         return {given: decoding.questions[given]}
-    if given and decoding.questions and re.fullmatch("[A-Z0-9]+(_[A-Z0-9]+)+", given):
+    if given and decoding.questions and re.fullmatch("[A-Z0-9]+(_[A-Z0-9]+)*", given):
         raise ValueError(f"criterion {given} is unknown; this run knows {', '.join(decoding.questions)}")
     if given:
         return {None: given}

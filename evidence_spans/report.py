@@ -34,7 +34,8 @@ def print_summary(
     header = ["split", "posts", "examples", "answered", "rejected", "unannotated", "windows"]
     print("\n".join(table([*header, "answer in no window whole"], rows)[:-1]))
     print("\n".join(table(["tokens", "p50", "p95", "max"], lengths)[:-1]))
-    print(f"read: {', '.join(f'{n} {what}' for what, n in sorted(source.counts.items()))}; a bad row would end the run")
+    found = ", ".join(f"{n} {what}" for what, n in sorted(source.counts.items()) if n)
+    print(f"read: {found}; a bad row would end the run")
     if source.not_found:
         file, lines = source.not_found[0]["file"], [str(row["line"]) for row in source.not_found]
         more = f" and {len(lines) - 20} more" * (len(lines) > 20)

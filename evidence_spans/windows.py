@@ -85,7 +85,7 @@ def check_questions(questions: dict[str, str], tokenizer: PreTrainedTokenizerFas
     if config.max_length - longest <= config.doc_stride:
         raise UnfitSettings(
             f"{name}: max_length {config.max_length} less {longest} tokens of its question {question[:40]!r} "
-            f"leaves no room beyond doc_stride {config.doc_stride}"
+            f"leaves no room beyond doc_stride {config.doc_stride}: raise max_length or lower doc_stride"
         )
 
 

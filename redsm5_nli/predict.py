@@ -38,7 +38,7 @@ def read_input(text: str | None, input: str) -> list[Post]:
         except UnicodeDecodeError as error:
             raise UserError(f"standard input: expected UTF-8, found byte {error.object[error.start]:#x}") from error
     if not text.strip():
-        raise UserError("the text is empty")
+        raise UserError("the text is empty: --text, --input or standard input gives one")
     try:
         text.encode()
     except UnicodeEncodeError as error:  # the command line can hold what is no text

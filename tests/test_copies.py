@@ -6,6 +6,7 @@ import json
 import math
 import random
 import re
+import runpy
 import signal
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -158,6 +159,45 @@ def test_a_wrong_flag_ends_with_one_line_that_names_it_and_what_it_takes(project
     assert message.count("\n") == 1 and all(word in message for word in words), message
 
 
+def edited(project: str, folder: Path, field: str, default: str) -> dict:
+    """What a project's config.py defines after its user has edited the default of a field."""
+    text, count = re.subn(
+        rf"(\n    {field}: .*?default=)[^,]*,",
+        lambda found: f"{found[1]}{default},",
+        (ROOT / project / "config.py").read_text(encoding="utf-8"),
+        count=1,
+        flags=re.DOTALL,
+    )
+    assert count == 1
+    (folder / "config.py").write_text(text, encoding="utf-8")
+    return runpy.run_path(str(folder / "config.py"))
+
+
+@pytest.mark.parametrize(
+    "field, default, words",
+    [
+        ("seed", '"five"', "seed: 'five' is no int"),
+        ("seed", "-1", "seed: -1 is out of range: at least 0"),
+        ("max_length", "True", "max_length: True is no int"),
+        ("learning_rate", '"2e-5"', "learning_rate: '2e-5' is no float"),
+        ("amp", '"bf15"', "amp: 'bf15' is none of auto, bf16, fp16, off"),
+        ("deterministic", "1", "deterministic: 1 is no bool"),
+    ],
+)
+@pytest.mark.parametrize("project", PROJECTS)
+def test_a_default_of_config_py_that_cannot_be_is_said_in_one_line(project, field, default, words, tmp_path):
+    with pytest.raises(SystemExit) as error:
+        edited(project, tmp_path, field, default)
+    assert error.value.code == f"error: {tmp_path / 'config.py'}: {words}"
+
+
+@pytest.mark.parametrize("project", PROJECTS)
+def test_a_default_may_be_a_whole_number_or_a_path_of_ones_home(project, tmp_path):
+    assert repr(edited(project, tmp_path, "learning_rate", "1")["Config"]().learning_rate) == "1.0"
+    config = edited(project, tmp_path, "data_dir", '"~/my rows"')["load_config"]([])[0]
+    assert Path(config.data_dir) == Path.home() / "my rows"
+
+
 @pytest.mark.parametrize("project", PROJECTS)
 def test_every_field_is_read_where_it_could_do_something(project):
     read = {"run_dir"}  # run_path's, which all scripts call
@@ -171,8 +211,8 @@ def test_every_field_is_read_where_it_could_do_something(project):
 
 # The text of the copies
 
-CONFIG_COPIES = ("UserError", "HelpFormatter", "ConfigParser", "run_config", "run_path", "portable", "shown")
-CONFIG_COPIES += ("saved_config", "load_config", "run_script")
+CONFIG_COPIES = ("UserError", "check_types", "preset", "HelpFormatter", "ConfigParser", "run_config", "run_path")
+CONFIG_COPIES += ("portable", "shown", "saved_config", "load_config", "run_script")
 ONE_PRESET = '    parser.add_argument("--sample", action="store_true", help="tiny offline preset")\n'
 PRESETS = """    presets = parser.add_mutually_exclusive_group()
     presets.add_argument("--sample", action="store_true", help="tiny offline preset")

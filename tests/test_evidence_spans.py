@@ -195,7 +195,7 @@ def test_all_spans_of_a_pair_are_one_example_and_nothing_is_dropped_in_silence(t
         "rejected": 2,
         "SPECIAL_CASE": 1,
         "evidence not found in its post": 2,
-        "pairs left out for that": 1,
+        "pairs left out since their evidence was not found": 1,
     }
     names = read_source(replace(SAMPLE, data_dir=str(tmp_path), question_form="name"))
     assert {e.question for e in names.examples} == {name for name, _ in CRITERIA.values()}

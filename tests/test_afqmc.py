@@ -536,7 +536,7 @@ def test_a_run_refuses_other_rows_another_precision_and_another_shape(tmp_path, 
     write_lines(tmp_path / "data" / "train.json", lines[1:])
     with pytest.raises(RunError, match="does not hold the rows"):
         train.main(config)
-    write_lines(tmp_path / "data" / "train.json", lines)
+    write_lines(tmp_path / "data" / "train.json", ["", *lines])  # a blank line is no other row
     monkeypatch.undo()
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)

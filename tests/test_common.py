@@ -14,7 +14,18 @@ import torch
 from sklearn.metrics import average_precision_score, precision_recall_fscore_support
 
 from common import checkpoint
-from common.checkpoint import Best, Run, RunError, StopSignal, best_folder, run_results, write_atomically, write_json
+from common.checkpoint import (
+    Best,
+    Run,
+    RunError,
+    StopSignal,
+    begun_in,
+    best_folder,
+    peak_memory_bytes,
+    run_results,
+    write_atomically,
+    write_json,
+)
 from common.metrics import (
     classification_metrics,
     correlation_metrics,
@@ -170,7 +181,7 @@ def test_a_run_is_saved_and_resumed(tmp_path):
     run = new_run(tmp_path / "run")
     best = Best("max", 3)
     assert run.load_last(best) is None
-    run.log({"step": 1, "norm": float("inf")})
+    run.log({"event": "step", "step": 1, "norm": float("inf")})
     best.update(0.5, 1, 1)
     save(run, 7.0, best)
     run.log({"step": 2})  # after the save: a resumed run writes this line again
@@ -179,7 +190,7 @@ def test_a_run_is_saved_and_resumed(tmp_path):
     run, best = new_run(tmp_path / "run"), Best("max", 3)
     assert run.load_last(best)["weights"].item() == 7.0
     assert (best.score, best.epoch) == (0.5, 1)
-    assert run.history() == [{"step": 1, "norm": None}]
+    assert run.history() == [{"event": "step", "step": 1, "norm": None}]
     assert run_results(run.path, CONFIG) is None
     run.finish({"best": 0.5})
     assert run_results(run.path, CONFIG) == {"best": 0.5}
@@ -352,7 +363,25 @@ def test_a_file_is_no_run_folder_and_a_half_line_no_history(tmp_path):
     (run.path / "metrics.jsonl").write_text('{"step": 1}\n{"st', encoding="utf-8")
     with pytest.raises(RunError, match=r"metrics\.jsonl cannot be read"):
         run.history()
+    for line in ("{}", "[1]"):
+        (run.path / "metrics.jsonl").write_text(f'{{"event": "step"}}\n{line}\n', encoding="utf-8")
+        with pytest.raises(RunError, match=r"metrics\.jsonl, line 2: no run writes"):
+            run.history()
     run.close()
+
+
+def test_a_run_tells_what_it_was_begun_in_and_a_file_that_cannot_be_read_is_not_called_damaged(tmp_path):
+    run = new_run(tmp_path / "run")
+    run.close()
+    assert begun_in(run.path) == run.environment
+    (run.path / "last.pt").mkdir()
+    with pytest.raises(RunError, match=r"last\.pt cannot be read: ") as error:
+        run.load_last(Best("max", 0))
+    assert "delete" not in str(error.value)
+    for environment in ({}, {"environment": None}, {"environment": [1]}):
+        write_json(run.path / "config.json", {"config": CONFIG} | environment)
+        with pytest.raises(RunError, match=r"config\.json holds no environment"):
+            begun_in(run.path)
 
 
 def test_json_of_a_run_is_strict(tmp_path):
@@ -385,6 +414,8 @@ def test_peak_memory_is_this_processs_own():
     out = subprocess.run([sys.executable, "-c", PEAK], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     before, after = map(int, out.split())
     assert after - before > 290_000_000 and after < len(ballast)
+    own = peak_memory_bytes("cpu")
+    assert peak_memory_bytes("cpu", 10**15) == 10**15 and peak_memory_bytes("cpu", 1) >= own > 1
 
 
 def test_correlations_are_those_of_values_and_of_ranks():

@@ -1043,10 +1043,37 @@ def test_encode_writes_every_line_in_order(finished, tmp_path, capsys):
     refused = [({"output": "v.csv"}, "must end in .npy or .jsonl"), ({"top": 0, "query": "a"}, "--top 0")]
     refused += [({"query": " "}, "--query is empty"), ({"query": "a", "output": "v.npy"}, "--query prints its lines")]
     refused += [({"output": "none/v.npy"}, "there is no folder none")]
+    refused += [({"query": "a\udcff"}, r"--query: expected UTF-8, found '\\udcff'")]
     refused.append(({"query": "a", "prompt": "query"}, "--prompt query: with --query the prompts are"))
     for settings, words in refused:
         with pytest.raises(UserError, match=words):
             encode_lines(finished, b"a", tmp_path, **settings)
+
+
+def test_encode_counts_the_texts_that_were_cut(finished, tmp_path, monkeypatch, capsys):
+    config = load_config(["--run_dir", str(finished)], trained=True)[0]
+    tokenizer = load_tokenizer(config)
+    lengths = [len(ids) for ids in tokenizer(TEXTS)["input_ids"]]
+    limit = sorted(lengths)[-2]  # one is longer, another as long
+    monkeypatch.setattr(encode, "BLOCK", 2)
+    (tmp_path / "lines.txt").write_text("\n".join(TEXTS * 2), encoding="utf-8")
+    for length, count in ((limit, "2"), (99, "")):
+        given = {"output": "-", "query": None, "top": 5, "prompt": "none", "base": False}
+        assert encode.main(replace(config, max_length=length), input=str(tmp_path / "lines.txt"), **given) == 0
+        said = f"{count} texts are longer than max_length {limit}: their ends were not read\n"
+        err = capsys.readouterr().err
+        assert err.endswith(said) if count else "are longer" not in err
+    assert sum(length > limit for length in lengths) == 1
+
+
+def test_pairs_that_stand_in_both_judged_files_are_said(small_data, tmp_path, capsys):
+    other = Path(shutil.copytree(small_data, tmp_path / "data"))
+    lines = (other / "sts-dev.csv").read_text(encoding="utf-8").splitlines(keepends=True)
+    swapped = [line.rstrip("\n").split("\t") for line in lines[:2]]
+    text = "".join("\t".join([*fields[:5], fields[6], fields[5] + "!"]) + "\n" for fields in swapped)
+    (other / "sts-test.csv").write_text(text + "".join(lines[2:5]), encoding="utf-8")
+    train.main(short(str(other), run_dir=str(tmp_path / "run")), check=True)
+    assert "5 of the 5 test pairs are also in sts-dev.csv" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left"), ValueError("another")])

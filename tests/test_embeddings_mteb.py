@@ -79,7 +79,7 @@ def config(tmp_path):
     base, run = tiny_model(tmp_path / "base", 1, pooler=True), tmp_path / "run"
     config = Config(model=str(base), run_dir=str(run), pooling="mean", max_length=16, amp="off")
     tiny_model(run / "best", 2)
-    write_json(run / "config.json", {"config": run_config(config)})
+    write_json(run / "config.json", {"config": run_config(config), "environment": {"autocast": "None"}})
     return config
 
 

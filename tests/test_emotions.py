@@ -1410,7 +1410,7 @@ def test_a_run_refuses_other_rows_another_precision_and_more_processes(tmp_path,
     begun = json.loads(path.read_text(encoding="utf-8"))
     for name, value, message in (
         ("processes", 2, "was begun with 2 processes, these are 1: an optimizer step would have other rows"),
-        ("autocast", "torch.float16", "was begun with autocast torch.float16, this machine and amp mean None"),
+        ("autocast", "torch.float16", "was begun with autocast torch.float16, amp off means None on this machine"),
         ("data_sha256", "0", "does not hold the rows"),
     ):
         write_lines(path, [begun | {"environment": begun["environment"] | {name: value}}])
@@ -1461,7 +1461,7 @@ def test_the_test_split_is_scored_at_validations_thresholds(tmp_path, tokenizer,
     assert results["test"]["at_per_label"]["f1_macro"] == pytest.approx(f1)
     report = (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
     assert f"| test | per label, tuned on validation | {f1:.4f} |" in report and "## test: ekman" in report
-    assert "| grief | " in report and "Nothing was chosen on test" in report
+    assert "| grief | " in report and "Nothing was chosen on test; 0 of its " in report
     (tmp_path / "none").mkdir()
     for name in ("train", "validation"):
         shutil.copy(Path(small_data) / f"{name}.jsonl", tmp_path / "none")

@@ -279,6 +279,8 @@ def test_redsm5_predict_answers_for_a_text_and_for_a_file(runs, tmp_path):
         assert float(row["probability"]) == pytest.approx(probabilities[row["criterion"]], abs=1e-4)
     _, err = call("redsm5_nli/predict.py", *run, "--text", " ", code=1)
     assert err.startswith("error: the text is empty: --text") and err.count("\n") == 1
+    code, _, err = run_here("redsm5_nli/predict.py", *run, "--text", "no \udcff sleep")
+    assert code == 1 and err == "error: the text: expected UTF-8, found '\\udcff'\n"
 
 
 def test_redsm5_chooses_epoch_and_thresholds_on_validation_alone(runs):

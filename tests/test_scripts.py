@@ -81,8 +81,8 @@ def test_a_finished_run_says_so_and_changes_nothing(project, runs):
     out, _ = call("-m", f"{project}.train", *flags)
     assert out.startswith(f"finished before\ndone | validation {METRIC[project]} ")
     assert listing(run) == before
-    _, err = call(f"{project}/train.py", *flags, "--seed", "1", code=1)
-    assert "another config: seed 42 there, 1 here" in err and err.count("\n") == 1
+    code, _, err = run_here(f"{project}/train.py", *flags, "--seed", "1")
+    assert code == 1 and "another config: seed 42 there, 1 here" in err and err.count("\n") == 1
     assert listing(run) == before
 
 
@@ -91,8 +91,8 @@ def test_evaluate_repeats_the_report_from_the_run_alone(project, runs):
     run = runs[project]
     report = (run / "report.md").read_text(encoding="utf-8")
     (run / "report.md").unlink()
-    out, _ = call(str(ROOT / project / "evaluate.py"), "--run_dir", run.name, cwd=run.parent)
-    assert out.strip() == report.strip()
+    code, out, _ = run_here(f"{project}/evaluate.py", "--run_dir", run.name, cwd=run.parent)
+    assert code == 0 and out.strip() == report.strip()
     assert (run / "report.md").read_text(encoding="utf-8") == report
 
 

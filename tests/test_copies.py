@@ -729,6 +729,18 @@ def test_stopped_and_resumed_a_run_ends_bit_for_bit_as_one_never_stopped(how, wh
     assert [name for name in first if not same(first[name], second[name])] == []
 
 
+@pytest.mark.parametrize("project", PROJECTS)
+def test_a_run_that_gets_no_better_stops_by_patience_and_says_so(project, data, tmp_path, capsys):
+    settings = {"learning_rate": 0.0, "patience": 1, "data_dir": str(data[project]), "run_dir": str(tmp_path / "run")}
+    if project == "embeddings":
+        settings |= {"batch_size": 20, "eval_steps": 2, "warmup_steps": 1}
+    config = replace(module(project, "config").SAMPLE, **settings)
+    assert module(project, "train").main(config) is None
+    out, metric = capsys.readouterr().out, "spearman" if project == "embeddings" else config.metric
+    assert f"stopped by patience: 1 evaluations without a better {metric}\n" in out
+    assert ("it does not pay here" in out) == (project == "embeddings")  # which knows the score without training
+
+
 # Adapters
 
 LAYERS = {

@@ -1060,6 +1060,12 @@ def test_the_shared_threshold_is_the_best_there_is(seed):
     assert macro(shared_threshold(logits, labels, known)) == pytest.approx(best)
 
 
+def test_a_threshold_that_takes_every_row_lies_well_below_the_last():
+    """Saved as a probability, a threshold at the last logit itself can miss it by one rounding."""
+    logits = np.random.default_rng(0).normal(size=9)
+    assert logits.min() - best_threshold(logits, np.ones(9, dtype=bool)) >= 0.5
+
+
 def test_few_positives_pull_a_threshold_to_the_shared_one():
     generator = np.random.default_rng(0)
     labels = np.zeros((300, 3), dtype=bool)

@@ -59,7 +59,6 @@ ASK = {  # what reads a trained run beside evaluate.py, and a question for it
 }
 ANOTHER = dict.fromkeys(PROJECTS, "afqmc") | {"afqmc": "emotions"}  # whose run is given to a project
 FILES = [(project, name) for project, names in ROWS.items() for name in names]
-TRAINED_ON = [(project, name) for project, name in FILES if not re.search("dev|test|validation", name)]
 
 
 def train(project: str, *flags: object) -> tuple[int, str, str]:

@@ -360,7 +360,6 @@ def form(command: Command) -> str:
 
 IN = "tests/test_scripts.py::test_"
 EVALUATED = f"{IN}evaluate_repeats_the_report_from_the_run_alone"
-PREPARED = "tests/test_embeddings_prepare.py::test_"
 MTEB = "tests/test_embeddings_mteb.py::test_"
 BENCH = "tests/test_embeddings_bench.py::test_bench_prints_its_tables"
 POSTS = f"{IN}redsm5_predict_answers_for_a_text_and_for_a_file"

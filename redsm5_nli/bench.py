@@ -43,8 +43,8 @@ from redsm5_nli.bidirectional import make_bidirectional
 from redsm5_nli.config import Config, UserError, run_script
 from redsm5_nli.criteria import CRITERIA
 from redsm5_nli.dora import TARGETS, DoRALinear, add_adapters
-from redsm5_nli.evaluate import table
 from redsm5_nli.model import Matcher, pick_device, weights_dtype
+from redsm5_nli.report import table
 from redsm5_nli.train import accumulate_gradients, clip_gradient, make_optimizer, update
 
 # gemma-3-1b's text decoder, and of its projections: inputs, outputs, how many of a block (k has the shape of v).

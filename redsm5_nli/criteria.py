@@ -2,19 +2,23 @@
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
-from redsm5_nli.config import UserError
+from pydantic import Field, StringConstraints, TypeAdapter, ValidationError
+
+from redsm5_nli.config import ROOT, UserError
 
 SPECIAL_CASE = "SPECIAL_CASE"  # ReDSM5's label for what an expert marked but is none of the nine
+
+Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 
 
 class Criterion(NamedTuple):
     """id: the name in the annotations' DSM5_symptom column; name and description: what the model reads."""
 
-    id: str
-    name: str
-    description: str
+    id: Text
+    name: Text
+    description: Text
 
     @property
     def text(self) -> str:
@@ -32,37 +36,35 @@ CRITERIA = (
     Criterion("COGNITIVE_ISSUES", "Concentration", "finding it hard to think, to concentrate or to make decisions."),
     Criterion("SUICIDAL_THOUGHTS", "Thoughts of death", "thinking again and again of death or of ending one's life."),
 )
+CRITERIA_FILE = TypeAdapter(Annotated[tuple[Criterion, ...], Field(min_length=1)])
 
 
-def load_criteria(path: Path | None = None) -> tuple[Criterion, ...]:
+def load_criteria(file: str) -> tuple[Criterion, ...]:
     """The nine criteria, or those of a JSON file: a list of {"id": ..., "name": ..., "description": ...}.
 
-    Raises UserError for a file that is not such a list, an empty or repeated id, and a missing or empty text.
+    Raises UserError as parse_criteria does, and for a file that is missing or not JSON.
     """
-    if path is None:
+    if not file:
         return CRITERIA
+    path = ROOT / file
+    if not path.exists():
+        raise UserError(f"{path} not found: criteria_file is a JSON list of criteria, empty means DSM-5's")
     try:
         rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path} not found: criteria_file is a JSON list of criteria, empty means DSM-5's") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     return parse_criteria(rows, path)
 
 
 def parse_criteria(rows: object, path: Path) -> tuple[Criterion, ...]:
-    """The criteria of a JSON value; path is named in the UserError where they are not what load_criteria says."""
-    if not isinstance(rows, list) or not rows:
-        raise UserError(f"{path}: expected a list of criteria, each with {', '.join(Criterion._fields)}")
-    criteria: dict[str, Criterion] = {}
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict) or row.keys() != set(Criterion._fields):
-            raise UserError(f"{path}, criterion {number}: expected exactly {', '.join(Criterion._fields)}")
-        for name in Criterion._fields:
-            if not isinstance(row[name], str) or not row[name].strip():
-                raise UserError(f"{path}, criterion {number}: {name} is {row[name]!r}, expected a non-empty string")
-        criterion = Criterion(*(row[name].strip() for name in Criterion._fields))
-        if criterion.id in criteria or criterion.id == SPECIAL_CASE:
-            raise UserError(f"{path}, criterion {number}: id {criterion.id} is taken")
-        criteria[criterion.id] = criterion
-    return tuple(criteria.values())
+    """The criteria of a JSON value. Raises UserError naming path for a missing or empty text and a repeated id."""
+    try:
+        criteria = CRITERIA_FILE.validate_python(rows)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))  # such as 0.name
+        raise UserError(f"{path}: {place} {first['msg']}, found {first['input']!r}") from error
+    ids = [SPECIAL_CASE, *(criterion.id for criterion in criteria)]
+    if repeated := [id for n, id in enumerate(ids) if id in ids[:n]]:
+        raise UserError(f"{path}: the id {repeated[0]} is taken")
+    return criteria

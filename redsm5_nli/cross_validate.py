@@ -17,7 +17,7 @@ if not __package__:  # run as a script: import from the repository root, not fro
 
 from common.checkpoint import read_json, write_json, write_text
 from redsm5_nli.config import Config, UserError, run_path, run_script, shown
-from redsm5_nli.evaluate import COLUMNS, RULES, table
+from redsm5_nli.report import COLUMNS, RULES, table
 from redsm5_nli.train import main as train
 
 DEFAULT_FOLDS, QUICK_FOLDS, QUICK_EPOCHS = 5, 2, 3

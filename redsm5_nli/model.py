@@ -1,4 +1,4 @@
-"""The matcher: a frozen decoder made bidirectional, adapters, a pooler and a linear head; its loss and its files.
+"""The matcher: a frozen decoder made bidirectional, adapters, a pooler and a linear head; and its files.
 
 B batch, C criteria read with one post, T tokens, D hidden
 """
@@ -10,18 +10,15 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from common.checkpoint import write_json
 from redsm5_nli.bidirectional import block_masks, make_bidirectional
 from redsm5_nli.config import ROOT, Config, UserError
 from redsm5_nli.criteria import Criterion
-from redsm5_nli.dataset import Encoder
+from redsm5_nli.dataset import LABELS, Collator
 from redsm5_nli.dora import add_adapters, load_adapter, save_adapter
 from redsm5_nli.poolers import make_pooler
-
-LABELS = ("no", "yes")  # yes: the post shows the criterion
 
 
 class Matcher(nn.Module):
@@ -112,10 +109,10 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def make_encoder(config: Config, criteria: tuple[Criterion, ...]) -> Encoder:
+def make_collator(config: Config, criteria: tuple[Criterion, ...]) -> Collator:
     """What turns posts and criteria into the ids of the config's model. Raises UserError."""
     shape = load_part(model_source(config), "config", AutoConfig.from_pretrained).get_text_config()
-    return Encoder(load_tokenizer(config), criteria, config.max_length, config.share_post, shape.vocab_size)
+    return Collator(load_tokenizer(config), criteria, config.max_length, config.share_post, shape.vocab_size)
 
 
 def load_decoder(config: Config, dtype: torch.dtype) -> tuple[PreTrainedModel, str]:
@@ -176,25 +173,6 @@ def load_weights(model: Matcher, folder: Path) -> None:
         raise
     except Exception as error:  # OSError, SafetensorError, ValueError, RuntimeError: all mean a damaged folder
         raise UserError(f"{folder} does not load: {error}") from error
-
-
-def class_weights(setting: str, labels: list[int]) -> Tensor | None:
-    """(2,) weights in fp32, None for "off". "balanced": N / (2 N_c) of the training pairs, scikit-learn's formula."""
-    if setting == "off":
-        return None
-    if setting != "balanced":
-        return torch.tensor([float(weight) for weight in setting.split(",")])
-    counts = torch.bincount(torch.tensor(labels), minlength=len(LABELS))
-    return len(labels) / (len(LABELS) * counts)
-
-
-def pair_loss(logits: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
-    """Weighted cross-entropy of each pair, (B, C), from logits (B, C, 2) and labels (B, C), in fp32.
-
-    The caller sums and divides: a pair of label y counts weights[y] times, and weights never enter the divisor.
-    """
-    loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
-    return loss if weights is None else loss * weights[labels]
 
 
 def pick_device() -> torch.device:

@@ -19,9 +19,9 @@ if not __package__:  # run as a script: import from the repository root, not fro
 from common.checkpoint import best_folder, read_json
 from redsm5_nli.config import Config, UserError, run_path, run_script
 from redsm5_nli.criteria import Criterion, parse_criteria
-from redsm5_nli.dataset import Post, make_examples, read_texts
+from redsm5_nli.dataset import LABELS, Post, decode, read_texts
 from redsm5_nli.evaluate import predict_logits, probabilities, read_thresholds, say_precision
-from redsm5_nli.model import LABELS, build_model, load_weights, make_encoder, pick_device
+from redsm5_nli.model import build_model, load_weights, make_collator, pick_device
 
 NO_DIAGNOSIS = "This is no diagnosis: a classifier's guess about a text. Speak with a professional about symptoms."
 
@@ -31,19 +31,16 @@ def read_input(text: str | None, input: str) -> list[Post]:
     if text is not None and input != "-":
         raise UserError("--text and --input are two sources: give one")
     if input != "-":
-        return [Post(post, text, line, ()) for post, (line, text) in read_texts(Path(input)).items()]
+        return [Post(post, text, ()) for post, text in read_texts(Path(input)).items()]
     if text is None:
-        try:
-            text = sys.stdin.buffer.read().decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise UserError(f"standard input: expected UTF-8, found byte {error.object[error.start]:#x}") from error
+        text = decode(sys.stdin.buffer.read(), "standard input")
     if not text.strip():
         raise UserError("the text is empty: --text, --input or standard input gives one")
     try:
         text.encode()
     except UnicodeEncodeError as error:  # the command line can hold what is no text
         raise UserError(f"the text: expected UTF-8, found {error.object[error.start]!a}") from error
-    return [Post("", text.strip(), 1, ())]
+    return [Post("", text.strip(), ())]
 
 
 def main(config: Config, text: str | None, input: str, thresholds: Literal["global", "criteria"]) -> None:
@@ -52,13 +49,14 @@ def main(config: Config, text: str | None, input: str, thresholds: Literal["glob
     criteria = parse_criteria(read_json(folder / "criteria.json").get("criteria"), folder / "criteria.json")
     tuned = read_thresholds(folder, criteria)
     posts = read_input(text, input)
-    encoder = make_encoder(config, criteria)
+    collator = make_collator(config, criteria)
     say_precision(path, config, device)
     model = build_model(config, device)
     load_weights(model, folder)
-    found = probabilities(predict_logits(model, posts, encoder, config)).tolist()
-    if cut := encoder.lengths(make_examples(posts, criteria, config.share_post))[1]:
-        print(f"{cut} posts are longer than max_length {config.max_length}: their ends were not read", file=sys.stderr)
+    split = collator.make_split(posts)
+    found = probabilities(predict_logits(model, split, collator, config)).tolist()
+    if split.cut:
+        print(f"{split.cut} posts are longer than max_length {config.max_length}: their ends were not read", file=sys.stderr)
     limits = [tuned["criteria"][c.id] if thresholds == "criteria" else tuned["global"] for c in criteria]
     print(NO_DIAGNOSIS, file=sys.stdout if input == "-" else sys.stderr)
     if input == "-":

@@ -12,7 +12,7 @@ if not __package__:  # run as a script: import from the repository root, not fro
 
 from common.checkpoint import RunError, read_json
 from redsm5_nli.config import ROOT, Config, UserError, run_script, shown
-from redsm5_nli.evaluate import table
+from redsm5_nli.report import table
 
 SCORES = ("f1_macro", "f1_positive", "auprc")
 

@@ -25,37 +25,34 @@ from transformers import get_linear_schedule_with_warmup
 from common.checkpoint import Best, Run, StopSignal, environment, peak_memory_bytes, run_results
 from common.seed import seed_everything, seed_micro_batch
 from redsm5_nli.config import Config, UserError, run_config, run_path, run_script, shown
+from redsm5_nli.criteria import load_criteria
 from redsm5_nli.dataset import (
-    Encoder,
+    Collator,
     Example,
-    Post,
+    Split,
     epoch_batches,
     fingerprint,
-    load_splits,
-    make_examples,
     make_loader,
 )
 from redsm5_nli.evaluate import (
     check_data,
-    chosen_criteria,
     evaluate_run,
-    labels_of,
     predict_logits,
-    print_summary,
     probabilities,
     score_split,
     tune_thresholds,
 )
+from redsm5_nli.loss import class_weights, pair_loss
 from redsm5_nli.model import (
     Matcher,
     build_model,
-    class_weights,
-    make_encoder,
-    pair_loss,
+    make_collator,
     pick_device,
     save_model,
     weights_dtype,
 )
+from redsm5_nli.report import print_summary
+from redsm5_nli.splits import load_splits
 
 
 def make_optimizer(model: Matcher, total_steps: int, config: Config) -> tuple[Optimizer, LRScheduler]:
@@ -117,14 +114,14 @@ def update(optimizer: Optimizer, scheduler: LRScheduler) -> None:
 
 
 def validate(
-    model: Matcher, posts: list[Post], encoder: Encoder, weights: Tensor | None, config: Config
+    model: Matcher, split: Split, collator: Collator, weights: Tensor | None, config: Config
 ) -> tuple[dict, dict]:
     """Validation scores at .5, which choose the epoch, and the thresholds that are best on these posts."""
-    logits = predict_logits(model, posts, encoder, config)
+    logits = predict_logits(model, split, collator, config)
     if not torch.isfinite(logits).all():
         raise UserError("the validation logits are not finite; best/ is untouched. A lower learning_rate may help")
-    thresholds = tune_thresholds(probabilities(logits), labels_of(posts), encoder.criteria)
-    scores = score_split(logits, posts, thresholds, None if weights is None else weights.cpu())
+    thresholds = tune_thresholds(probabilities(logits), split.labels, collator.criteria)
+    scores = score_split(logits, split.labels, thresholds, None if weights is None else weights.cpu())
     at_half = {name: scores["at_half"][name] for name in ("f1_macro", "f1_positive", "accuracy")}
     return {"loss": scores["loss"], **at_half, "auprc": scores["auprc"]}, thresholds
 
@@ -154,19 +151,18 @@ def main(config: Config, check: bool = False) -> int | None:
         print("this machine has no bf16, and Gemma 3 overflows fp16: the decoder runs in fp32")
 
     # Data
-    criteria = chosen_criteria(config)
-    splits, kinds = load_splits(config, criteria)
-    encoder = make_encoder(config, criteria)
-    print_summary(splits, kinds, encoder, config)
-    train = make_examples(splits["train"], criteria, config.share_post)
-    lengths, _ = encoder.lengths(train)
+    criteria = load_criteria(config.criteria_file)
+    collator = make_collator(config, criteria)
+    splits, kinds = load_splits(config, collator)
+    print_summary(splits, kinds, criteria, config)
+    train, lengths = splits["train"].examples, splits["train"].lengths
     accumulation = config.gradient_accumulation_steps
     steps_per_epoch = math.ceil(math.ceil(len(train) / config.batch_size) / accumulation)
     total_steps = min(config.epochs * steps_per_epoch, config.max_steps or math.inf)
 
     # Model
     model = build_model(config, device)
-    weights = class_weights(config.class_weights, labels_of(splits["train"]).ravel().tolist())
+    weights = class_weights(config.class_weights, splits["train"].labels)
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.trained_state().values())
     balance = "off" if weights is None else weights.numpy().round(4)
@@ -178,7 +174,7 @@ def main(config: Config, check: bool = False) -> int | None:
     optimizer, scheduler = make_optimizer(model, total_steps, config)
     if check:
         batches = epoch_batches(lengths, config.batch_size, config.seed, epoch=0)[:1]
-        micro_batches = list(make_loader(train, batches, encoder, config))
+        micro_batches = list(make_loader(train, batches, collator, config))
         losses = accumulate_gradients(model, micro_batches, weights, config, step=0)
         refuse_non_finite("loss", losses, batches, train, step=0)
         mean = losses[0] / sum(len(train[row].criteria) for row in batches[0])
@@ -217,7 +213,7 @@ def main(config: Config, check: bool = False) -> int | None:
             epoch, position = divmod(step, steps_per_epoch)
             if loader is None:
                 batches = epoch_batches(lengths, config.batch_size, config.seed, epoch)
-                loader = iter(make_loader(train, batches[position * accumulation :], encoder, config))
+                loader = iter(make_loader(train, batches[position * accumulation :], collator, config))
             group = batches[position * accumulation : (position + 1) * accumulation]
             micro_batches = [next(loader) for _ in group]
             losses = accumulate_gradients(model, micro_batches, weights, config, step)
@@ -246,7 +242,7 @@ def main(config: Config, check: bool = False) -> int | None:
             epoch_ended = step % steps_per_epoch == 0 or step == total_steps
             if epoch_ended:
                 loader = None
-                scores, thresholds = validate(model, splits["validation"], encoder, weights, config)
+                scores, thresholds = validate(model, splits["validation"], collator, weights, config)
                 record = {"event": "evaluation", "epoch": epoch + 1, "step": step}
                 record |= {"train_loss": totals["loss"] / totals["examples"], **scores}
                 totals |= {"loss": 0.0, "examples": 0}
@@ -273,7 +269,7 @@ def main(config: Config, check: bool = False) -> int | None:
         print(f"stopped by patience: {best.stale_evaluations} evaluations without a better {config.metric}")
 
     # Final evaluation
-    scores = evaluate_run(run, model, splits, encoder, config)
+    scores = evaluate_run(run, model, splits, collator, config)
     results = {"metric": config.metric, "best": best.score, "split": "validation", "epoch": best.epoch}
     results |= {"step": best.step, "seconds": totals["seconds"], "thresholds": scores["thresholds"]}
     results |= {"tokens_per_second": totals["tokens"] / totals["train_seconds"]}

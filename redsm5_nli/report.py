@@ -1,0 +1,88 @@
+"""Tables for people: what is trained on, and what a run scored."""
+
+from collections import Counter
+
+import numpy as np
+
+from redsm5_nli.config import Config
+from redsm5_nli.criteria import Criterion
+from redsm5_nli.dataset import Split
+
+RULES = {"at_half": ".5", "at_global": "one threshold", "at_criteria": "a threshold for each criterion"}
+COLUMNS = ("accuracy", "f1_macro", "f1_positive")
+
+
+def table(header: list[str], rows: list[list]) -> list[str]:
+    """A Markdown table, floats with four decimals, "-" for what is undefined."""
+    cells = [header, ["---"] * len(header)]
+    for row in rows:
+        cells.append([f"{c:.4f}" if isinstance(c, float) else "-" if c is None else str(c) for c in row])
+    return ["| " + " | ".join(row) + " |" for row in cells] + [""]
+
+
+def print_summary(splits: dict[str, Split], kinds: Counter, criteria: tuple[Criterion, ...], config: Config) -> None:
+    """What is trained on: posts, pairs, lengths in tokens, positive pairs of each criterion, annotation rows."""
+    rows = []
+    for name, split in splits.items():
+        labels = split.labels  # (P, C)
+        percentiles = np.percentile(split.lengths, (50, 95, 100)).astype(int).tolist()
+        without = int((labels.sum(1) == 0).sum())
+        counts = [len(split.posts), without, labels.size, int(labels.sum()), f"{labels.mean():.1%}"]
+        rows.append([name, *counts, *percentiles, split.cut])
+    header = ["split", "posts", "with no criterion", "pairs", "positive", "share", "tokens p50", "p95", "max"]
+    print("\n".join(table([*header, f"posts cut to {config.max_length}"], rows)[:-1]))
+
+    positives = np.stack([split.labels.sum(0) for split in splits.values()], 1).tolist()  # (C, splits)
+    counts = [[criterion.id, *row] for criterion, row in zip(criteria, positives)]
+    print("\n".join(table(["positive pairs", *splits], counts)[:-1]))
+    print(f"annotations: {', '.join(f'{n} {kind}' for kind, n in sorted(kinds.items()))}; a bad row would end the run")
+    if absent := [criterion.id for criterion, row in zip(criteria, positives) if row[0] == 0]:
+        print(f"no positive training pair: {', '.join(absent)} (an id is a DSM5_symptom of the annotations)")
+
+
+def report(scores: dict, splits: dict[str, Split], history: list[dict], config: Config) -> str:
+    """The readable evaluation, in Markdown."""
+    cut = ", ".join(f"{name} {n} of {len(splits[name].posts)}" for name, n in scores["posts_cut"].items())
+    lines = [
+        "# Does the post show the criterion?",
+        "",
+        f"{config.model}, {config.adapter} of rank {config.rank}, {config.pooler} pooling.",
+        "Epoch and thresholds were chosen on validation; test is only reported.",
+        f"Posts that lost their tail at max_length {config.max_length}: {cut}.",
+        "This is a text classifier and gives no diagnosis.",
+        "",
+        "## All pairs",
+        "",
+        *scores_tables(scores),
+    ]
+    per_criterion = scores["test"]["at_half"]["criteria"]["per_label"]
+    if absent := [name for name, row in per_criterion.items() if not row["support"]]:
+        lines += [f"Without a positive test pair, and 0 in the means: {', '.join(absent)}.", ""]
+    for key, rule in RULES.items():
+        lines += [f"## Test, {rule}", "", *criteria_table(scores["test"][key]["criteria"], key, scores["thresholds"])]
+    columns = ["epoch", "step", "train_loss", "loss", *COLUMNS, "auprc"]
+    epochs = [[record[column] for column in columns] for record in history]
+    return "\n".join([*lines, "## Epochs (validation, threshold .5)", "", *table(columns, epochs)])
+
+
+def scores_tables(scores: dict) -> list[str]:
+    """Over all pairs: scores by split and rule, areas and loss by split."""
+    by_rule, areas = [], []
+    for name in ("validation", "test"):
+        for key, rule in RULES.items():
+            row, tuned_here = scores[name][key], name == "validation" and key != "at_half"
+            values = [row[column] for column in COLUMNS]
+            by_rule.append([name, rule + ", tuned here" * tuned_here, *values, row["criteria"]["f1_macro"]])
+        areas.append([name, *(scores[name][column] for column in ("auprc", "auc", "loss"))])
+    header = ["split", "threshold", *COLUMNS, "mean f1 of the criteria"]
+    return table(header, by_rule) + table(["split", "auprc", "auc", "loss"], areas)
+
+
+def criteria_table(scores: dict, rule: str, thresholds: dict) -> list[str]:
+    """One line for each criterion, and their mean."""
+    columns, rows = ["precision", "recall", "f1", "support"], []
+    for name, row in scores["per_label"].items():
+        threshold = {"at_half": 0.5, "at_global": thresholds["global"]}.get(rule, thresholds["criteria"][name])
+        rows.append([name, threshold, *(row[column] for column in columns)])
+    rows.append(["mean", "", *(scores[f"{column}_macro"] for column in columns[:3]), ""])
+    return table(["criterion", "threshold", *columns], rows)

@@ -14,7 +14,6 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import PreTrainedModel
 
 from common.checkpoint import write_json
-from redsm5_nli.bidirectional import decoder_layers
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 ROWS = 256  # rows of W taken to fp32 at a time where only a product of them is needed
@@ -226,8 +225,11 @@ def add_adapters(
 
     Raises RuntimeError where a layer lacks one of them as an nn.Linear.
     """
+    layers = getattr(model, "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        raise RuntimeError(f"{type(model).__name__} has no list of decoder layers: not a Gemma- or Llama-like model")
     model.requires_grad_(False)
-    for number, layer in enumerate(decoder_layers(model)):
+    for number, layer in enumerate(layers):
         attention = getattr(layer, "self_attn", None)
         for target in TARGETS:
             base = getattr(attention, target, None)

@@ -138,8 +138,8 @@ def build_model(config: Config, device: torch.device) -> Matcher:
         raise UserError(f"max_length {config.max_length} is more than the {positions} positions of {config.model}")
     decoder.to(device)
     try:
-        make_bidirectional(decoder)
         add_adapters(decoder, config.rank, config.alpha, config.adapter_dropout, config.adapter == "dora")
+        make_bidirectional(decoder)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:

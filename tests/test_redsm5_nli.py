@@ -30,13 +30,15 @@ from redsm5_nli.bidirectional import block_masks, check_bidirectional, make_bidi
 from redsm5_nli.config import ROOT, UserError
 from redsm5_nli.config import SAMPLE as PRESET
 from redsm5_nli.criteria import CRITERIA, load_criteria
-from redsm5_nli.dataset import Encoder, Post, make_examples, post_groups, rarest_criterion, read_posts, split_posts
+from redsm5_nli.dataset import Collator, Post, read_posts
 from redsm5_nli.dora import DoRALinear, adapters, add_adapters, dropout_mask
 from redsm5_nli.evaluate import predict_logits, probabilities, score_split, tune_threshold, tune_thresholds
-from redsm5_nli.model import build_model, class_weights, load_weights, make_encoder, pair_loss, save_model
+from redsm5_nli.loss import class_weights, pair_loss
+from redsm5_nli.model import build_model, load_weights, make_collator, save_model
 from redsm5_nli.poolers import make_pooler
 from redsm5_nli.sample.make_sample import base_corpus
 from redsm5_nli.sample.make_sample import main as make_sample
+from redsm5_nli.splits import post_groups, rarest_criterion, split_posts
 from redsm5_nli.train import accumulate_gradients, refuse_non_finite
 
 SAMPLE = replace(PRESET, share_post=False, max_length=128, amp="off", pooler="mean", dropout=0.1)
@@ -129,7 +131,7 @@ def test_a_decoder_with_a_bidirectional_window_of_its_own_is_refused():
 def test_the_check_finds_a_leak_of_padding():
     model = make_bidirectional(decoder("gemma3"))
     forward = model.forward
-    model.forward = lambda ids, attention_mask, **rest: forward(ids, attention_mask=None, **rest)
+    model.forward = lambda attention_mask, **rest: forward(attention_mask=None, **rest)
     with pytest.raises(RuntimeError, match="left padding: real positions see the padding"):
         check_bidirectional(model)
 
@@ -393,7 +395,7 @@ def test_a_pair_is_positive_exactly_where_some_row_has_status_1(tmp_path):
     names = [criterion.id for criterion in CRITERIA]
     shown = [{name for name, label in zip(names, post.labels) if label} for post in posts]
     assert shown == [{"FATIGUE"}, {"SLEEP_ISSUES"}]
-    assert posts[0].text == 'one, "two"\nthree' and [post.line for post in posts] == [2, 4]
+    assert posts[0].text == 'one, "two"\nthree'
     assert kinds == {"present": 2, "rejected": 2, "SPECIAL_CASE": 1}
     (tmp_path / "redsm5_annotations.csv").rename(tmp_path / "redsm5_annotations_long.csv")
     (tmp_path / "redsm5_posts.csv").rename(tmp_path / "redsm5_full_posts.csv")
@@ -449,7 +451,7 @@ def test_criteria_of_ones_own_replace_the_nine(tmp_path):
     path = tmp_path / "criteria.json"
     own = [{"id": "FATIGUE", "name": "Tired", "description": "no energy"}, {"id": "X", "name": "x", "description": "y"}]
     path.write_text(json.dumps(own), encoding="utf-8")
-    criteria = load_criteria(path)
+    criteria = load_criteria(str(path))
     assert [criterion.text for criterion in criteria] == ["Tired: no energy", "x: y"]
     rows = "s_1_1,a,b,FATIGUE,1,x\ns_1_2,a,b,X,1,x\ns_1_2,a,b,ANHEDONIA,1,x\n"
     posts, kinds = read_posts(write_data(tmp_path, annotations=HEADER + rows), criteria)
@@ -458,7 +460,7 @@ def test_criteria_of_ones_own_replace_the_nine(tmp_path):
     for wrong in ("{}", "[]", '[{"id": "A"}]', json.dumps(empty), json.dumps(own[:1] * 2), "no JSON"):
         path.write_text(wrong, encoding="utf-8")
         with pytest.raises(UserError, match=r"criteria\.json"):
-            load_criteria(path)
+            load_criteria(str(path))
 
 
 @pytest.fixture(scope="module")
@@ -496,17 +498,17 @@ def test_no_post_prefix_or_text_crosses_the_splits(seed, folds, sample_posts):
 def test_groups_chain_over_prefixes_and_texts():
     rows = [("s_1_1", "a"), ("s_1_2", "B  b"), ("s_2_1", "b\nB"), ("s_2_9", "c")]
     rows += [("s_12_1", "d"), ("other", "e"), ("s_3_b", "d"), ("s_3_1c", "f")]
-    groups = post_groups([Post(name, text, 0, ()) for name, text in rows])
+    groups = post_groups([Post(name, text, ()) for name, text in rows])
     assert len(set(groups[:4])) == 1 and groups[4] == groups[6] == groups[7] and len(set(groups)) == 3
 
 
 def test_splits_stratify_by_the_rarest_positive_criterion():
     labels = [(1, 0, 0), (1, 1, 0), (1, 1, 1), (0, 0, 0), (1, 0, 1)]  # 4, 2 and 2 positives: of equals the first
-    assert rarest_criterion([Post("", "", 0, row) for row in labels]).tolist() == [0, 1, 1, -1, 2]
+    assert rarest_criterion([Post("", "", row) for row in labels]).tolist() == [0, 1, 1, -1, 2]
 
 
 def test_few_posts_are_split_by_whether_they_show_any_criterion_and_too_few_refused():
-    posts = [Post(f"s_{i}_1", str(i), 0, tuple(int(i % 10 == c) for c in range(9))) for i in range(60)]
+    posts = [Post(f"s_{i}_1", str(i), tuple(int(i % 10 == c) for c in range(9))) for i in range(60)]
     splits = split_posts(posts, SAMPLE)
     assert [len(splits[name]) for name in ("validation", "test")] == [9, 9] and not leaks(splits)
     with pytest.raises(UserError, match="the 6 posts cannot be split: 20 folds need 20 posts that show a criterion"):
@@ -516,45 +518,43 @@ def test_few_posts_are_split_by_whether_they_show_any_criterion_and_too_few_refu
 
 
 @pytest.fixture(scope="module")
-def encoders():
-    return {share: make_encoder(replace(SAMPLE, share_post=share, max_length=80), CRITERIA) for share in (False, True)}
+def collators():
+    return {share: make_collator(replace(SAMPLE, share_post=share, max_length=80), CRITERIA) for share in (False, True)}
 
 
-def test_a_pair_is_what_the_tokenizer_makes_of_it_and_the_criterion_is_never_cut(encoders):
-    encoder = encoders[False]
-    tokenizer = encoder.tokenizer
-    posts = [Post("a", "I am tired.", 0, (1,) * 9), Post("b", "A very long day again. " * 50, 0, (0,) * 9)]
-    examples = make_examples(posts, CRITERIA, False)
-    batch = encoder(examples)
-    lengths, cut = encoder.lengths(examples)
-    assert cut == 1 and batch["attention_mask"].sum(1).tolist() == lengths.tolist() and lengths.max() == 80
-    for row, (post, (criterion,)) in zip(range(len(examples)), examples):
+def test_a_pair_is_what_the_tokenizer_makes_of_it_and_the_criterion_is_never_cut(collators):
+    collator = collators[False]
+    tokenizer = collator.tokenizer
+    posts = [Post("a", "I am tired.", (1,) * 9), Post("b", "A very long day again. " * 50, (0,) * 9)]
+    split = collator.make_split(posts)
+    batch, lengths = collator(split.examples), split.lengths
+    assert split.cut == 1 and batch["attention_mask"].sum(1).tolist() == lengths.tolist() and lengths.max() == 80
+    for row, (post, (criterion,)) in zip(range(len(lengths)), split.examples):
         ids = batch["input_ids"][row, batch["attention_mask"][row].bool()].tolist()
-        post_ids, segment = tokenizer(post.text)["input_ids"], encoder.segments[criterion]
+        post_ids, segment = tokenizer(post.text)["input_ids"], collator.segments[criterion]
         assert ids == post_ids[: 80 - len(segment)] + segment
         assert tokenizer.decode(segment, skip_special_tokens=True).strip() == CRITERIA[criterion].text
         if post.id == "a":
             assert ids == tokenizer(post.text, CRITERIA[criterion].text)["input_ids"]
     assert batch["labels"].tolist() == [[1]] * 9 + [[0]] * 9
     with pytest.raises(UserError, match=r"leaves .* tokens of max_length 20"):
-        Encoder(tokenizer, CRITERIA, 20, False, 10**6)
+        Collator(tokenizer, CRITERIA, 20, False, 10**6)
     with pytest.raises(UserError, match=r"post a: token .* is not among the model's embeddings"):
-        Encoder(tokenizer, CRITERIA, 80, False, 5).lengths(examples)
+        Collator(tokenizer, CRITERIA, 80, False, 5).make_split(posts)
 
 
-def test_a_shared_post_stands_once_before_all_criteria(encoders):
-    encoder = replace_length(encoders[True], 400)
-    posts = [Post("a", "I am tired.", 0, (1, 0) * 4 + (1,)), Post("b", "A long day again. " * 200, 0, (0,) * 9)]
-    examples = make_examples(posts, CRITERIA, True)
-    batch = encoder(examples)
-    lengths, cut = encoder.lengths(examples)
-    assert cut == 1 and batch["attention_mask"].sum(1).tolist() == lengths.tolist()
+def test_a_shared_post_stands_once_before_all_criteria(collators):
+    collator = replace_length(collators[True], 400)
+    posts = [Post("a", "I am tired.", (1, 0) * 4 + (1,)), Post("b", "A long day again. " * 200, (0,) * 9)]
+    split = collator.make_split(posts)
+    batch, lengths = collator(split.examples), split.lengths
+    assert split.cut == 1 and batch["attention_mask"].sum(1).tolist() == lengths.tolist()
     assert batch["labels"].tolist() == [list(post.labels) for post in posts]
     for row, post in enumerate(posts):
         segments, ids = batch["segments"][row], batch["input_ids"][row]
-        kept = encoder.tokenizer(post.text)["input_ids"][: encoder.room]
+        kept = collator.tokenizer(post.text)["input_ids"][: collator.room]
         assert ids[segments == 0].tolist() == kept
-        for number, segment in enumerate(encoder.segments, 1):
+        for number, segment in enumerate(collator.segments, 1):
             assert ids[segments == number].tolist() == segment
             places = batch["position_ids"][row][segments == number].tolist()
             assert places == list(range(len(kept), len(kept) + len(segment)))
@@ -562,8 +562,8 @@ def test_a_shared_post_stands_once_before_all_criteria(encoders):
         assert (segments == -1).tolist() == (batch["attention_mask"][row] == 0).tolist()
 
 
-def replace_length(encoder, max_length):
-    return Encoder(encoder.tokenizer, CRITERIA, max_length, encoder.share_post, encoder.vocab_size)
+def replace_length(collator, max_length):
+    return Collator(collator.tokenizer, CRITERIA, max_length, collator.share_post, collator.vocab_size)
 
 
 # model.py, evaluate.py, train.py
@@ -584,14 +584,14 @@ def test_the_matchers_decoder_is_bidirectional():
 @pytest.mark.parametrize("share_post", [False, True])
 def test_logits_do_not_depend_on_padding_or_the_rest_of_the_batch(pooler, share_post, sample_posts):
     config = replace(SAMPLE, pooler=pooler, share_post=share_post, max_length=128)
-    model, encoder = build_model(config, torch.device("cpu")).eval(), make_encoder(config, CRITERIA)
-    examples = make_examples(sorted(sample_posts, key=lambda post: len(post.text))[::240], CRITERIA, share_post)
+    model, collator = build_model(config, torch.device("cpu")).eval(), make_collator(config, CRITERIA)
+    examples = collator.make_split(sorted(sample_posts, key=lambda post: len(post.text))[::240]).examples
     with torch.no_grad():
-        together = encoder(examples)
+        together = collator(examples)
         together.pop("labels")
         found = model(**together)
         for row, example in enumerate(examples[:12]):
-            alone = encoder([example])
+            alone = collator([example])
             alone.pop("labels")
             torch.testing.assert_close(model(**alone)[0], found[row], atol=1e-5, rtol=1e-4)
 
@@ -599,8 +599,8 @@ def test_logits_do_not_depend_on_padding_or_the_rest_of_the_batch(pooler, share_
 def test_a_shared_post_gives_each_pair_what_it_gets_alone(sample_posts):
     """All nine criteria at once against one criterion at a time under the same mask."""
     config = replace(SAMPLE, share_post=True, max_length=128)
-    model, encoder = build_model(config, torch.device("cpu")).eval(), make_encoder(config, CRITERIA)
-    batch = encoder(make_examples(sample_posts[:3], CRITERIA, True))
+    model, collator = build_model(config, torch.device("cpu")).eval(), make_collator(config, CRITERIA)
+    batch = collator(collator.make_split(sample_posts[:3]).examples)
     batch.pop("labels")
     with torch.no_grad():
         together = model(**batch)
@@ -615,7 +615,7 @@ def test_a_shared_post_gives_each_pair_what_it_gets_alone(sample_posts):
 def test_the_loss_is_scikit_learns_weighted_by_class():
     torch.manual_seed(0)
     logits, labels = torch.randn(5, 3, 2), torch.randint(0, 2, (5, 3))
-    weights = class_weights("balanced", labels.flatten().tolist())
+    weights = class_weights("balanced", labels.numpy())
     expected = compute_class_weight("balanced", classes=np.array([0, 1]), y=labels.flatten().numpy())
     np.testing.assert_allclose(weights.numpy(), expected, rtol=1e-6)
     p = logits.double().softmax(2).flatten(0, 1).numpy()
@@ -630,10 +630,10 @@ def test_gradient_checkpointing_moves_no_gradient(sample_posts):
         for checkpointing in (False, True):
             config = replace(SAMPLE, gradient_checkpointing=checkpointing, adapter_dropout=dropout)
             torch.manual_seed(0)
-            model, encoder = build_model(config, torch.device("cpu")), make_encoder(config, CRITERIA)
+            model, collator = build_model(config, torch.device("cpu")), make_collator(config, CRITERIA)
             for layer in adapters(model).values():
                 nn.init.normal_(layer.lora_B, std=0.1)
-            batch = encoder(make_examples(sample_posts[:1], CRITERIA, False))
+            batch = collator(collator.make_split(sample_posts[:1]).examples)
             calls = []
             model.decoder.layers[0].mlp.register_forward_hook(lambda *_, calls=calls: calls.append(1))
             accumulate_gradients(model, [batch], None, config, step=3)
@@ -680,7 +680,7 @@ def test_scores_are_scikit_learns(sample_posts):
     logits = torch.randn(80, 9, 2) + 2 * torch.from_numpy(np.stack([1 - labels, labels], 2))
     p = probabilities(logits)
     thresholds = {"global": 0.4, "criteria": {c.id: 0.1 * i + 0.05 for i, c in enumerate(CRITERIA)}}
-    scores = score_split(logits, posts, thresholds, None)
+    scores = score_split(logits, labels, thresholds, None)
     assert scores["auprc"] == pytest.approx(average_precision_score(labels.ravel(), p.ravel()))
     assert scores["auc"] == pytest.approx(roc_auc_score(labels.ravel(), p.ravel()))
     own = np.array(list(thresholds["criteria"].values()))
@@ -726,7 +726,7 @@ def test_ranking_metrics_say_none_where_they_are_undefined():
 
 def test_a_saved_model_answers_as_before_and_a_damaged_one_is_refused(tmp_path, sample_posts):
     config = replace(SAMPLE, pooler="attention")
-    model, encoder = build_model(config, torch.device("cpu")), make_encoder(config, CRITERIA)
+    model, collator = build_model(config, torch.device("cpu")), make_collator(config, CRITERIA)
     for parameter in model.trained_state().values():
         parameter.add_(torch.randn_like(parameter) * 0.1)
     for layer in adapters(model).values():
@@ -735,7 +735,8 @@ def test_a_saved_model_answers_as_before_and_a_damaged_one_is_refused(tmp_path, 
     save_model(model, config, CRITERIA, thresholds, tmp_path)
     loaded = build_model(config, torch.device("cpu"))
     load_weights(loaded, tmp_path)
-    before, after = (predict_logits(m, sample_posts[:5], encoder, config) for m in (model, loaded))
+    split = collator.make_split(sample_posts[:5])
+    before, after = (predict_logits(m, split, collator, config) for m in (model, loaded))
     assert torch.equal(before, after)
     with pytest.raises(UserError, match=r"head\.safetensors holds"):
         load_weights(build_model(replace(config, pooler="mean"), torch.device("cpu")), tmp_path)
@@ -764,16 +765,16 @@ def test_fp16_is_refused_and_bf16_keeps_the_adapters_in_fp32(sample_posts):
     with pytest.raises(ValueError, match="fp16 overflows"):
         replace(SAMPLE, amp="fp16")
     config = replace(SAMPLE, amp="bf16")
-    model, encoder = build_model(config, torch.device("cpu")), make_encoder(config, CRITERIA)
+    model, collator = build_model(config, torch.device("cpu")), make_collator(config, CRITERIA)
     types = {p.requires_grad: p.dtype for p in model.parameters()}
     assert types == {True: torch.float32, False: torch.bfloat16}
-    batch = encoder(make_examples(sample_posts[:1], CRITERIA, False))
+    batch = collator(collator.make_split(sample_posts[:1]).examples)
     (loss,) = accumulate_gradients(model, [batch], None, config, step=0)
     assert np.isfinite(loss) and model(batch["input_ids"], batch["attention_mask"]).dtype == torch.float32
 
 
 def test_a_loss_that_is_no_number_names_the_posts(sample_posts):
-    examples = make_examples(sample_posts[:2], CRITERIA, False)
+    examples = make_collator(SAMPLE, CRITERIA).make_split(sample_posts[:2]).examples
     with pytest.raises(UserError, match=f"loss is nan at step 8, in the batch of posts {sample_posts[1].id};"):
         refuse_non_finite("loss", [1.0, float("nan")], [[0, 1], [9, 10]], examples, 7)
 
@@ -781,9 +782,9 @@ def test_a_loss_that_is_no_number_names_the_posts(sample_posts):
 def test_one_batch_overfits(sample_posts):
     config = replace(SAMPLE, dropout=0.0)
     torch.manual_seed(0)
-    model, encoder = build_model(config, torch.device("cpu")), make_encoder(config, CRITERIA)
+    model, collator = build_model(config, torch.device("cpu")), make_collator(config, CRITERIA)
     positive = [post for post in sample_posts if sum(post.labels) == 2][:1]
-    batch = encoder(make_examples(positive, CRITERIA, False))
+    batch = collator(collator.make_split(positive).examples)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3, fused=True)
     for step in range(60):
         (loss,) = accumulate_gradients(model, [batch], None, config, step)

@@ -4,15 +4,15 @@ import re
 
 from emotions.config import Config
 from emotions.model import EmotionClassifier
-from emotions.parallel import whole
+from emotions.parallel import full_tensor
 
 
 def parameter_group(model: EmotionClassifier, name: str) -> str:
     """Where a parameter stands: "embeddings" (with relative positions and final norms), "layer 0" ..., or "head"."""
     if not name.startswith(f"{model.prefix}."):
         return "head"
-    found = re.search(r"layers?\.(\d+)\.", name)
-    return f"layer {found[1]}" if found else "embeddings"
+    layer = re.search(r"layers?\.(\d+)\.", name)
+    return f"layer {layer[1]}" if layer else "embeddings"
 
 
 def gradient_health(model: EmotionClassifier, clipped_from: float, config: Config) -> dict[str, dict[str, float]]:
@@ -25,7 +25,7 @@ def gradient_health(model: EmotionClassifier, clipped_from: float, config: Confi
     squares, zeros, sizes = {}, {}, {}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
-            gradient, group = whole(parameter.grad).float(), parameter_group(model, name)
+            gradient, group = full_tensor(parameter.grad).float(), parameter_group(model, name)
             squares[group] = squares.get(group, 0.0) + gradient.square().sum()
             zeros[group] = zeros.get(group, 0) + (gradient == 0).sum()
             sizes[group] = sizes.get(group, 0) + gradient.numel()
@@ -37,10 +37,10 @@ def gradient_health(model: EmotionClassifier, clipped_from: float, config: Confi
 
 def collapse(health: dict[str, dict[str, float]], skipped: int, steps: int) -> str:
     """What is wrong with the gradients, or "". skipped: how many of the last steps the loss scaler left out."""
-    found = [f"{skipped} of {steps} steps skipped, the loss overflows"] if 2 * skipped > steps else []
+    faults = [f"{skipped} of {steps} steps skipped, the loss overflows"] if 2 * skipped > steps else []
     for group, values in health.items():
         if group not in ("embeddings", "head") and values["zeros"] > 0.5:  # of the head ASL's clip leaves labels out
-            found.append(f"{values['zeros']:.0%} of the gradient of {group} is exactly 0")
+            faults.append(f"{values['zeros']:.0%} of the gradient of {group} is exactly 0")
         elif values["norm"] < 1e-7:
-            found.append(f"the gradient of {group} has norm {values['norm']:.1e}")
-    return "; ".join(found)
+            faults.append(f"the gradient of {group} has norm {values['norm']:.1e}")
+    return "; ".join(faults)

@@ -27,7 +27,7 @@ from transformers.utils import cached_file
 from common.checkpoint import write_json
 from emotions.attention import use_fast_attention
 from emotions.config import ROOT, Config, UserError
-from emotions.dataset import EMOTIONS
+from emotions.labels import EMOTIONS
 from emotions.spm import spm_tokenizer
 
 # The heads of AutoModelForSequenceClassification. "pooler": the encoder's pooled [CLS], dropout, one Linear.

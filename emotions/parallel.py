@@ -1,4 +1,4 @@
-"""Several processes as one: what torchrun starts, gradients that are shared, state that is whole, runs that hang.
+"""Several processes as one: what torchrun starts, gradients that are shared, whole states, runs that hang.
 
     torchrun --nproc_per_node 2 emotions/train.py ...            # each process holds the model (DDP)
     torchrun --nproc_per_node 2 emotions/train.py --shard ...    # and a part of gradients and optimizer (ZeRO-2)
@@ -8,7 +8,7 @@ import faulthandler
 import os
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
@@ -38,20 +38,20 @@ def start_processes(config: Config) -> Processes:
     if "WORLD_SIZE" not in os.environ:
         return Processes(0, 1, pick_device())
     device = pick_device(int(os.environ["LOCAL_RANK"]))
-    if device.type == "cuda" and device.index >= torch.cuda.device_count():
-        raise UserError(f"more processes than GPUs: this machine has {torch.cuda.device_count()}, see --nproc_per_node")
     if device.type == "cuda":
+        if device.index >= (count := torch.cuda.device_count()):
+            raise UserError(f"more processes than GPUs: this machine has {count}, see --nproc_per_node")
         torch.cuda.set_device(device)
-    with watched(config):
+    with watchdog(config.stall_seconds):
         store, rank, world = next(dist.rendezvous("env://"))
         # After a restart torchrun's store still holds the addresses of the processes that are gone: names of its own
         # keep this attempt from waiting for them.
         store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world)
-    if dist.get_rank():
+    if rank:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for the rest of the process
-    return Processes(dist.get_rank(), dist.get_world_size(), device)
+    return Processes(rank, world, device)
 
 
 def end_processes() -> None:
@@ -60,7 +60,7 @@ def end_processes() -> None:
         dist.destroy_process_group()
 
 
-def from_rank_0(value, processes: Processes):
+def broadcast(value, processes: Processes):
     """A small object of rank 0, in every process; those wait for it here."""
     if processes.world == 1:
         return value
@@ -69,14 +69,12 @@ def from_rank_0(value, processes: Processes):
     return values[0]
 
 
-def wait_for_all(processes: Processes, config: Config) -> None:
-    """Until every process is here; each then has stall_seconds anew."""
+def barrier(processes: Processes) -> None:
     if processes.world > 1:
         dist.barrier()
-    still_alive(config)
 
 
-def summed(tensor: Tensor, processes: Processes) -> Tensor:
+def all_reduce(tensor: Tensor, processes: Processes) -> Tensor:
     """A tensor of the CPU, summed over the processes."""
     if processes.world == 1:
         return tensor
@@ -85,7 +83,7 @@ def summed(tensor: Tensor, processes: Processes) -> Tensor:
     return tensor.cpu()
 
 
-def share_gradients(model: EmotionClassifier, config: Config, processes: Processes) -> nn.Module:
+def parallelize(model: EmotionClassifier, config: Config, processes: Processes) -> nn.Module:
     """The module whose backward averages gradients over the processes; the model itself where there is one.
 
     With shard the model's own parameters become this process's parts of them, gathered for the forward pass and kept
@@ -96,8 +94,8 @@ def share_gradients(model: EmotionClassifier, config: Config, processes: Process
             raise UserError("shard needs several processes: torchrun --nproc_per_node 2 emotions/train.py --shard")
         if autocast_dtype(config.amp, processes.device) == torch.float16:
             raise UserError("shard and fp16 do not go together here: set amp bf16 or off")
-        layers = [m for m in model.encoder.modules() if isinstance(m, nn.ModuleList)]
-        for layer in max(layers, key=len):
+        lists = [module for module in model.encoder.modules() if isinstance(module, nn.ModuleList)]
+        for layer in max(lists, key=len):
             fully_shard(layer, reshard_after_forward=False)
         return fully_shard(model, reshard_after_forward=False)
     if processes.world == 1:
@@ -105,7 +103,7 @@ def share_gradients(model: EmotionClassifier, config: Config, processes: Process
     return DistributedDataParallel(model, device_ids=[processes.device] if processes.device.type == "cuda" else None)
 
 
-def gradients_shared(module: nn.Module, last: bool):
+def gradient_sync(module: nn.Module, last: bool):
     """A context for one micro-batch: DDP exchanges gradients in the backward pass of a step's last one only.
 
     A sharded model does so each time: whole gradients, kept from one micro-batch to the next, are what it has no room
@@ -114,13 +112,13 @@ def gradients_shared(module: nn.Module, last: bool):
     return module.no_sync() if isinstance(module, DistributedDataParallel) and not last else nullcontext()
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """The tensor, put together where each process holds a part of it; every process must ask."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def training_state(model: EmotionClassifier, optimizer: Optimizer, shard: bool) -> tuple[dict, dict]:
-    """The state of model and optimizer as last.pt keeps it: whole tensors on the CPU, of rank 0, where sharded."""
+    """The state of model and optimizer as last.pt keeps it: full tensors on the CPU, of rank 0, where sharded."""
     if not shard:
         return model.state_dict(), optimizer.state_dict()
     return get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
@@ -136,19 +134,20 @@ def load_training_state(model: EmotionClassifier, optimizer: Optimizer, state: t
     set_state_dict(model, optimizer, model_state_dict=state[0], optim_state_dict=state[1], options=options)
 
 
-def still_alive(config: Config) -> None:
-    """Put off the end of a process that hangs: stall_seconds from now it dumps its stacks on stderr and ends."""
-    if config.stall_seconds:
-        # not sys.stderr: in a notebook that is no file
-        faulthandler.dump_traceback_later(config.stall_seconds, exit=True, file=sys.__stderr__)
-
-
 @contextmanager
-def watched(config: Config):
-    """Inside, a process that hangs is ended: whoever works there calls still_alive more often than stall_seconds."""
-    still_alive(config)
+def watchdog(seconds: int) -> Iterator[Callable[[], None]]:
+    """Inside, a process that hangs dumps its stacks on stderr and ends; 0: never.
+
+    Gives the function that starts the seconds anew: whoever works there calls it more often than that.
+    """
+
+    def restart() -> None:
+        if seconds:  # not sys.stderr: in a notebook that is no file
+            faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
+
+    restart()
     try:
-        yield
+        yield restart
     finally:
         faulthandler.cancel_dump_traceback_later()
 

@@ -20,13 +20,16 @@ if not __package__:  # run as a script: import from the repository root, not fro
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
+import torch
 
 from common.checkpoint import best_folder
 from emotions.config import Config, UserError, run_path, run_script
-from emotions.dataset import ALL, EMOTIONS, Row, token_lengths
-from emotions.evaluate import answer, predict_logits, probabilities, read_thresholds, say_precision
+from emotions.dataset import Row, decode, make_split
+from emotions.evaluate import answer, predict_logits, probabilities, say_precision
+from emotions.labels import ALL, EMOTIONS
 from emotions.model import load_model, load_tokenizer, pick_device
 from emotions.parallel import Processes
+from emotions.thresholds import read_thresholds
 
 
 def read_lines(stream: BinaryIO) -> Iterator[Row | tuple[int, str]]:
@@ -34,9 +37,9 @@ def read_lines(stream: BinaryIO) -> Iterator[Row | tuple[int, str]]:
     for number, line in enumerate(stream, 1):
         if line.strip():
             try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-            except UnicodeDecodeError as error:
-                yield number, f"expected UTF-8, found byte {error.object[error.start]:#x} ({error.reason})"
+                text = decode(line)
+            except ValueError as error:
+                yield number, str(error)
             else:
                 if text:  # other than line.strip, this also takes a lone byte order mark and wide spaces for blank
                     yield Row(text, (), ALL, "", number)
@@ -44,7 +47,7 @@ def read_lines(stream: BinaryIO) -> Iterator[Row | tuple[int, str]]:
 
 def main(config: Config, input: str, threshold: float | None) -> int:
     folder, device = best_folder(run_path(config)), pick_device()
-    thresholds = read_thresholds(folder)[1]
+    thresholds = read_thresholds(folder).per_label
     if threshold is not None:
         if not 0 <= threshold <= 1:
             raise UserError(f"threshold {threshold} is out of range: from 0 to 1")
@@ -56,14 +59,14 @@ def main(config: Config, input: str, threshold: float | None) -> int:
     with open(sys.stdin.fileno() if input == "-" else input, "rb", closefd=input != "-") as stream:
         lines = read_lines(stream)
         while block := list(islice(lines, 8 * config.eval_batch_size)):  # sorted by length inside a block only
-            rows = [row for row in block if isinstance(row, Row)]
-            found = iter(probabilities(predict_logits(model, rows, tokenizer, config, processes)) if rows else ())
-            cut += int((token_lengths(rows, tokenizer) > config.max_length).sum())
+            split = make_split([row for row in block if isinstance(row, Row)], tokenizer)
+            cut += int((split.lengths > config.max_length).sum())
+            logits = predict_logits(model, split, tokenizer, config, processes) if len(split) else torch.empty(0, 28)
+            answers = (answer(probability, thresholds) for probability in probabilities(logits))
             for row in block:
                 if isinstance(row, Row):
-                    found_here = answer(next(found), thresholds)
-                    out = {"line": row.line, "labels": found_here["predicted"]}
-                    out["probabilities"] = found_here["probabilities"]
+                    found = next(answers)
+                    out = {"line": row.line, "labels": found["predicted"], "probabilities": found["probabilities"]}
                 else:
                     failed = True
                     print(f"error: {input}, line {row[0]}: {row[1]}", file=sys.stderr)

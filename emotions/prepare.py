@@ -4,7 +4,7 @@
     python emotions/prepare.py --raw_dir corpora --sources goemotions semeval2018_ec isear meld
     python emotions/prepare.py --sample --sources goemotions semeval2018_ec isear meld     # how the sample was made
 
-raw_dir (data_dir/raw without it) holds the original files, named in FILES below; data_dir gets train.jsonl,
+raw_dir (data_dir/raw without it) holds the original files, named in SOURCES below; data_dir gets train.jsonl,
 validation.jsonl, test.jsonl and the summary that is printed, as summary.md. Validation and test are GoEmotions' own,
 whole. All files of the other sources are training data. GoEmotions' test.tsv may be missing: then so is the test split.
 """
@@ -17,7 +17,9 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
+from typing import NamedTuple
 
 if not __package__:  # run as a script: import from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -26,46 +28,62 @@ import numpy as np
 
 from common.checkpoint import write_text
 from emotions.config import ROOT, Config, UserError, run_script, shown
-from emotions.dataset import ALL, EMOTIONS, NUMBERS, Row, label_counts, normalized
-from emotions.evaluate import table
+from emotions.dataset import Row, multi_hot, normalized
+from emotions.labels import ALL, EMOTIONS, NUMBERS
+from emotions.report import table
 
-FILES = {  # the training data; those of goemotions' evaluation splits are in EVALUATION
-    "goemotions": ("goemotions/train.tsv",),
-    "semeval2018_ec": ("semeval2018_ec/E-c-En-train.txt", "semeval2018_ec/E-c-En-dev.txt"),
-    "isear": ("isear/isear.csv",),
-    "meld": ("meld/train_sent_emo.csv", "meld/dev_sent_emo.csv"),
-}
-TITLE = "# Prepared data"  # of summary.md
+
+class Source(NamedTuple):
+    """A data set: its training files, how to get one, its delimiter and columns, what its labels are called here.
+
+    The emotions that it maps to are known of its rows, present or absent; all others are unknown, also neutral where
+    none of a tweet's emotions was marked. None: none of the 28.
+    """
+
+    files: tuple[str, ...]
+    origin: str
+    delimiter: str
+    text: str
+    labels: tuple[str, ...]
+    ids: tuple[str, ...]
+    mapping: dict[str, str | None]
+
+
+def same(*names: str) -> dict[str, str]:
+    return {name: name for name in names}
+
+
+DOWNLOAD = "curl -L --create-dirs -o {path} https://raw.githubusercontent.com/"
+TWEET_LABELS = same("anger", "disgust", "fear", "joy", "love", "optimism", "sadness", "surprise")
+TWEET_LABELS |= dict.fromkeys(("anticipation", "pessimism", "trust"))
+SOURCES = {
+    "goemotions": Source(  # without a header
+        files=("goemotions/train.tsv",),
+        origin=DOWNLOAD + "google-research/google-research/master/goemotions/data/{name}",
+        delimiter="\t", text="text", labels=("label ids",), ids=("id",),
+        mapping={str(number): name for number, name in enumerate(EMOTIONS)},
+    ),
+    "semeval2018_ec": Source(
+        files=("semeval2018_ec/E-c-En-train.txt", "semeval2018_ec/E-c-En-dev.txt"),
+        origin="SemEval-2018 task 1, subtask E-c, English: https://competitions.codalab.org/competitions/17751",
+        delimiter="\t", text="Tweet", labels=tuple(TWEET_LABELS), ids=("ID",),
+        mapping=TWEET_LABELS,
+    ),
+    "isear": Source(
+        files=("isear/isear.csv",),
+        origin="the ISEAR databank, exported with | between 43 fields: https://www.unige.ch/cisa (research material)",
+        delimiter="|", text="SIT", labels=("Field1",), ids=("MYKEY",),
+        mapping=same("joy", "fear", "anger", "sadness", "disgust") | {"shame": "embarrassment", "guilt": "remorse"},
+    ),
+    "meld": Source(
+        files=("meld/train_sent_emo.csv", "meld/dev_sent_emo.csv"),
+        origin=DOWNLOAD + "declare-lab/MELD/master/data/MELD/{name}",
+        delimiter=",", text="Utterance", labels=("Emotion",), ids=("Dialogue_ID", "Utterance_ID"),
+        mapping=same("anger", "disgust", "fear", "joy", "neutral", "sadness", "surprise"),
+    ),
+}  # fmt: skip
 EVALUATION = {"validation": "goemotions/dev.tsv", "test": "goemotions/test.tsv"}
-
-# What a source's labels are called here; None: none of the 28. The emotions that a source maps to are known of its
-# rows, present or absent; all others are unknown, also neutral where none of a tweet's emotions was marked.
-MAPPING = {
-    "goemotions": {name: name for name in EMOTIONS},
-    "semeval2018_ec": {
-        **{name: name for name in ("anger", "disgust", "fear", "joy", "love", "optimism", "sadness", "surprise")},
-        **dict.fromkeys(("anticipation", "pessimism", "trust")),
-    },
-    "isear": {
-        **{name: name for name in ("joy", "fear", "anger", "sadness", "disgust")},
-        **{"shame": "embarrassment", "guilt": "remorse"},
-    },
-    "meld": {name: name for name in ("anger", "disgust", "fear", "joy", "neutral", "sadness", "surprise")},
-}
-COLUMNS = {  # the columns of text, labels and id; goemotions has these three and no header
-    "goemotions": ("text", ("labels",), ("id",)),
-    "semeval2018_ec": ("Tweet", tuple(MAPPING["semeval2018_ec"]), ("ID",)),
-    "isear": ("SIT", ("Field1",), ("MYKEY",)),
-    "meld": ("Utterance", ("Emotion",), ("Dialogue_ID", "Utterance_ID")),
-}
-ORIGIN = {  # how to get a missing file
-    "goemotions": "curl -L --create-dirs -o {path} "
-    "https://raw.githubusercontent.com/google-research/google-research/master/goemotions/data/{name}",
-    "semeval2018_ec": "SemEval-2018 task 1, subtask E-c, English: https://competitions.codalab.org/competitions/17751",
-    "isear": "the ISEAR databank, exported with | between 43 fields: https://www.unige.ch/cisa (research material)",
-    "meld": "curl -L --create-dirs -o {path} "
-    "https://raw.githubusercontent.com/declare-lab/MELD/master/data/MELD/{name}",
-}
+TITLE = "# Prepared data"  # of summary.md
 
 # Windows-1252 punctuation that was read as Latin-1: U+0092 is an apostrophe. Five of the codes mean nothing.
 PUNCTUATION = {code: bytes([code]).decode("cp1252", "ignore") or chr(code) for code in range(0x80, 0xA0)}
@@ -87,29 +105,24 @@ ISEAR_NO_EVENT = re.compile(
 )
 
 
-def decode(path: Path, source: str) -> str:
+def read_text(path: Path, source: Source) -> str:
     """A file's text. Raises UserError where it is missing or not UTF-8."""
     if not path.is_file():
-        origin = ORIGIN[source].format(path=path, name=path.name)
+        origin = source.origin.format(path=path, name=path.name)
         raise UserError(f"{path} not found: get it ({origin}), or give another --raw_dir; --sample needs none")
     content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        found = f"found byte {content[error.start]:#x} ({error.reason})"
-        raise UserError(f"{path}, line {line}: expected UTF-8, {found}") from error
+        line, byte = content.count(b"\n", 0, error.start) + 1, content[error.start]
+        raise UserError(f"{path}, line {line}: expected UTF-8, found byte {byte:#x} ({error.reason})") from error
 
 
-def split_lines(path: Path, source: str) -> Iterator[tuple[int, list[str]]]:
+def read_fields(path: Path, source: Source) -> Iterator[tuple[int, list[str]]]:
     """The number and the fields of each line that is not blank; MELD alone has quotes, and lines inside them."""
-    text = decode(path, source)
-    if source != "meld":
-        for number, line in enumerate(text.split("\n"), 1):
-            if line := line.removesuffix("\r"):
-                yield number, line.split("|" if source == "isear" else "\t")
-        return
-    reader, number = csv.reader(io.StringIO(text, newline=""), strict=True), 1
+    quoting = csv.QUOTE_MINIMAL if source.delimiter == "," else csv.QUOTE_NONE
+    text = io.StringIO(read_text(path, source), newline="")
+    reader, number = csv.reader(text, delimiter=source.delimiter, quoting=quoting, strict=True), 1
     try:
         for fields in reader:
             if fields:
@@ -119,19 +132,18 @@ def split_lines(path: Path, source: str) -> Iterator[tuple[int, list[str]]]:
         raise UserError(f"{path}, line {number}: expected CSV with quotes ({error})") from error
 
 
-def read_records(path: Path, source: str) -> Iterator[tuple[int, dict[str, str]]]:
+def read_records(path: Path, source: Source) -> Iterator[tuple[int, dict[str, str]]]:
     """The number and the fields by column of each row. Raises UserError for another header or number of fields."""
-    lines = split_lines(path, source)
-    text, labels, identity = COLUMNS[source]
-    header = columns = [text, *labels, *identity]
-    if source != "goemotions":
+    lines = read_fields(path, source)
+    header = columns = [source.text, *source.labels, *source.ids]
+    if source is not SOURCES["goemotions"]:
         number, header = next(lines, (1, []))
         if missing := [name for name in columns if name not in header]:
             raise UserError(f"{path}, line {number}: the header is {header!r:.300}, expected one with {missing[0]}")
     for number, fields in lines:
         further = len(fields) - len(header)
-        if source == "isear" and further > 0:  # the text has | in it
-            start = header.index(text)
+        if source.delimiter == "|" and further > 0:  # the text has | in it
+            start = header.index(source.text)
             fields[start : start + further + 1] = ["|".join(fields[start : start + further + 1])]
         if len(fields) != len(header):
             raise UserError(f"{path}, line {number}: {len(fields)} fields, {fields!r:.120}, expected {len(header)}")
@@ -151,53 +163,51 @@ def isear_text(raw: str) -> str:
     return remark
 
 
-def clean_text(raw: str, source: str) -> str:
+def clean_text(raw: str, name: str) -> str:
     """A row's text as it is written; empty where an ISEAR row has none."""
     text = raw.translate(PUNCTUATION)
-    if source == "goemotions":
+    if name == "goemotions":
         return text.strip()
-    if source == "isear":
+    if name == "isear":
         return isear_text(text)
-    if source == "semeval2018_ec":  # line breaks are written with two characters
+    if name == "semeval2018_ec":  # line breaks are written with two characters
         text = re.sub(r"\\[nr]", " ", html.unescape(text))
     return " ".join(text.split())
 
 
-def label_names(record: dict[str, str], source: str) -> list[str]:
+def source_labels(record: dict[str, str], name: str) -> list[str]:
     """A row's labels in the source's words. Raises ValueError."""
-    columns = COLUMNS[source][1]
-    if source == "semeval2018_ec":
-        for name in columns:
-            if record[name] not in ("0", "1"):
-                raise ValueError(f"{name} is {record[name]!r}, expected 0 or 1")
-        return [name for name in columns if record[name] == "1"]
+    columns, mapping = SOURCES[name].labels, SOURCES[name].mapping
+    if name == "semeval2018_ec":
+        for column in columns:
+            if record[column] not in ("0", "1"):
+                raise ValueError(f"{column} is {record[column]!r}, expected 0 or 1")
+        return [column for column in columns if record[column] == "1"]
     value = record[columns[0]]
-    if source == "goemotions":
-        ids = {str(number): name for number, name in enumerate(EMOTIONS)}
-        if not all(number in ids for number in value.split(",")):
-            raise ValueError(f"the label ids are {value!r}, expected numbers from 0 to 27 with , between them")
-        return [ids[number] for number in value.split(",")]
-    if value not in MAPPING[source]:
-        raise ValueError(f"{columns[0]} is {value!r}, expected one of {', '.join(MAPPING[source])}")
-    return [value]
+    labels = value.split(",") if name == "goemotions" else [value]
+    if not mapping.keys() >= set(labels):
+        expected = f"one of {', '.join(mapping)}"
+        if name == "goemotions":
+            expected = "numbers from 0 to 27 with , between them"
+        raise ValueError(f"{columns[0]} is {value!r}, expected {expected}")
+    return labels
 
 
-def read_source(path: Path, source: str) -> list[Row]:
+def read_source(path: Path, name: str) -> list[Row]:
     """All rows of one file; the text of an ISEAR row that is none is empty. Raises UserError naming file and line."""
-    mapping, (text_column, _, id_columns) = MAPPING[source], COLUMNS[source]
-    known = tuple(sorted(NUMBERS[name] for name in mapping.values() if name))
-    rows = []
+    source, rows = SOURCES[name], []
+    known = tuple(sorted(NUMBERS[label] for label in source.mapping.values() if label))
+    prefix = [path.name.split("_")[0]] * (name == "meld")  # train or dev: both count their dialogues from 0
     for number, record in read_records(path, source):
         try:
-            labels = {NUMBERS[mapping[name]] for name in label_names(record, source) if mapping[name]}
-            if not record[text_column].strip():
+            labels = [source.mapping[label] for label in source_labels(record, name)]
+            if not record[source.text].strip():
                 raise ValueError("the text is empty")
         except ValueError as error:
             raise UserError(f"{path}, line {number}: {error}") from error
-        identity = [path.name.split("_")[0]] * (source == "meld")  # train or dev: both count their dialogues from 0
-        identity = "_".join(identity + [record[name] for name in id_columns])
-        text = clean_text(record[text_column], source)
-        rows.append(Row(text, tuple(sorted(labels)), known, source, number, identity))
+        numbers = tuple(sorted({NUMBERS[label] for label in labels if label}))
+        identity = "_".join(prefix + [record[column] for column in source.ids])
+        rows.append(Row(clean_text(record[source.text], name), numbers, known, name, number, identity))
     if not rows:
         raise UserError(f"{path} holds no row")
     return rows
@@ -205,19 +215,16 @@ def read_source(path: Path, source: str) -> list[Row]:
 
 def check_emotions(path: Path) -> None:
     """Raises UserError where GoEmotions' emotions.txt, if there, gives the label ids another meaning."""
-    if not path.exists():
-        return
-    names = decode(path, "goemotions").split()
-    if names != list(EMOTIONS):
-        place = next(i for i in range(len(EMOTIONS) + 1) if names[i : i + 1] != list(EMOTIONS[i : i + 1]))
-        found, expected = (" ".join(part[place : place + 1]) for part in (names, EMOTIONS))
-        raise UserError(f"{path}, line {place + 1}: {found!r}, expected {expected!r}, which the label ids mean here")
+    names = read_text(path, SOURCES["goemotions"]).split() if path.exists() else list(EMOTIONS)
+    for number, (name, expected) in enumerate(zip_longest(names, EMOTIONS, fillvalue=""), 1):
+        if name != expected:
+            raise UserError(f"{path}, line {number}: {name!r}, expected {expected!r}, which the label ids mean here")
 
 
 def read_raw(folder: Path, sources: list[str]) -> tuple[dict[str, list[Row]], dict[str, list[Row]]]:
     """The rows of each training file, and of each evaluation split that there is. Raises UserError."""
     check_emotions(folder / "goemotions/emotions.txt")
-    files = {name: read_source(folder / name, source) for source in sources for name in FILES[source]}
+    files = {file: read_source(folder / file, name) for name in sources for file in SOURCES[name].files}
     splits = {"validation": read_source(folder / EVALUATION["validation"], "goemotions")}
     if (folder / EVALUATION["test"]).exists():
         splits["test"] = read_source(folder / EVALUATION["test"], "goemotions")
@@ -230,10 +237,10 @@ def kept_rows(
     """The training rows: texts, and in no evaluation split; and of each file how many are no text, held out, kept."""
     held_out = {normalized(row.text) for rows in splits.values() for row in rows}
     train, counts = [], {}
-    for name, rows in files.items():
+    for file, rows in files.items():
         texts = [row for row in rows if row.text]
         kept = [row for row in texts if normalized(row.text) not in held_out]
-        counts[name] = (len(rows) - len(texts), len(texts) - len(kept), len(kept))
+        counts[file] = (len(rows) - len(texts), len(texts) - len(kept), len(kept))
         train += kept
     return train, counts
 
@@ -256,14 +263,16 @@ def json_line(row: Row) -> str:
 
 def emotion_table(splits: dict[str, list[Row]], sources: list[str]) -> list[str]:
     """The rows with each label, - where a source cannot say; train also by source where there are several."""
-    parts = {"train": (splits["train"], EMOTIONS)}
+    parts = {"train": splits["train"]}
     for source in sources if len(sources) > 1 else ():
-        rows = [row for row in splits["train"] if row.source == source]
-        parts[f"train: {source}"] = (rows, set(MAPPING[source].values()))
-    parts |= {name: (rows, EMOTIONS) for name, rows in splits.items() if name != "train"}
+        parts[f"train: {source}"] = [row for row in splits["train"] if row.source == source]
+    parts |= splits
     columns = []
-    for rows, known in parts.values():
-        columns.append([count if name in known else "-" for name, count in zip(EMOTIONS, label_counts(rows))])
+    for title, rows in parts.items():
+        counts = multi_hot([row.labels for row in rows]).sum(axis=0).tolist()
+        source = title.removeprefix("train: ")
+        known = SOURCES[source].mapping.values() if source in SOURCES else EMOTIONS
+        columns.append([count if name in known else "-" for name, count in zip(EMOTIONS, counts)])
     return table(["emotion", *parts], [list(row) for row in zip(EMOTIONS, *columns)])
 
 
@@ -271,7 +280,7 @@ def source_lines(sources: list[str]) -> list[str]:
     """What each source's labels say, and what they leave unknown."""
     lines = []
     for source in sources[1:]:  # goemotions says everything
-        mapping = MAPPING[source]
+        mapping = SOURCES[source].mapping
         said = [name if name == label else f"{label} as {name}" for label, name in mapping.items() if name]
         others = f"the other {len(ALL) - len(said)} of 28 are unknown in its rows"
         lines.append(f"- {source} says {', '.join(said)}; {others}.")
@@ -285,16 +294,17 @@ def summary(
     files: dict[str, list[Row]], counts: dict[str, tuple], splits: dict[str, list[Row]], sources: list[str]
 ) -> list[str]:
     """What was read, what of it was dropped and why, and what is written, as Markdown."""
-    rows = [["train", name, len(files[name]), *counts[name]] for name in files]
-    scored = [(name, EVALUATION[name], len(rows)) for name, rows in splits.items() if name in EVALUATION]
-    rows += [[name, file, count, 0, 0, count] for name, file, count in scored]
-    lines = [TITLE, ""]
-    lines += table(["split", "file", "rows", "no text", "in validation or test", "kept"], rows)
+    rows = [["train", file, len(files[file]), *counts[file]] for file in files]
+    for name, split in list(splits.items())[1:]:
+        rows.append([name, EVALUATION[name], len(split), 0, 0, len(split)])
+    lines = [TITLE, "", *table(["split", "file", "rows", "no text", "in validation or test", "kept"], rows)]
+
     rows = []
     for name, split in splits.items():
         sizes = [len(row.labels) for row in split]
         rows.append([name, len(split), sum(sizes) / len(sizes), max(sizes), sizes.count(0)])
     lines += table(["split", "rows", "labels per text", "most", "rows without a label"], rows)
+
     kept = sum(count[-1] for count in counts.values())
     if len(splits["train"]) < kept:
         lines += [f"A pilot: {len(splits['train'])} of the {kept} training rows that were kept.", ""]
@@ -317,17 +327,20 @@ def refuse_foreign_files(folder: Path) -> None:
 
 
 def main(config: Config, raw_dir: str, sources: list[str], num_rows: int) -> None:
+    # Read everything.
     folder = ROOT / config.data_dir
     raw = Path(raw_dir).expanduser() if raw_dir else folder / "raw"
     if "goemotions" not in sources:
         raise UserError(f"sources are {', '.join(sources)}: goemotions must be among them, which all are scored on")
-    sources = [source for source in FILES if source in sources]
+    sources = [source for source in SOURCES if source in sources]
     files, evaluation = read_raw(raw, sources)
     train, counts = kept_rows(files, evaluation)
     if not train:
         raise UserError(f"{raw}: no training row is left, all texts stand in validation or test")
     splits = {"train": pilot(train, num_rows, config.split_seed) if num_rows else train, **evaluation}
     lines = summary(files, counts, splits, sources)
+
+    # Then write.
     refuse_foreign_files(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if "test" not in splits and (folder / "test.jsonl").exists():
@@ -344,7 +357,7 @@ def main(config: Config, raw_dir: str, sources: list[str], num_rows: int) -> Non
 if __name__ == "__main__":
     flags = {
         "raw_dir": {"default": "", "help": "folder of the original files; empty: data_dir/raw"},
-        "sources": {"nargs": "+", "choices": FILES, "default": ["goemotions"], "help": "what to train on"},
+        "sources": {"nargs": "+", "choices": list(SOURCES), "default": ["goemotions"], "help": "what to train on"},
         "num_rows": {"type": int, "default": 0, "help": "a pilot of so many training rows; 0: all"},
     }
     sys.exit(run_script(main, __doc__, **flags))

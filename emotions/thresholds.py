@@ -1,13 +1,17 @@
 """From logits to labels: one threshold for all, a smoothed one for each label, and honest scores of both.
 
-N rows, L labels. All thresholds are logits here; a label is predicted where its logit is at least the threshold.
+N rows, L labels. Thresholds are logits here, probabilities in best/thresholds.json; a label is predicted where its
+logit or probability is at least its threshold.
 """
 
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from common.checkpoint import RunError, read_json
 from emotions.dataset import FOLDS
+from emotions.labels import EMOTIONS
 
 
 class Thresholds(NamedTuple):
@@ -19,9 +23,8 @@ class Thresholds(NamedTuple):
 
 def f1_by_rank(labels: np.ndarray) -> np.ndarray:
     """(N,) labels in falling order of the logit -> (N + 1,) F1 when the first 0, 1, ... N of them are predicted."""
-    positives = int(labels.sum())
     true_positives = np.concatenate([[0], np.cumsum(labels)])
-    return 2 * true_positives / np.maximum(np.arange(len(labels) + 1) + positives, 1)
+    return 2 * true_positives / np.maximum(np.arange(len(labels) + 1) + int(labels.sum()), 1)
 
 
 def middle_of_best_gap(logits: np.ndarray, scores: np.ndarray) -> float:
@@ -49,11 +52,10 @@ def shared_threshold(logits: np.ndarray, labels: np.ndarray, known: np.ndarray) 
     Going down the sorted cells, each changes the F1 of its own label only: the macro-F1 is a running sum.
     """
     cells, changes = [], []
-    for column in range(logits.shape[1]):
-        own = known[:, column]
-        order = np.argsort(-logits[own, column], kind="stable")
-        cells.append(logits[own, column][order])
-        changes.append(np.diff(f1_by_rank(labels[own, column][order])))
+    for logit, label, counts in zip(logits.T, labels.T, known.T):  # (N,) each
+        order = np.argsort(-logit[counts], kind="stable")
+        cells.append(logit[counts][order])
+        changes.append(np.diff(f1_by_rank(label[counts][order])))
     cells, changes = np.concatenate(cells), np.concatenate(changes)
     order = np.argsort(-cells, kind="stable")
     return middle_of_best_gap(cells[order], np.concatenate([[0.0], np.cumsum(changes[order])]))
@@ -67,11 +69,10 @@ def tune(logits: np.ndarray, labels: np.ndarray, known: np.ndarray, smoothing: f
     """
     shared = shared_threshold(logits, labels, known)
     per_label = np.full(logits.shape[1], shared)
-    for column in range(logits.shape[1]):
-        own = known[:, column]
-        if positives := int(labels[own, column].sum()):
-            found = best_threshold(logits[own, column], labels[own, column])
-            per_label[column] = (positives * found + smoothing * shared) / (positives + smoothing)
+    for column, (logit, label, counts) in enumerate(zip(logits.T, labels.T, known.T)):
+        if positives := int(label[counts].sum()):
+            own = best_threshold(logit[counts], label[counts])
+            per_label[column] = (positives * own + smoothing * shared) / (positives + smoothing)
     return Thresholds(shared, per_label)
 
 
@@ -86,7 +87,24 @@ def cross_fitted(
     shared, per_label = np.zeros(labels.shape, dtype=bool), np.zeros(labels.shape, dtype=bool)
     for fold in range(FOLDS):
         inside = folds == fold
-        found = tune(logits[~inside], labels[~inside], known[~inside], smoothing)
-        shared[inside] = logits[inside] >= found.shared
-        per_label[inside] = logits[inside] >= found.per_label
+        tuned = tune(logits[~inside], labels[~inside], known[~inside], smoothing)
+        shared[inside] = logits[inside] >= tuned.shared
+        per_label[inside] = logits[inside] >= tuned.per_label
     return shared, per_label
+
+
+def thresholds_json(thresholds: Thresholds) -> dict:
+    """Thresholds as best/thresholds.json holds them: probabilities, by name."""
+    shared, per_label = (1 / (1 + np.exp(-np.asarray(value))) for value in thresholds)
+    return {"shared": float(shared), "per_label": dict(zip(EMOTIONS, per_label.tolist()))}
+
+
+def read_thresholds(folder: Path) -> Thresholds:
+    """The thresholds of a best folder, as probabilities. Raises RunError."""
+    path = folder / "thresholds.json"
+    saved = read_json(path)
+    per_label = saved.get("per_label")
+    values = [saved.get("shared"), *(per_label.get(name) if isinstance(per_label, dict) else None for name in EMOTIONS)]
+    if not all(isinstance(value, float) and 0 <= value <= 1 for value in values):
+        raise RunError(f"{path} does not hold a shared threshold and one for each emotion, from 0 to 1")
+    return Thresholds(values[0], np.array(values[1:]))

@@ -10,6 +10,7 @@ import math
 import signal
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -17,7 +18,6 @@ from pathlib import Path
 if not __package__:  # run as a script: import from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -38,31 +38,11 @@ from common.checkpoint import (
 from common.metrics import mean_average_precision, multilabel_metrics
 from common.seed import seed_everything, seed_micro_batch
 from emotions.config import Config, UserError, run_config, run_path, run_script, shown
-from emotions.dataset import (
-    EMOTIONS,
-    Draw,
-    Row,
-    draw_weights,
-    epoch_steps,
-    fingerprint,
-    label_matrix,
-    label_shares,
-    load_splits,
-    make_loader,
-    token_lengths,
-)
-from emotions.evaluate import (
-    check_data,
-    evaluate_run,
-    mean_loss,
-    predict_logits,
-    print_summary,
-    probabilities,
-    thresholds_json,
-    tune_thresholds,
-)
+from emotions.dataset import Draw, Split, fingerprint, load_splits, make_loader, repeated_in_test
+from emotions.evaluate import check_data, evaluate_run, mean_loss, predict_logits, probabilities
 from emotions.gradient_health import collapse, gradient_health, parameter_group
-from emotions.losses import class_weights, emotion_loss
+from emotions.labels import EMOTIONS
+from emotions.loss import class_weights, emotion_loss
 from emotions.model import (
     MODEL_INPUTS,
     EmotionClassifier,
@@ -74,20 +54,22 @@ from emotions.model import (
 )
 from emotions.parallel import (
     Processes,
+    all_reduce,
+    barrier,
+    broadcast,
     end_processes,
-    from_rank_0,
-    gradients_shared,
+    full_tensor,
+    gradient_sync,
     load_training_state,
+    parallelize,
     require_space,
-    share_gradients,
     start_processes,
-    still_alive,
-    summed,
     training_state,
-    wait_for_all,
-    watched,
-    whole,
+    watchdog,
 )
+from emotions.report import print_summary
+from emotions.sampling import draw_weights, epoch_steps
+from emotions.thresholds import thresholds_json, tune
 
 
 def make_optimizer(
@@ -132,7 +114,7 @@ def accumulate_gradients(
         seed_micro_batch(config.seed, step, micro_step, rank)
         batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
         inputs = {name: tensor for name, tensor in batch.items() if name in MODEL_INPUTS}
-        with gradients_shared(module, last=micro_step == len(micro_batches) - 1):
+        with gradient_sync(module, last=micro_step == len(micro_batches) - 1):
             with torch.autocast(device.type, dtype, enabled=dtype is not None):
                 logits = module(**inputs)
             loss = emotion_loss(logits, batch["labels"], batch["known"], config, weights).sum() * counts
@@ -141,11 +123,11 @@ def accumulate_gradients(
     return torch.stack(losses).tolist()
 
 
-def refuse_non_finite(what: str, values: list[float], batches: list[list[Draw]], step: int) -> None:
+def refuse_non_finite(what: str, values: list[float], batches: list[list[Draw]], split: Split, step: int) -> None:
     """End the run, naming the batch, before a loss or gradient that is no number reaches the weights."""
     for value, draws in zip(values, batches):
         if not math.isfinite(value):
-            lines = ", ".join(str(draw.row.line) for draw in draws)
+            lines = ", ".join(str(split.rows[draw.row].line) for draw in draws)
             raise UserError(
                 f"the {what} is {value} at step {step + 1}, in the batch of train.jsonl lines {lines}; best/ is "
                 "untouched. A lower learning_rate or amp off may help"
@@ -157,7 +139,7 @@ def clip_gradient(
 ) -> float:
     """Take the loss scale out of the gradient and clip it; its norm before clipping."""
     scaler.unscale_(optimizer)
-    return whole(torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)).item()
+    return full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)).item()
 
 
 def update(optimizer: Optimizer, scheduler: LRScheduler, scaler: torch.amp.GradScaler) -> bool:
@@ -176,24 +158,24 @@ def update(optimizer: Optimizer, scheduler: LRScheduler, scaler: torch.amp.GradS
 
 def validate(
     model: EmotionClassifier,
-    rows: list[Row],
+    split: Split,
     tokenizer: PreTrainedTokenizerFast,
     weights: Tensor | None,
     config: Config,
     processes: Processes,
+    restart_watchdog: Callable[[], None],
 ) -> tuple[dict, dict]:
     """Validation scores, at .5 and at the one threshold that is best there, and all thresholds tuned there."""
-    logits = predict_logits(model, rows, tokenizer, config, processes, each_batch=partial(still_alive, config))
+    logits = predict_logits(model, split, tokenizer, config, processes, restart_watchdog)
     if not torch.isfinite(logits).all():
         raise UserError("the validation logits are not finite; best/ is untouched. A lower learning_rate may help")
-    thresholds = tune_thresholds(logits, rows, config)
-    labels, known, probability = label_matrix(rows, "labels"), label_matrix(rows, "known"), probabilities(logits)
-    f1 = [
-        multilabel_metrics(labels, cells, EMOTIONS, known)["f1_macro"]
-        for cells in (probability >= 0.5, logits.double().numpy() >= thresholds.shared)
-    ]
-    scores = {"loss": mean_loss(logits, rows, None if weights is None else weights.cpu(), config)}
-    scores |= {"map": mean_average_precision(labels, probability, known), "f1_macro_at_half": f1[0], "f1_macro": f1[1]}
+    labels, known, probability = split.labels, split.known, probabilities(logits)
+    thresholds = tune(logits.double().numpy(), labels, known, config.threshold_smoothing)
+    predictions = {"f1_macro_at_half": probability >= 0.5, "f1_macro": logits.double().numpy() >= thresholds.shared}
+    scores = {"loss": mean_loss(logits, split, None if weights is None else weights.cpu(), config)}
+    scores |= {"map": mean_average_precision(labels, probability, known)}
+    for name, cells in predictions.items():
+        scores[name] = multilabel_metrics(labels, cells, EMOTIONS, known)["f1_macro"]
     return scores, thresholds_json(thresholds)
 
 
@@ -242,10 +224,9 @@ def main(config: Config, check: bool = False) -> int | None:
 
     # Data
     tokenizer = load_tokenizer(config)
-    splits = load_splits(config)
+    splits = load_splits(config, tokenizer)
     train = splits["train"]
-    print_summary(splits, tokenizer, config)
-    lengths = np.minimum(token_lengths(train, tokenizer), config.max_length)
+    print_summary(splits, repeated_in_test(splits), config)
     drawn = draw_weights(train, config)
     rows_per_epoch = round(float(drawn.sum()))
     per_step = config.gradient_accumulation_steps * world  # micro-batches
@@ -253,23 +234,23 @@ def main(config: Config, check: bool = False) -> int | None:
     total_steps = min(config.epochs * steps_per_epoch, config.max_steps or math.inf)
 
     # Model
-    shares = label_shares(train, config)
-    model = build_model(config, tokenizer, prior_logits(*shares)).to(device)
-    weights = class_weights(config.class_weights, *map(torch.from_numpy, shares))
+    positives, known = drawn @ train.labels, drawn @ train.known
+    model = build_model(config, tokenizer, prior_logits(positives, known)).to(device)
+    weights = class_weights(config.class_weights, positives, known)
     parameters = sum(p.numel() for p in model.parameters())
     rows_per_step = config.batch_size * per_step
     print(f"{parameters:,} parameters | {rows_per_epoch} rows an epoch, {rows_per_step} a step | {total_steps} steps")
     weights = None if weights is None else weights.to(device)
-    module = share_gradients(model, config, processes)
+    module = parallelize(model, config, processes)
 
     # Optimizer
     optimizer, scheduler, scaler = make_optimizer(model, total_steps, config, device)
     if check:
-        draws = epoch_steps(train, drawn, lengths, config, 0, rank, world)[0].micro_batches[:1]
-        batch = next(iter(make_loader(draws, tokenizer, config)))
+        draws = epoch_steps(train, drawn, config, 0, rank, world)[0].micro_batches[:1]
+        batch = next(iter(make_loader(draws, train, tokenizer, config)))
         examples = len(batch["labels"])
         losses = accumulate_gradients(module, [batch], [True], examples, weights, scaler, config, 0, processes)
-        refuse_non_finite("loss", losses, draws, step=0)
+        refuse_non_finite("loss", losses, draws, train, step=0)
         print(f"check passed | loss of one batch {losses[0] / examples:.4f} | nothing was written")
         end_processes()
         return None
@@ -288,9 +269,9 @@ def main(config: Config, check: bool = False) -> int | None:
             else:  # another process finished it meanwhile
                 outcome = "finished"
         except (UserError, RunError, OSError):  # what run_script says in one line
-            from_rank_0("refused", processes)  # the others wait for a word
+            broadcast("refused", processes)  # the others wait for a word
             raise
-    outcome = from_rank_0(outcome, processes)
+    outcome = broadcast(outcome, processes)
     if outcome == "refused":
         return 1
     if outcome == "finished":
@@ -320,24 +301,24 @@ def main(config: Config, check: bool = False) -> int | None:
     # Loop
     loader = None
     hidden = True if rank else None  # None: shown on a terminal
-    with StopSignal() as stop, watched(config), tqdm(total=total_steps, initial=step, disable=hidden) as bar:
+    with StopSignal() as stop, watchdog(config.stall_seconds) as restart_watchdog, tqdm(total=total_steps, initial=step, disable=hidden) as bar:
         while step < total_steps and not best.exhausted:
-            still_alive(config)
+            restart_watchdog()
             began = time.perf_counter()
             epoch, position = divmod(step, steps_per_epoch)
             if loader is None:
-                steps = epoch_steps(train, drawn, lengths, config, epoch, rank, world)
+                steps = epoch_steps(train, drawn, config, epoch, rank, world)
                 rest = [draws for later in steps[position:] for draws in later.micro_batches]
-                loader = iter(make_loader(rest, tokenizer, config))
+                loader = iter(make_loader(rest, train, tokenizer, config))
             chosen, counted, examples = steps[position]
             micro_batches = [next(loader) for _ in chosen]
             losses = accumulate_gradients(
                 module, micro_batches, counted, examples, weights, scaler, config, step, processes
             )
-            refuse_non_finite("loss", losses, chosen, step)
+            refuse_non_finite("loss", losses, chosen, train, step)
             grad_norm = clip_gradient(model, optimizer, scaler, config)
             if not scaler.is_enabled():  # the scaler skips such a step by itself
-                refuse_non_finite("gradient norm", [grad_norm], [list(chain(*chosen))], step)
+                refuse_non_finite("gradient norm", [grad_norm], [list(chain(*chosen))], train, step)
             learning_rate = scheduler.get_last_lr()[0]
             logged = (step + 1) % config.logging_steps == 0
             health = gradient_health(model, grad_norm, config) if logged and math.isfinite(grad_norm) else {}
@@ -347,7 +328,7 @@ def main(config: Config, check: bool = False) -> int | None:
 
             seen = sum(int(batch["attention_mask"].sum()) for batch, counts in zip(micro_batches, counted) if counts)
             figures = torch.tensor([sum(losses), seen, stop.number], dtype=torch.float64)
-            loss, tokens, stopped = summed(figures, processes).tolist()  # stopped: a signal to any of the processes
+            loss, tokens, stopped = all_reduce(figures, processes).tolist()  # stopped: a signal to any of the processes
             totals["tokens"] += int(tokens)
             totals["loss"] += loss
             totals["examples"] += examples
@@ -368,7 +349,7 @@ def main(config: Config, check: bool = False) -> int | None:
             epoch_ended = step % steps_per_epoch == 0 or step == total_steps
             if epoch_ended:
                 loader = None
-                scores, thresholds = validate(model, splits["validation"], tokenizer, weights, config, processes)
+                scores, thresholds = validate(model, splits["validation"], tokenizer, weights, config, processes, restart_watchdog)
                 record = {"event": "evaluation", "epoch": epoch + 1, "step": step}
                 record |= {"train_loss": totals["loss"] / totals["examples"], **scores}
                 totals |= {"loss": 0.0, "examples": 0}
@@ -389,10 +370,12 @@ def main(config: Config, check: bool = False) -> int | None:
                 if run and epoch_ended and better:
                     require_space(path, model_state.values())
                     run.save_best(partial(save_model, model_state, model.config, tokenizer, thresholds))
-                wait_for_all(processes, config)
+                barrier(processes)
+                restart_watchdog()
                 if run:
                     save_last(run, state, best)
-                wait_for_all(processes, config)
+                barrier(processes)
+                restart_watchdog()
             if stopped:
                 bar.write(f"stopped at step {step} of {total_steps}: the same command goes on from here")
                 end_processes()
@@ -404,7 +387,7 @@ def main(config: Config, check: bool = False) -> int | None:
         return None
 
     # Final evaluation
-    scores = evaluate_run(run, splits, tokenizer, config, Processes(0, 1, device))
+    scores = evaluate_run(run, splits, tokenizer, config, device)
     results = {"metric": config.metric, "best": best.score, "split": "validation", "epoch": best.epoch}
     results |= {"step": best.step, "seconds": totals["seconds"], "thresholds": scores["thresholds"]}
     results |= {"tokens_per_second": totals["tokens"] / totals["train_seconds"]}

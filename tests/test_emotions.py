@@ -36,39 +36,10 @@ from common.checkpoint import RunError
 from emotions import evaluate, loss_gradients, parallel, train
 from emotions.attention import FastSelfAttention, use_fast_attention
 from emotions.config import SAMPLE, Config, UserError, parse_source_weights
-from emotions.dataset import (
-    ALL,
-    EMOTIONS,
-    NUMBERS,
-    Draw,
-    Row,
-    collate,
-    draw_rows,
-    draw_weights,
-    epoch_draws,
-    label_counts,
-    label_matrix,
-    label_shares,
-    load_splits,
-    normalized,
-    rank_batches,
-    rare_labels,
-    read_rows,
-    shuffled_words,
-)
-from emotions.evaluate import (
-    EKMAN,
-    GROUPINGS,
-    SENTIMENT,
-    cross_fitted_scores,
-    group_metrics,
-    predict_logits,
-    probabilities,
-    read_thresholds,
-    score_split,
-    thresholds_json,
-)
-from emotions.losses import MAX_WEIGHT, class_weights, emotion_loss
+from emotions.dataset import Draw, Row, Split, collate, load_splits, make_split, multi_hot, normalized, read_rows
+from emotions.evaluate import cross_fitted_scores, group_metrics, predict_logits, probabilities, score_split
+from emotions.labels import ALL, EKMAN, EMOTIONS, GROUPINGS, NUMBERS, SENTIMENT
+from emotions.loss import MAX_WEIGHT, class_weights, emotion_loss
 from emotions.model import (
     HEADS,
     MODEL_INPUTS,
@@ -80,7 +51,16 @@ from emotions.model import (
     save_model,
 )
 from emotions.parallel import Processes
-from emotions.thresholds import Thresholds, best_threshold, cross_fitted, shared_threshold, tune
+from emotions.sampling import draw_rows, draw_weights, epoch_draws, rank_batches, rare_labels, shuffle_words
+from emotions.thresholds import (
+    Thresholds,
+    best_threshold,
+    cross_fitted,
+    read_thresholds,
+    shared_threshold,
+    thresholds_json,
+    tune,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 ALONE = Processes(0, 1, torch.device("cpu"))
@@ -93,8 +73,8 @@ def tokenizer():
 
 
 @pytest.fixture(scope="module")
-def splits():
-    return load_splits(SAMPLE)
+def splits(tokenizer):
+    return load_splits(SAMPLE, tokenizer)
 
 
 def row(text: str, *labels: str, known: tuple = EMOTIONS, source: str = "s", line: int = 1) -> Row:
@@ -102,8 +82,21 @@ def row(text: str, *labels: str, known: tuple = EMOTIONS, source: str = "s", lin
     return Row(text, labels, known, source, line)
 
 
-def as_draws(rows: list[Row]) -> list[Draw]:
-    return [Draw(row, row.text) for row in rows]
+def batch_of(rows: list[Row], tokenizer, max_length: int = 64, draws: list[Draw] | None = None) -> dict:
+    """The rows as one batch, or draws of them."""
+    draws = draws or [Draw(number, row.text) for number, row in enumerate(rows)]
+    return collate(draws, make_split(rows, tokenizer), tokenizer, max_length)
+
+
+def labels_of(rows: list[Row]) -> tuple[np.ndarray, np.ndarray]:
+    """What the rows have, and what is known of them."""
+    return multi_hot([row.labels for row in rows]), multi_hot([row.known for row in rows])
+
+
+def shares_of(split: Split, config: Config = SAMPLE) -> tuple[np.ndarray, np.ndarray]:
+    """The draws of an epoch that have a label, and those that know it, on average."""
+    weights = draw_weights(split, config)
+    return weights @ split.labels, weights @ split.known
 
 
 def inputs_of(batch: dict) -> dict:
@@ -124,22 +117,22 @@ GOOD = {"text": "I love it", "labels": ["love", "joy"]}
 @pytest.mark.parametrize(
     "line, message",
     [
-        ('{"text": "a"', "line 3: expected a JSON object, found '{\"text\": \"a\"' (Expecting"),
-        ('["a", ["joy"]]', "line 3: expected a JSON object, found"),
-        ("[" * 100_000, "line 3: expected a JSON object, found '[[["),
-        (GOOD | {"text": " "}, "line 3: text is ' ', expected a non-empty string"),
-        ({"labels": ["joy"]}, "line 3: text is None, expected a non-empty string"),
-        ('{"text": "\\ud800", "labels": []}', "line 3: 'utf-8' codec can't encode"),
-        ({"text": "a"}, "line 3: labels is None, expected a list of emotions"),
-        (GOOD | {"labels": "joy"}, "line 3: labels is 'joy', expected a list of emotions"),
-        (GOOD | {"labels": [3]}, "line 3: labels is [3], expected a list of emotions"),
-        (GOOD | {"labels": ["hunger"]}, "line 3: labels holds 'hunger', expected some of admiration, amusement"),
-        (GOOD | {"known": ["bliss"]}, "line 3: known holds 'bliss', expected some of"),
+        ('{"text": "a"', "line 3: the row is '{\"text\": \"a\"' (Invalid JSON: EOF"),
+        ('["a", ["joy"]]', "line 3: the row is ['a', ['joy']] (Input should be an object)"),
+        ("[" * 100_000, "line 3: the row is '[[["),
+        (GOOD | {"text": " "}, "line 3: text is ' ' (String should have at least 1 character)"),
+        ({"labels": ["joy"]}, "line 3: text is missing (Field required)"),
+        ('{"text": "\\ud800", "labels": []}', "line 3: the row is '{\"text\": \"\\\\ud800\", \"labels\": []}' (Invalid JSON"),
+        ({"text": "a"}, "line 3: labels is missing (Field required)"),
+        (GOOD | {"labels": "joy"}, "line 3: labels is 'joy' (Input should be a valid array)"),
+        (GOOD | {"labels": [3]}, "line 3: labels.0 is 3 (Input should be 'admiration', 'amusement'"),
+        (GOOD | {"labels": ["hunger"]}, "line 3: labels.0 is 'hunger' (Input should be 'admiration', 'amusement'"),
+        (GOOD | {"known": ["joy", "bliss"]}, "line 3: known.1 is 'bliss' (Input should be 'admiration'"),
         (GOOD | {"known": ["love"]}, "line 3: labels ['love', 'joy'] are not all among known ['love']"),
         (GOOD | {"labels": [], "known": []}, "line 3: known is empty"),
-        (GOOD | {"id": [1]}, "line 3: id is [1], expected a number or a string"),
-        (GOOD | {"source": 1}, "line 3: source is 1, expected a string"),
-        (GOOD | {"konwn": ["joy"]}, "line 3: 'konwn' is no key of a row, expected some of text, labels, known"),
+        (GOOD | {"id": [1]}, "line 3: id.int is [1] (Input should be a valid integer)"),
+        (GOOD | {"source": 1}, "line 3: source is 1 (Input should be a valid string)"),
+        (GOOD | {"konwn": ["joy"]}, "line 3: konwn is ['joy'] (Extra inputs are not permitted)"),
     ],
 )
 def test_a_bad_line_is_named_with_file_and_line(tmp_path, line, message):
@@ -164,28 +157,28 @@ def test_what_real_files_hold_is_read(tmp_path):
         read_rows(tmp_path / "x.jsonl")
 
 
-def test_missing_empty_and_leaking_files_are_named(tmp_path):
+def test_missing_empty_and_leaking_files_are_named(tmp_path, tokenizer):
     config = replace(SAMPLE, data_dir=str(tmp_path))
     with pytest.raises(UserError, match=r"train\.jsonl not found: .*prepare\.py.*--data_dir.*--sample"):
-        load_splits(config)
+        load_splits(config, tokenizer)
     write_lines(tmp_path / "train.jsonl", [GOOD])
     write_lines(tmp_path / "validation.jsonl", [""])
     with pytest.raises(UserError, match=r"validation\.jsonl holds no row"):
-        load_splits(config)
+        load_splits(config, tokenizer)
     write_lines(tmp_path / "validation.jsonl", [{"text": "so", "labels": []}])
     with pytest.raises(UserError, match=r"validation\.jsonl holds no label"):
-        load_splits(config)
+        load_splits(config, tokenizer)
     four = [{"text": f"text {n}", "labels": ["joy"]} for n in range(4)]
     write_lines(tmp_path / "validation.jsonl", four)
     with pytest.raises(UserError, match=r"validation\.jsonl holds 4 rows, expected 5 or more to tune on"):
-        load_splits(config)
+        load_splits(config, tokenizer)
     write_lines(tmp_path / "validation.jsonl", [*four, {"text": "I LOVE it!", "labels": []}])
     with pytest.raises(UserError, match=r"validation\.jsonl, line 5: its text is also in train\.jsonl, line 1"):
-        load_splits(config)
+        load_splits(config, tokenizer)
     write_lines(tmp_path / "validation.jsonl", [*four, {"text": "so", "labels": ["joy"]}])
-    assert set(load_splits(config)) == {"train", "validation"}
+    assert set(load_splits(config, tokenizer)) == {"train", "validation"}
     write_lines(tmp_path / "test.jsonl", [{"text": "so", "labels": ["joy"]}])  # also validation's: both stay whole
-    assert set(load_splits(config)) == {"train", "validation", "test"}
+    assert set(load_splits(config, tokenizer)) == {"train", "validation", "test"}
 
 
 def test_texts_are_compared_without_case_punctuation_and_spaces():
@@ -193,11 +186,11 @@ def test_texts_are_compared_without_case_punctuation_and_spaces():
     assert normalized("Straße") == normalized("STRASSE") and normalized("!!!") == "!!!" != normalized(":)")
 
 
-def test_the_labels_as_a_matrix():
-    matrix = label_matrix([row("a", "joy", "fear"), row("b")], "labels")
-    assert matrix.shape == (2, 28) and matrix.sum() == 2 and matrix[0, [NUMBERS["joy"], NUMBERS["fear"]]].all()
-    assert label_matrix([row("a", known=("joy", "fear"))], "known").sum() == 2
-    assert label_counts([row("a", "joy"), row("b", "joy", "fear")])[NUMBERS["joy"]] == 2
+def test_a_split_has_its_labels_as_matrices_and_its_lengths(tokenizer):
+    split = make_split([row("a", "joy", "fear"), row("b b", known=("joy", "fear"))], tokenizer)
+    assert split.labels.shape == (2, 28) and split.labels.sum() == 2
+    assert split.labels[0, [NUMBERS["joy"], NUMBERS["fear"]]].all() and split.known.sum(axis=1).tolist() == [28, 2]
+    assert split.lengths.tolist() == [len(tokenizer(text)["input_ids"]) for text in ("a", "b b")]
 
 
 # Draws
@@ -229,20 +222,20 @@ def test_an_epoch_has_as_many_draws_as_its_weights_say_whatever_they_add_up_to()
         assert {len(draw_rows(weights, 0, epoch)) for epoch in range(3)} == {round(float(weights.sum()))}
 
 
-def test_weights_by_source_and_by_the_rarest_label():
+def test_weights_by_source_and_by_the_rarest_label(tokenizer):
     rows = [row("a", "joy"), row("b", "joy", "fear"), row("c", "joy", source="isear"), row("d", source="isear")]
-    config = replace(SAMPLE, source_weights="isear=0.5")
-    assert draw_weights(rows, config).tolist() == [1, 1, 0.5, 0.5]
+    split, config = make_split(rows, tokenizer), replace(SAMPLE, source_weights="isear=0.5")
+    assert draw_weights(split, config).tolist() == [1, 1, 0.5, 0.5]
     # counts: joy 3, fear 1; the rarest label's: 3, 1, 3, and 3 (the most frequent) for the row without a label
-    balanced = draw_weights(rows, replace(SAMPLE, label_balance=1.0))
+    balanced = draw_weights(split, replace(SAMPLE, label_balance=1.0))
     assert balanced == pytest.approx(np.array([1, 3, 1, 1]) * 4 / 6)
-    half = draw_weights(rows, replace(config, label_balance=0.5))
+    half = draw_weights(split, replace(config, label_balance=0.5))
     factor = np.array([1, math.sqrt(3), 0.5, 0.5])
     assert half == pytest.approx(factor * 3 / factor.sum())
     with pytest.raises(UserError, match=r"no training row has source 'meld', there are \['isear', 's'\]"):
-        draw_weights(rows, replace(SAMPLE, source_weights="meld=1"))
+        draw_weights(split, replace(SAMPLE, source_weights="meld=1"))
     with pytest.raises(UserError, match="leaves less than one training row"):
-        draw_weights(rows, replace(SAMPLE, source_weights="s=0,isear=0"))
+        draw_weights(split, replace(SAMPLE, source_weights="s=0,isear=0"))
 
 
 @pytest.mark.parametrize("setting", ["isear", "isear=", "=1", "isear=-1", "isear=nan", "isear=inf", "a=1,,b=1"])
@@ -253,58 +246,59 @@ def test_source_weights_that_are_none_are_refused(setting):
 
 
 def test_without_augmentation_an_epoch_is_the_rows_themselves(splits):
-    rows = splits["train"][:200]
-    draws = epoch_draws(rows, np.ones(200), SAMPLE, epoch=0)
-    assert sorted(number for number, _ in draws) == list(range(200))
-    assert all(draw == Draw(rows[number], rows[number].text) for number, draw in draws)
+    split = splits["train"]
+    draws = epoch_draws(split, np.ones(len(split)), SAMPLE, epoch=0)
+    assert sorted(draw.row for draw in draws) == list(range(len(split)))
+    assert all(draw == Draw(draw.row, split.rows[draw.row].text) for draw in draws)
 
 
 def test_only_rows_with_a_rare_label_are_augmented_and_reproducibly(splits):
-    rows = splits["train"]
+    split, rows, counts = splits["train"], splits["train"].rows, splits["train"].labels.sum(axis=0)
     config = replace(SAMPLE, augment_words=1.0, augment_features=0.5, rare_label_rows=60)
-    rare = rare_labels(rows, config)
-    assert rare == {n for n, count in enumerate(label_counts(rows)) if 0 < count < 60} and 0 < len(rare) < 28
-    draws = epoch_draws(rows, np.ones(len(rows)), config, epoch=0)
-    assert draws == epoch_draws(rows, np.ones(len(rows)), config, epoch=0)
-    assert draws != epoch_draws(rows, np.ones(len(rows)), config, epoch=1)
+    rare = rare_labels(split, config)
+    assert rare == {n for n, count in enumerate(counts) if 0 < count < 60} and 0 < len(rare) < 28
+    draws = epoch_draws(split, np.ones(len(split)), config, epoch=0)
+    assert draws == epoch_draws(split, np.ones(len(split)), config, epoch=0)
+    assert draws != epoch_draws(split, np.ones(len(split)), config, epoch=1)
     changed, mixed, touched = 0, 0, 0
-    for number, draw in draws:
-        found = rare.intersection(rows[number].labels)
-        assert draw.row is rows[number]
-        if not found:
-            assert draw == Draw(draw.row, draw.row.text)
+    for draw in draws:
+        text, own = rows[draw.row].text, rare.intersection(rows[draw.row].labels)
+        if not own:
+            assert draw == Draw(draw.row, text)
             continue
         touched += 1
-        changed += draw.text != draw.row.text
-        assert not Counter(draw.text.split()) - Counter(draw.row.text.split())
-        if draw.partner:
+        changed += draw.text != text
+        assert not Counter(draw.text.split()) - Counter(text.split())
+        if draw.partner is not None:
             mixed += 1
-            rarest = min(found, key=label_counts(rows).__getitem__)
-            assert rarest in draw.partner.labels and draw.partner.text != draw.row.text and 0 <= draw.share < 1
+            partner = rows[draw.partner]
+            assert min(own, key=counts.__getitem__) in partner.labels and partner.text != text and 0 <= draw.share < 1
     assert changed > 0.9 * touched and 0.3 * touched < mixed < 0.7 * touched
 
 
-def test_a_source_of_weight_0_gives_no_partners():
+def test_a_source_of_weight_0_gives_no_partners(tokenizer):
     rows = [row(f"{source} {n}", "grief", source=source) for source in ("a", "b") for n in range(4)]
-    config = replace(SAMPLE, augment_features=1.0, source_weights="b=0")
-    draws = [draw for epoch in range(5) for _, draw in epoch_draws(rows, draw_weights(rows, config), config, epoch)]
-    assert len(draws) == 20 and {draw.partner.source for draw in draws} == {"a"} == {draw.row.source for draw in draws}
+    split, config = make_split(rows, tokenizer), replace(SAMPLE, augment_features=1.0, source_weights="b=0")
+    weights = draw_weights(split, config)
+    draws = [draw for epoch in range(5) for draw in epoch_draws(split, weights, config, epoch)]
+    assert len(draws) == 20
+    assert {rows[n].source for draw in draws for n in (draw.row, draw.partner)} == {"a"}
 
 
 def test_word_deletion_and_swap_keep_most_words():
     generator = np.random.default_rng(0)
     words = [f"w{n}" for n in range(20)]
-    results = [shuffled_words(" ".join(words), generator).split() for _ in range(500)]
+    results = [shuffle_words(" ".join(words), generator).split() for _ in range(500)]
     assert np.mean([len(result) for result in results]) == pytest.approx(18, abs=0.3)  # a tenth is deleted
     for result in results:
         places = [words.index(word) for word in result]
         assert sum(a > b for a, b in pairwise(places)) == 1  # one pair of neighbours is swapped
-    assert shuffled_words("alone", generator) == "alone"
+    assert shuffle_words("alone", generator) == "alone"
 
 
 def test_a_batch_is_padded_to_its_longest_text_with_labels_and_what_is_known(tokenizer):
     rows = [row("so", "joy", known=("joy", "fear")), row("I am so very happy with this " * 9, "joy", "love")]
-    batch = collate(as_draws(rows), tokenizer, max_length=32)
+    batch = batch_of(rows, tokenizer, 32)
     assert batch["input_ids"].shape == (2, 32) and batch["attention_mask"].sum(dim=1)[0] < 8
     assert batch["labels"].dtype == torch.float32 and batch["known"].dtype == torch.bool
     assert batch["labels"].sum(dim=1).tolist() == [1, 2] and batch["known"].sum(dim=1).tolist() == [2, 28]
@@ -314,8 +308,7 @@ def test_a_batch_is_padded_to_its_longest_text_with_labels_and_what_is_known(tok
 
 def test_partners_bring_interpolated_labels(tokenizer):
     first, second = row("one", "grief", "joy", known=("grief", "joy", "fear")), row("two", "grief", "love")
-    draws = [Draw(second, "two"), Draw(first, "one", second, 0.25)]
-    batch = collate(draws, tokenizer, max_length=32)
+    batch = batch_of([second, first], tokenizer, 32, draws=[Draw(0, "two"), Draw(1, "one", 0, 0.25)])
     assert len(batch["input_ids"]) == len(batch["labels"]) == 3
     assert batch["anchors"].tolist() == [1] and batch["shares"].tolist() == [0.25]
     found = {name: batch["labels"][2, NUMBERS[name]].item() for name in ("grief", "joy", "love", "fear")}
@@ -395,7 +388,7 @@ def test_best_loads_in_transformers_with_the_same_logits(tmp_path, tokenizer, sp
     assert not (info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"])
     assert type(reference).__name__ == reference.config.architectures[0]
     assert list(reference.config.id2label.values()) == list(EMOTIONS)
-    batch = inputs_of(collate(as_draws(splits["test"][:16]), tokenizer, 64))
+    batch = inputs_of(batch_of(splits["test"].rows[:16], tokenizer))
     expected = reference.eval()(**batch).logits
     torch.testing.assert_close(model(**batch), expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(load_model(folder, config)(**batch), expected, rtol=1e-4, atol=1e-5)
@@ -403,11 +396,11 @@ def test_best_loads_in_transformers_with_the_same_logits(tmp_path, tokenizer, sp
 
 
 def test_best_runs_in_the_pipeline_with_the_same_probabilities(tmp_path, tokenizer, splits):
-    rows = splits["test"][:20]
+    rows = splits["test"].rows[:20]
     config = replace(SAMPLE, model=str(save_encoder("deberta-v2", tmp_path / "base", tokenizer)), init="pretrained")
     model = built(config, tokenizer)
     classify = pipeline("text-classification", model=str(saved(model, tokenizer, tmp_path / "best")), top_k=None)
-    ours = probabilities(predict_logits(model, rows, tokenizer, config, ALONE))
+    ours = probabilities(predict_logits(model, make_split(rows, tokenizer), tokenizer, config, ALONE))
     for answers, expected in zip(classify([row.text for row in rows], truncation=True), ours, strict=True):
         found = {answer["label"]: answer["score"] for answer in answers}
         assert [found[name] for name in EMOTIONS] == pytest.approx(expected, abs=1e-5)
@@ -422,7 +415,7 @@ def test_mean_pooling_is_the_mean_of_the_real_tokens(tmp_path, tokenizer, splits
     config = replace(config, pooling="mean", max_length=64)
     model = built(config, tokenizer)
     encoder = AutoModel.from_pretrained(saved(model, tokenizer, tmp_path / "best")).eval()
-    batch = inputs_of(collate(as_draws(splits["test"][:8]), tokenizer, 64))
+    batch = inputs_of(batch_of(splits["test"].rows[:8], tokenizer))
     hidden = encoder(**batch).last_hidden_state
     pooled = [states[mask.bool()].mean(dim=0) for states, mask in zip(hidden, batch["attention_mask"])]
     expected = torch.stack(pooled) @ model.mean_classifier.weight.T + model.mean_classifier.bias
@@ -498,12 +491,12 @@ def test_a_damaged_best_folder_is_refused_by_name(tmp_path, tokenizer):
             read_thresholds(folder)
 
 
-def test_the_tokenizer_of_deberta_v3s_own_files_loads(tmp_path):
+def test_the_tokenizer_of_deberta_v3s_own_files_loads(tmp_path, splits):
     """microsoft/deberta-v3 has a sentencepiece model and no tokenizer.json."""
     import sentencepiece
 
     texts = tmp_path / "texts.txt"
-    texts.write_text("\n".join(row.text for row in load_splits(SAMPLE)["train"]), encoding="utf-8")
+    texts.write_text("\n".join(row.text for row in splits["train"].rows), encoding="utf-8")
     sentencepiece.SentencePieceTrainer.train(
         input=str(texts), model_prefix=str(tmp_path / "spm"), vocab_size=600, pad_id=0, bos_id=1, eos_id=2, unk_id=3,
         pad_piece="[PAD]", bos_piece="[CLS]", eos_piece="[SEP]", unk_piece="[UNK]", minloglevel=2,
@@ -516,7 +509,7 @@ def test_the_tokenizer_of_deberta_v3s_own_files_loads(tmp_path):
     reference = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "spm.model"))
     odd = ["I love this!", " two  spaces,\ttab and\nline ", "Привет 😀 ok", "a", "ＦＵＬＬ ｗｉｄｔｈ ﬁne… ½"]
     odd.append("\u00a0no\u3000break\u200b")
-    for text in odd + [one.text for one in load_splits(SAMPLE)["test"]]:
+    for text in odd + [one.text for one in splits["test"].rows]:
         assert tokenizer(text)["input_ids"] == [1, *reference.encode(text), 2], text
     assert tokenizer.mask_token_id == 600 == len(tokenizer) - 1
     model = built(replace(SAMPLE, model=str(tmp_path)), tokenizer)
@@ -529,35 +522,36 @@ def test_the_tokenizer_of_deberta_v3s_own_files_loads(tmp_path):
 
 def test_the_first_probabilities_are_the_training_priors(tokenizer):
     rows = [row("a", "joy"), row("b", "joy"), row("c", "fear", known=("fear", "joy")), row("d", known=("fear",))]
-    prior = prior_logits(*label_shares(rows, SAMPLE)).sigmoid()
+    prior = prior_logits(*shares_of(make_split(rows, tokenizer))).sigmoid()
     # joy: 2 of the 3 rows that know it; fear: 1 of 4; grief: 0 of 2; one row more on either side
     found = [prior[NUMBERS[name]].item() for name in ("joy", "fear", "grief")]
     assert found == pytest.approx([3 / 5, 2 / 6, 1 / 4])
     twice = [one._replace(source="twice" if one.text == "c" else "s") for one in rows]  # as often as c is drawn
-    shares = label_shares(twice, replace(SAMPLE, source_weights="twice=2"))
+    shares = shares_of(make_split(twice, tokenizer), replace(SAMPLE, source_weights="twice=2"))
     assert [share[NUMBERS["fear"]] for share in shares] == [2, 5]
-    unknown = prior_logits(*label_shares(rows[2:], SAMPLE)).sigmoid()  # nobody there knows grief
+    unknown = prior_logits(*shares_of(make_split(rows[2:], tokenizer))).sigmoid()  # nobody there knows grief
     assert unknown[NUMBERS["grief"]] < 1e-4 < unknown[NUMBERS["joy"]]
     for pooling in ("head", "mean"):
-        model = built(replace(SAMPLE, pooling=pooling), tokenizer, prior=prior_logits(*label_shares(rows, SAMPLE)))
-        assert torch.equal(model.output.bias.sigmoid(), prior) and len(model.output.weight) == 28
-        found = model(**inputs_of(collate(as_draws(rows), tokenizer, 32))).sigmoid()
-        torch.testing.assert_close(found, prior.expand(4, 28), atol=0.2, rtol=0)
+        prior = prior_logits(*shares_of(make_split(rows, tokenizer)))
+        model = built(replace(SAMPLE, pooling=pooling), tokenizer, prior=prior)
+        assert torch.equal(model.output.bias, prior) and len(model.output.weight) == 28
+        found = model(**inputs_of(batch_of(rows, tokenizer, 32))).sigmoid()
+        torch.testing.assert_close(found, prior.sigmoid().expand(4, 28), atol=0.2, rtol=0)
 
 
 def test_padding_and_the_batchs_other_rows_change_nothing(tokenizer, splits):
     model = built(SAMPLE, tokenizer)
-    rows = splits["test"][:12]
-    together = model(**inputs_of(collate(as_draws(rows), tokenizer, 64)))
+    rows = splits["test"].rows[:12]
+    together = model(**inputs_of(batch_of(rows, tokenizer)))
     for index, one in enumerate(rows):
-        alone = model(**inputs_of(collate(as_draws([one]), tokenizer, 64)))
+        alone = model(**inputs_of(batch_of([one], tokenizer)))
         torch.testing.assert_close(together[index : index + 1], alone, rtol=1e-4, atol=1e-5)
 
 
 def test_logits_are_fp32_under_autocast(tokenizer, splits):
     for pooling in ("head", "mean"):
         model = built(replace(SAMPLE, pooling=pooling), tokenizer)
-        batch = inputs_of(collate(as_draws(splits["test"][:8]), tokenizer, 64))
+        batch = inputs_of(batch_of(splits["test"].rows[:8], tokenizer))
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(**batch)
         assert logits.dtype == torch.float32
@@ -568,11 +562,11 @@ def test_logits_are_fp32_under_autocast(tokenizer, splits):
 def test_interpolated_rows_are_interpolated_features(tokenizer, pooling):
     model = built(replace(SAMPLE, pooling=pooling), tokenizer)
     first, second = row("I lost my dog and I cannot stop crying", "grief"), row("we buried grandpa today", "grief")
-    draws = [Draw(second, second.text), Draw(first, first.text, second, 0.25)]
-    logits = model(**inputs_of(collate(draws, tokenizer, 64)))
+    draws = [Draw(0, second.text), Draw(1, first.text, 0, 0.25)]
+    logits = model(**inputs_of(batch_of([second, first], tokenizer, draws=draws)))
     seen = []
     handle = model.output.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
-    plain = model(**inputs_of(collate(as_draws([second, first]), tokenizer, 64)))
+    plain = model(**inputs_of(batch_of([second, first], tokenizer)))
     handle.remove()
     torch.testing.assert_close(logits[:2], plain, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(logits[2], model.output(0.75 * seen[0][1] + 0.25 * seen[0][0]), rtol=1e-4, atol=1e-5)
@@ -948,7 +942,7 @@ def test_class_weights_leave_a_smoothed_negative_where_it_was():
 
 
 def test_balanced_class_weights_by_hand():
-    positives, known = torch.tensor([10, 50, 1, 0, 30, 80]), torch.tensor([100, 100, 10000, 100, 30, 100])
+    positives, known = np.array([10, 50, 1, 0, 30, 80]), np.array([100, 100, 10000, 100, 30, 100])
     assert class_weights("off", positives, known) is None
     weights = class_weights("balanced", positives, known)  # 90/10, 50/50, 9999/1 capped, no positives, no negatives
     assert weights.tolist() == [9.0, 1.0, MAX_WEIGHT, 1.0, 1.0, 0.25] and weights.dtype == torch.float32
@@ -1125,8 +1119,8 @@ def test_a_group_holds_where_any_of_its_labels_does():
         row("b", "fear", known=("fear", "joy")),
         row("c", known=("fear", "nervousness", "anger")),
     ]
-    labels, known = label_matrix(rows, "labels"), label_matrix(rows, "known")
-    predictions = label_matrix([row("", "anger"), row("", "nervousness", "joy"), row("", "nervousness")], "labels")
+    labels, known = labels_of(rows)
+    predictions = labels_of([row("", "anger"), row("", "nervousness", "joy"), row("", "nervousness")])[0]
     found = group_metrics(labels, predictions, known, EKMAN)["per_label"]
     assert found["anger"] == {"precision": 1.0, "recall": 1.0, "f1": 1.0, "support": 1}  # c does not know all of anger
     # fear: b has it (nervousness there is unknown, so not found: missed), c has not, and nervousness is found: wrong
@@ -1135,38 +1129,38 @@ def test_a_group_holds_where_any_of_its_labels_does():
 
 
 def test_scores_at_three_kinds_of_threshold_by_scikit_learn(splits):
-    rows = splits["validation"]
-    labels = label_matrix(rows, "labels")
+    split, labels = splits["validation"], splits["validation"].labels
     generator = np.random.default_rng(0)
     logits = torch.from_numpy(generator.normal(size=labels.shape) + 3 * labels - 2).float()
     per_label = generator.uniform(0.2, 0.6, 28)
-    scores = score_split(logits, rows, 0.3, per_label, 1.25)
+    scores = score_split(logits, split, Thresholds(0.3, per_label), 1.25)
     probability = logits.double().sigmoid().numpy()
     for rule, cut in (("at_half", 0.5), ("at_shared", 0.3), ("at_per_label", per_label)):
         for average in ("macro", "micro", "weighted"):
             expected = f1_score(labels, probability >= cut, average=average, zero_division=0)
             assert scores[rule][f"f1_{average}"] == pytest.approx(expected), (rule, average)
-        assert scores[rule]["cardinality_predicted"] == pytest.approx((probability >= cut).sum() / len(rows))
+        assert scores[rule]["cardinality_predicted"] == pytest.approx((probability >= cut).sum() / len(split))
     assert scores["map"] == pytest.approx(average_precision_score(labels, probability, average="macro"))
-    assert scores["at_half"]["cardinality_true"] == pytest.approx(labels.sum() / len(rows)) and scores["loss"] == 1.25
-    honest = cross_fitted_scores(logits, rows, SAMPLE)
+    assert scores["at_half"]["cardinality_true"] == pytest.approx(labels.sum() / len(split)) and scores["loss"] == 1.25
+    honest = cross_fitted_scores(logits, split, SAMPLE)
     found = cross_fitted(logits.double().numpy(), labels, np.ones_like(labels), SAMPLE.threshold_smoothing, 42)
     assert honest["at_per_label"]["f1_macro"] == pytest.approx(f1_score(labels, found[1], average="macro"))
 
 
 def test_logits_do_not_depend_on_the_order_and_several_processes_make_one_list(tokenizer, splits, monkeypatch):
-    model, rows = built(SAMPLE, tokenizer), splits["test"][:50]
+    model, rows = built(SAMPLE, tokenizer), splits["test"].rows[:50]
+    split, backwards = make_split(rows, tokenizer), make_split(rows[::-1], tokenizer)
     config = replace(SAMPLE, eval_batch_size=8)
-    whole = predict_logits(model, rows, tokenizer, config, ALONE)
-    back = predict_logits(model, rows[::-1], tokenizer, config, ALONE)
-    torch.testing.assert_close(whole, back.flip(0), rtol=1e-5, atol=1e-5)
-    monkeypatch.setattr(evaluate, "summed", lambda tensor, processes: tensor)
+    together = predict_logits(model, split, tokenizer, config, ALONE)
+    back = predict_logits(model, backwards, tokenizer, config, ALONE)
+    torch.testing.assert_close(together, back.flip(0), rtol=1e-5, atol=1e-5)
+    monkeypatch.setattr(evaluate, "all_reduce", lambda tensor, processes: tensor)
     turns = []
     parts = [
-        predict_logits(model, rows, tokenizer, config, Processes(rank, 4, ALONE.device), partial(turns.append, rank))
+        predict_logits(model, split, tokenizer, config, Processes(rank, 4, ALONE.device), partial(turns.append, rank))
         for rank in range(4)
     ]
-    torch.testing.assert_close(sum(parts), whole, rtol=1e-5, atol=1e-5)  # 7 batches: one of the four repeats the first
+    torch.testing.assert_close(sum(parts), together, rtol=1e-5, atol=1e-5)  # 7 batches: one of the four repeats the first
     assert Counter(turns) == {0: 2, 1: 2, 2: 2, 3: 2}
 
 
@@ -1175,7 +1169,7 @@ def test_logits_do_not_depend_on_the_order_and_several_processes_make_one_list(t
 
 def gradients(model, rows_of_batches, tokenizer, examples: int, **changes) -> dict[str, torch.Tensor]:
     config = replace(SAMPLE, **changes)
-    batches = [collate(as_draws(rows), tokenizer, 64) for rows in rows_of_batches]
+    batches = [batch_of(rows, tokenizer) for rows in rows_of_batches]
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     counted = [True] * len(batches)
     losses = train.accumulate_gradients(model, batches, counted, examples, None, scaler, config, 0, ALONE)
@@ -1195,7 +1189,7 @@ def without_dropout(tmp_path_factory, tokenizer) -> str:
 
 def test_a_process_of_several_scales_its_part_and_has_its_own_dropout(tokenizer, splits, without_dropout, monkeypatch):
     model = built(replace(SAMPLE, model=without_dropout, dropout=0.0), tokenizer)
-    batches, seeds = [collate(as_draws(splits["train"][:8]), tokenizer, 64)] * 2, []
+    batches, seeds = [batch_of(splits["train"].rows[:8], tokenizer)] * 2, []
     monkeypatch.setattr(train, "seed_micro_batch", lambda *numbers: seeds.append(numbers))
     scaler, found = torch.amp.GradScaler("cpu", enabled=False), []
     for processes, counted in ((ALONE, [True, False]), (ALONE._replace(rank=1, world=3), [True, True])):
@@ -1210,16 +1204,16 @@ def test_gradient_checkpointing_changes_no_gradient(tokenizer, splits, without_d
     config = replace(SAMPLE, model=without_dropout, dropout=0.0)
     plain, checkpointed = (built(replace(config, gradient_checkpointing=on), tokenizer) for on in (False, True))
     assert checkpointed.encoder.is_gradient_checkpointing and not plain.encoder.is_gradient_checkpointing
-    expected, found = (gradients(model, [splits["train"][:8]], tokenizer, 8) for model in (plain, checkpointed))
+    expected, found = (gradients(model, [splits["train"].rows[:8]], tokenizer, 8) for model in (plain, checkpointed))
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_a_run_starts_at_the_prior_of_what_it_draws(tmp_path, small_data):
+def test_a_run_starts_at_the_prior_of_what_it_draws(tmp_path, small_data, tokenizer):
     config = replace(SAMPLE, run_dir=str(tmp_path / "run"), data_dir=small_data, learning_rate=0.0, max_steps=1)
     config = replace(config, source_weights="isear=0", label_balance=0.5)
     train.main(config)
-    expected = prior_logits(*label_shares(load_splits(config)["train"], config))
+    expected = prior_logits(*shares_of(load_splits(config, tokenizer)["train"], config))
     assert torch.equal(load_model(tmp_path / "run" / "best", config).output.bias, expected)
 
 
@@ -1248,7 +1242,7 @@ def test_an_overflow_is_skipped_counted_and_said(tmp_path, small_data, monkeypat
 
 def test_an_unknown_label_gets_no_gradient(tokenizer, splits):
     model = built(SAMPLE, tokenizer)
-    rows = [one._replace(labels=(), known=(NUMBERS["joy"], NUMBERS["fear"])) for one in splits["train"][:8]]
+    rows = [one._replace(labels=(), known=(NUMBERS["joy"], NUMBERS["fear"])) for one in splits["train"].rows[:8]]
     found = gradients(model, [rows], tokenizer, 8)["classifier.weight"].abs().sum(dim=1)
     assert [EMOTIONS[n] for n in found.nonzero().flatten()] == ["fear", "joy"]
 
@@ -1304,29 +1298,29 @@ def test_the_norms_in_the_log_are_of_the_unscaled_gradient_before_clipping(tmp_p
 
 
 def test_one_batch_overfits(tokenizer, splits, without_dropout):
-    rows = splits["train"][:16]
+    rows = splits["train"].rows[:16]
     model = built(replace(SAMPLE, model=without_dropout, dropout=0.0), tokenizer)
     config = replace(SAMPLE, learning_rate=3e-3, warmup_ratio=0.0)
     optimizer, scheduler, scaler = train.make_optimizer(model, 60, config, ALONE.device)
-    batch = collate(as_draws(rows), tokenizer, 64)
+    batch = batch_of(rows, tokenizer)
     for step in range(60):
         losses = train.accumulate_gradients(model, [batch], [True], 16, None, scaler, config, step, ALONE)
         train.clip_gradient(model, optimizer, scaler, config)
         train.update(optimizer, scheduler, scaler)
     assert losses[0] / 16 < 0.5
-    logits = predict_logits(model, rows, tokenizer, config, ALONE)
-    assert ((logits > 0).numpy() == label_matrix(rows, "labels")).all()
+    logits = predict_logits(model, make_split(rows, tokenizer), tokenizer, config, ALONE)
+    assert ((logits > 0).numpy() == labels_of(rows)[0]).all()
 
 
 @pytest.fixture(scope="module")
 def small_data(tmp_path_factory, splits) -> str:
     """A data folder of 104 training rows, of which some know 7 or 8 labels, and 60 and 20 others."""
     folder = tmp_path_factory.mktemp("data")
-    sources = [[one for one in splits["train"] if one.source == name] for name in ("semeval2018_ec", "isear", "meld")]
-    extra = [one for rows in sources for one in rows[:10]]
-    train_rows = [one for one in splits["train"] if len(one.known) == 28][:74] + extra
+    rows, names = splits["train"].rows, ("semeval2018_ec", "isear", "meld")
+    extra = [one for name in names for one in [one for one in rows if one.source == name][:10]]
+    train_rows = [one for one in rows if len(one.known) == 28][:74] + extra
     for name, rows in (
-        ("train", train_rows), ("validation", splits["validation"][:60]), ("test", splits["test"][:20])
+        ("train", train_rows), ("validation", splits["validation"].rows[:60]), ("test", splits["test"].rows[:20])
     ):  # fmt: skip
         lines = [
             {"text": one.text, "labels": [EMOTIONS[n] for n in one.labels], "known": [EMOTIONS[n] for n in one.known]}
@@ -1455,15 +1449,14 @@ def test_the_test_split_is_scored_at_validations_thresholds(tmp_path, tokenizer,
     config = replace(SAMPLE, run_dir=str(tmp_path / "run"), data_dir=small_data, max_steps=4)
     train.main(config)
     results = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
-    rows = load_splits(config)
+    splits = load_splits(config, tokenizer)
     model = load_model(tmp_path / "run" / "best", config)
-    logits = {name: predict_logits(model, rows[name], tokenizer, config, ALONE) for name in ("validation", "test")}
-    labels = {name: label_matrix(rows[name], "labels") for name in logits}
-    known = label_matrix(rows["validation"], "known")
-    expected = tune(logits["validation"].double().numpy(), labels["validation"], known, config.threshold_smoothing)
+    logits = {name: predict_logits(model, splits[name], tokenizer, config, ALONE) for name in ("validation", "test")}
+    labels, known = splits["validation"].labels, splits["validation"].known
+    expected = tune(logits["validation"].double().numpy(), labels, known, config.threshold_smoothing)
     assert results["thresholds"]["shared"] == pytest.approx(1 / (1 + math.exp(-expected.shared)))
     predictions = logits["test"].double().numpy() >= expected.per_label
-    f1 = f1_score(labels["test"], predictions, average="macro", zero_division=0)
+    f1 = f1_score(splits["test"].labels, predictions, average="macro", zero_division=0)
     assert results["test"]["at_per_label"]["f1_macro"] == pytest.approx(f1)
     report = (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
     assert f"| test | per label, tuned on validation | {f1:.4f} |" in report and "## test: ekman" in report

@@ -8,14 +8,16 @@ import pytest
 
 from emotions import dataset, prepare
 from emotions.config import SAMPLE, UserError
-from emotions.dataset import ALL, EMOTIONS, NUMBERS, load_splits, normalized, read_rows
+from emotions.dataset import load_splits, normalized, read_rows
+from emotions.labels import ALL, EMOTIONS, NUMBERS
+from emotions.model import load_tokenizer
 
 EC_NAMES = ("anger", "anticipation", "disgust", "fear", "joy", "love", "optimism", "pessimism", "sadness", "surprise")
 EC_HEADER = "\t".join(("ID", "Tweet", *EC_NAMES, "trust"))
 ISEAR_HEADER = "|".join((*(f"F{i}" for i in range(36)), "Field1", "Field3", "Field2", "MYKEY", "SIT", "STATE", ""))
 MELD_HEADER = ["Sr No.", "Utterance", "Speaker", "Emotion", "Sentiment", "Dialogue_ID", "Utterance_ID"]
 MELD_SHORT = "Utterance,Emotion,Dialogue_ID,Utterance_ID\r\n"
-GOEMOTIONS, EC, ISEAR, MELD = prepare.FILES
+GOEMOTIONS, EC, ISEAR, MELD = prepare.SOURCES
 EIGHT = ["anger", "disgust", "fear", "joy", "love", "optimism", "sadness", "surprise"]
 
 
@@ -62,7 +64,7 @@ def raw(tmp_path):
 def run(raw, tmp_path, capsys):
     """Prepare the folder's data with all sources, or some; the written rows by split, and what was printed."""
 
-    def prepared(sources=tuple(prepare.FILES), num_rows=0, raw_dir=str(raw), **settings):
+    def prepared(sources=tuple(prepare.SOURCES), num_rows=0, raw_dir=str(raw), **settings):
         config = replace(SAMPLE, data_dir=str(tmp_path / "out"), **settings)
         prepare.main(config, raw_dir, list(sources), num_rows)
         return {path.stem: read_rows(path) for path in (tmp_path / "out").glob("*.jsonl")}, capsys.readouterr().out
@@ -104,15 +106,16 @@ def test_goemotions_lines_that_are_repeated_stay_and_crlf_or_bom_change_nothing(
 
 def test_each_label_of_each_source_is_mapped_as_written():
     everything = {name: name for name in EMOTIONS}
-    assert prepare.MAPPING[GOEMOTIONS] == everything
-    assert prepare.MAPPING[EC] == {name: everything[name] for name in EIGHT} | {
+    mappings = {name: source.mapping for name, source in prepare.SOURCES.items()}
+    assert mappings[GOEMOTIONS] == {str(number): name for number, name in enumerate(EMOTIONS)}
+    assert mappings[EC] == {name: everything[name] for name in EIGHT} | {
         "anticipation": None,
         "pessimism": None,
         "trust": None,
     }
     same = {name: name for name in ("anger", "disgust", "fear", "joy", "sadness")}
-    assert prepare.MAPPING[ISEAR] == same | {"shame": "embarrassment", "guilt": "remorse"}
-    assert prepare.MAPPING[MELD] == same | {"neutral": "neutral", "surprise": "surprise"}
+    assert mappings[ISEAR] == same | {"shame": "embarrassment", "guilt": "remorse"}
+    assert mappings[MELD] == same | {"neutral": "neutral", "surprise": "surprise"}
 
 
 def test_tweets(raw, run):
@@ -232,7 +235,8 @@ def test_a_text_that_is_scored_is_trained_on_from_no_source(raw, run, tmp_path, 
     ):
         assert line in out.splitlines()
     monkeypatch.setattr(dataset, "FOLDS", 2)  # two rows of validation will do here
-    assert load_splits(replace(SAMPLE, data_dir=str(tmp_path / "out"))).keys() == {"train", "validation", "test"}
+    splits = load_splits(replace(SAMPLE, data_dir=str(tmp_path / "out")), load_tokenizer(SAMPLE))
+    assert splits.keys() == {"train", "validation", "test"}
 
 
 def test_nothing_is_left_to_train_on(raw, run):
@@ -345,12 +349,12 @@ BAD = {
     "goemotions/train.tsv": [
         ("A\t3\n", "line 1: 2 fields, ['A', '3'], expected 3"),
         ("A\t3\tx\nB\tC\t3\tx\n", "line 2: 4 fields"),
-        ("A\t28\tx\n", "line 1: the label ids are '28', expected numbers from 0 to 27"),
-        ("A\t3,\tx\n", "line 1: the label ids are '3,'"),
-        ("A\tjoy\tx\n", "line 1: the label ids are 'joy'"),
-        ("A\t\tx\n", "line 1: the label ids are ''"),
+        ("A\t28\tx\n", "line 1: label ids is '28', expected numbers from 0 to 27"),
+        ("A\t3,\tx\n", "line 1: label ids is '3,'"),
+        ("A\tjoy\tx\n", "line 1: label ids is 'joy'"),
+        ("A\t\tx\n", "line 1: label ids is ''"),
         ("A\t3\tx\n  \t3\tx\n", "line 2: the text is empty"),
-        ("A\t3\tx\n\t\t\n", "line 2: the label ids are ''"),
+        ("A\t3\tx\n\t\t\n", "line 2: label ids is ''"),
         ("", "holds no row"),
         ("A\t3\tx\nCaf\udce9\t3\tx\n", "line 2: expected UTF-8, found byte 0xe9"),
     ],
@@ -400,7 +404,7 @@ def test_emotions_txt_may_be_missing(raw, run):
 
 
 def test_prepared_rows_are_read_back_as_they_were(raw, run):
-    files, evaluation = prepare.read_raw(raw, list(prepare.FILES))
+    files, evaluation = prepare.read_raw(raw, list(prepare.SOURCES))
     train, counts = prepare.kept_rows(files, evaluation)
     rows = run()[0]
     assert [row._replace(line=0) for row in rows["train"]] == [row._replace(line=0) for row in train]

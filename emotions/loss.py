@@ -6,6 +6,7 @@ row's loss is the SUM over its known labels, as in ASL's paper, not their mean: 
 is L times larger. The caller takes the mean over rows.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -15,7 +16,7 @@ from emotions.config import Config
 MAX_WEIGHT = 100.0  # of a class: one row of a label seen once in ten thousand must not be a whole batch's gradient
 
 
-def class_weights(setting: str, positives: Tensor, known: Tensor) -> Tensor | None:
+def class_weights(setting: str, positives: np.ndarray, known: np.ndarray) -> Tensor | None:
     """(L,) weights of the positive cells in fp32, None for "off". "balanced": negatives / positives, to MAX_WEIGHT.
 
     positives, known: (L,) rows that have the label, and rows in which it is known. A label with only one of the two
@@ -23,9 +24,9 @@ def class_weights(setting: str, positives: Tensor, known: Tensor) -> Tensor | No
     """
     if setting == "off":
         return None
-    positives, negatives = positives.float(), (known - positives).float()
+    positives, negatives = (torch.from_numpy(counts).float() for counts in (positives, known - positives))
     weights = (negatives / positives.clamp_min(1)).clamp_max(MAX_WEIGHT)
-    return torch.where((positives > 0) & (negatives > 0), weights, torch.ones_like(weights))
+    return torch.where((positives > 0) & (negatives > 0), weights, 1.0)
 
 
 def bce(logits: Tensor) -> tuple[Tensor, Tensor]:

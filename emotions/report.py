@@ -1,0 +1,116 @@
+"""Tables for people: the data as a run sees it, and the readable evaluation."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from emotions.labels import EMOTIONS, GROUPINGS
+
+if TYPE_CHECKING:
+    from emotions.config import Config
+    from emotions.dataset import Split
+
+METRICS = (
+    *("f1_macro", "precision_macro", "recall_macro", "f1_micro", "precision_micro", "recall_micro"),
+    *("f1_weighted", "precision_weighted", "recall_weighted"),
+)
+
+
+def table(header: list[str], rows: list[list]) -> list[str]:
+    """A Markdown table, floats with four decimals, "-" for what is undefined."""
+    cells = [header, ["---"] * len(header)]
+    for row in rows:
+        cells.append([f"{c:.4f}" if isinstance(c, float) else "-" if c is None else str(c) for c in row])
+    return ["| " + " | ".join(row) + " |" for row in cells] + [""]
+
+
+def print_summary(splits: dict[str, Split], repeated: int, config: Config) -> None:
+    """The data as the run sees it: rows, sources, labels, what is cut, each label's rows.
+
+    repeated: how many test texts are also in validation.
+    """
+    columns = ["split", "rows", "sources", "labels a row", "without label", "tokens p50", "p95", "max"]
+    rows = []
+    for name, split in splits.items():
+        sources = ", ".join(sorted({row.source or "-" for row in split.rows}))
+        sizes = split.labels.sum(axis=1)
+        percentiles = np.percentile(split.lengths, (50, 95, 100)).astype(int).tolist()
+        cut = int((split.lengths > config.max_length).sum())
+        rows.append([name, len(split), sources, f"{sizes.mean():.2f}", int((sizes == 0).sum()), *percentiles, cut])
+    print("\n".join(table([*columns, f"cut to {config.max_length}"], rows)[:-1]))
+
+    counts = [split.labels.sum(axis=0).tolist() for split in splits.values()]
+    known = splits["train"].known.sum(axis=0).tolist()
+    print("\n".join(table(["emotion", *splits, "known in train"], list(zip(EMOTIONS, *counts, known)))[:-1]))
+
+    for name, count in list(zip(splits, counts))[1:]:
+        if missing := count.count(0):
+            print(f"{missing} of 28 emotions have no positive in {name}: those it knows count as 0 in f1_macro")
+    if untaught := [name for name, count in zip(EMOTIONS, known) if count == 0]:
+        print(f"no training row knows {', '.join(untaught)}: never predicted")
+    if "test" not in splits:
+        print("no test.jsonl: no test figure will be reported")
+    elif repeated:
+        print(f"{repeated} of the {len(splits['test'])} test texts are also in validation")
+    print("rows dropped: 0 (blank lines are skipped, a bad row ends the run)")
+
+
+def report(scores: dict, splits: dict[str, Split], repeated: int, history: list[dict], config: Config) -> str:
+    """The readable evaluation; its detail is of the test split, or of validation where there is no test.
+
+    repeated: how many test texts are also in validation. history: the evaluations of metrics.jsonl.
+    """
+    detail = "test" if "test" in scores else "validation"
+    lines = [f"# {config.model} on {config.data_dir}", ""]
+    lines += ["The epoch and all thresholds were chosen on validation, so its rows marked tuned flatter. Those marked"]
+    lines += ["cross-fitted (thresholds tuned on four fifths, scored on the last, in turn) owe only the epoch to it."]
+    if detail == "test":
+        seen = f"{repeated} of its {len(splits['test'])} texts"
+        lines += [f"Nothing was chosen on test; {seen} are also in validation.", ""]
+    else:
+        lines += ["There is no test split: no test figure.", ""]
+    for name in list(splits)[1:]:
+        absent = splits[name].known.any(axis=0) & ~splits[name].labels.any(axis=0)
+        if missing := int(absent.sum()):
+            lines += [f"{missing} emotions have no positive in {name}: each counts as 0 in f1_macro.", ""]
+
+    columns = ["split", "thresholds", *METRICS, "map", "labels true", "labels predicted"]
+    lines += ["## Scores", "", *table(columns, score_rows(scores))]
+
+    for name in GROUPINGS:
+        groups = scores[detail][name]["at_per_label"]["per_label"]
+        rows = [[group, *metrics.values()] for group, metrics in groups.items()]
+        lines += [f"## {detail}: {name}, per-label thresholds", ""]
+        lines += table(["group", "precision", "recall", "f1", "support"], rows)
+
+    at_half, at_shared, own = (scores[detail][rule]["per_label"] for rule in ("at_half", "at_shared", "at_per_label"))
+    thresholds = scores["thresholds"]["per_label"]
+    columns = ["emotion", "precision", "recall", "f1", "support", "threshold", "f1 at .5", "f1 at shared"]
+    rows = [
+        [name, *metrics.values(), thresholds[name], at_half[name]["f1"], at_shared[name]["f1"]]
+        for name, metrics in own.items()
+    ]
+    lines += [f"## {detail}: emotions", "", *table(columns, rows)]
+
+    columns = ["epoch", "step", "train_loss", "loss", "map", "f1_macro_at_half", "f1_macro"]
+    lines += ["## Epochs (validation; f1_macro at the shared threshold that is best there)", ""]
+    lines += table(columns, [[record[column] for column in columns] for record in history])
+    return "\n".join(lines)
+
+
+def score_rows(scores: dict) -> list[list]:
+    """A row for each split and way to set the thresholds."""
+    rows, shared = [], f"{scores['thresholds']['shared']:.4f}"
+    for split in [name for name in ("validation", "test") if name in scores]:
+        tuned = "tuned" if split == "validation" else "tuned on validation"
+        ways = {".5": "at_half", f"{shared}, {tuned}": "at_shared", f"per label, {tuned}": "at_per_label"}
+        ways = {title: scores[split][rule] for title, rule in ways.items()}
+        if split == "validation":
+            honest = scores[split]["cross_fitted"]
+            ways |= {"one, cross-fitted": honest["at_shared"], "per label, cross-fitted": honest["at_per_label"]}
+        for title, metrics in ways.items():
+            cardinality = [metrics["cardinality_true"], metrics["cardinality_predicted"]]
+            rows.append([split, title, *(metrics[name] for name in METRICS), scores[split]["map"], *cardinality])
+    return rows

@@ -43,8 +43,8 @@ from transformers import AutoModel, PreTrainedTokenizerFast
 
 from common.checkpoint import environment, peak_memory_bytes
 from embeddings.config import ROOT, Config, UserError, run_script
-from embeddings.dataset import KEYS, Rows, Tokens, Triplet, epoch_batches, load_splits, tokenize_rows
-from embeddings.evaluate import table
+from embeddings.batching import Rows, Tokens, epoch_batches, tokenize_rows
+from embeddings.dataset import Triplet, load_splits
 from embeddings.model import (
     Embedder,
     autocast_dtype,
@@ -54,6 +54,7 @@ from embeddings.model import (
     pick_device,
 )
 from embeddings.parallel import Processes
+from embeddings.report import table
 from embeddings.tokenizer import load_tokenizer
 from embeddings.train import batch_gradient, clip_gradient, make_optimizer, update
 
@@ -188,7 +189,7 @@ def run_theirs(
     budget = config.chunk_tokens if side == BY_TOKENS else None
     loss_of = CachedMultipleNegativesRankingLoss(theirs, 1 / config.temperature, mini_batch_num_tokens=budget)
     collate = SentenceTransformerDataCollator(theirs.preprocess)
-    names = KEYS[: 2 if triplets[0].negative is None else 3]
+    names = ("anchor", "positive", "negative")[: 2 if triplets[0].negative is None else 3]
 
     def step(number: int) -> float:
         theirs.train()

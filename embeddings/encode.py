@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from common.checkpoint import flush
 from embeddings.config import Config, UserError, run_script
-from embeddings.dataset import tokenize
+from embeddings.batching import tokenize
 from embeddings.model import embed_tokens, load_embedder
 
 BLOCK = 10_000  # lines that are sorted by length, encoded and written together

@@ -21,8 +21,9 @@ from torch import Tensor
 from common.checkpoint import Run, RunError, best_folder, write_text
 from common.metrics import correlation_metrics
 from embeddings.config import Config, UserError, run_path, run_script, saved_config
-from embeddings.dataset import Pair, Rows, Splits, Tokens, fingerprint, load_splits, repeated_in_test, tokenize
-from embeddings.model import embed_tokens, load_embedder
+from embeddings.dataset import Pair, Splits, fingerprint, load_splits
+from embeddings.model import embed_texts, load_embedder
+from embeddings.report import report
 
 
 def pair_texts(pairs: list[Pair]) -> list[str]:
@@ -50,76 +51,20 @@ def check_data(run: Run, splits: Splits, config: Config) -> None:
         raise RunError(f"{config.data_dir} does not hold the rows that {run.path} was begun with: bring them back")
 
 
-def table(header: list[str], rows: list[list]) -> list[str]:
-    """A Markdown table, floats with four decimals, "-" for what is undefined."""
-    cells = [header, ["---"] * len(header)]
-    for row in rows:
-        cells.append([f"{c:.4f}" if isinstance(c, float) else "-" if c is None else str(c) for c in row])
-    return ["| " + " | ".join(row) + " |" for row in cells] + [""]
-
-
-def print_summary(splits: Splits, tokens: Tokens, rows: Rows, config: Config) -> None:
-    """The data as the run sees it: rows, distinct texts, lengths, what is cut."""
-    lengths = tokens.lengths
-    percentiles = np.percentile(lengths, (50, 95, 100)).astype(int).tolist()
-    kinds = "triplets" if rows.texts.shape[1] == 3 else "pairs"
-    columns = [f"training {kinds}", "distinct texts", "tokens p50", "p95", "max"]
-    columns.append(f"cut to {config.max_length}, or as long")
-    cut = int((lengths == config.max_length).sum())
-    print("\n".join(table(columns, [[len(splits.train), len(lengths), *percentiles, cut]])[:-1]))
-    anchors = len(np.unique(rows.identities[:, 0]))
-    if repeated := len(splits.train) - anchors:
-        print(f"{repeated} rows repeat another row's anchor: never in one batch with it")
-    columns = ["judged pairs", "rows", "mean score", "scores 5 / 50 / 95 %"]
-    judged = [(name, pairs) for name, pairs in splits._asdict().items() if name != "train" and pairs]
-    lines = []
-    for name, pairs in judged:
-        scores = [pair.score for pair in pairs]
-        spread = " / ".join(f"{value:.1f}" for value in np.percentile(scores, [5, 50, 95]))
-        lines.append([name, len(pairs), f"{np.mean(scores):.2f}", spread])
-    print("\n".join(table(columns, lines)[:-1]))
-    if not splits.test:
-        print("no sts-test.csv: no test figure will be reported")
-    elif seen := repeated_in_test(splits):
-        print(f"{seen} of the {len(splits.test)} test pairs are also in sts-dev.csv")
-    print("rows dropped: 0 (blank lines are skipped, a bad row ends the run)")
-
-
 def evaluate_run(run: Run, splits: Splits, config: Config) -> dict:
     """Scores of the best model on validation and test; writes predictions/ and report.md into the run."""
     model, tokenizer = load_embedder(config)
     (run.path / "predictions").mkdir(exist_ok=True)
     scores = {}
-    for name, pairs in [("validation", splits.validation), ("test", splits.test)]:
+    for name, pairs in (("validation", splits.validation), ("test", splits.test)):
         if pairs:
-            tokens = tokenize(pair_texts(pairs), tokenizer, config)
-            vectors = embed_tokens(model, tokens, np.arange(2 * len(pairs)), tokenizer.pad_token_id, config)
+            vectors = torch.from_numpy(embed_texts(model, tokenizer, pair_texts(pairs), config))
             scores[name], cosines = correlation(vectors, pairs)
-            found = [pair._asdict() | {"cosine": round(float(cosine), 6)} for pair, cosine in zip(pairs, cosines)]
-            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in found]
+            rows = [pair._asdict() | {"cosine": round(float(cosine), 6)} for pair, cosine in zip(pairs, cosines)]
+            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
             write_text(run.path / "predictions" / f"{name}_predictions.jsonl", "".join(lines))
-    history = [record for record in run.history() if record["event"] == "evaluation"]
-    write_text(run.path / "report.md", report(scores, splits, history, config))
+    write_text(run.path / "report.md", report(scores, splits, run.history(), config))
     return scores
-
-
-def report(scores: dict, splits: Splits, history: list[dict], config: Config) -> str:
-    """The readable evaluation."""
-    lines = [f"# {config.model} on {config.data_dir}", ""]
-    lines += ["Correlation of the cosine with people's scores. The step was chosen on validation: its row flatters."]
-    lines += [f"These are of the model in best/ as it is saved, adapter merged, computed with amp {config.amp}."]
-    if splits.test:
-        seen = f"{repeated_in_test(splits)} of its {len(splits.test)} pairs"
-        lines += [f"Nothing was chosen on test; {seen} are also in sts-dev.csv.", ""]
-    else:
-        lines += ["There is no test split: no test figure.", ""]
-    columns = ["pairs", "spearman", "pearson"]
-    rows = [[name, *(found[column] for column in columns)] for name, found in scores.items()]
-    lines += table(["split", *columns], rows)
-    columns = ["step", "epoch", "spearman", "pearson"]
-    lines += ["## Steps (validation, before merging, as the step was chosen; 0: without adapter)", ""]
-    lines += table(columns, [[record[column] for column in columns] for record in history])
-    return "\n".join(lines)
 
 
 def main(config: Config, sts: list[str], beir: list[str], base: bool) -> None:

@@ -10,16 +10,16 @@ counts as 0. A document with the query's id is a document like any other.
 
 import hashlib
 from pathlib import Path
-from typing import Any
 
 from datasets import Dataset
 from mteb.abstasks import AbsTask, AbsTaskRetrieval, AbsTaskSTS
 from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
 from mteb.abstasks.task_metadata import TaskMetadata
+from pydantic import BaseModel, Field
 
 from embeddings.config import Config, UserError
-from embeddings.dataset import parse_object, read_lines, read_pairs
-from embeddings.mteb_encoder import run_tasks, score_table
+from embeddings.dataset import Text, parse_row, read_lines, read_pairs
+from embeddings.mteb_encoder import run_tasks, score_rows, score_table
 
 BEIR_FILES = ("corpus.jsonl", "queries.jsonl", "qrels/test.tsv")
 QRELS_HEADER = ["query-id", "corpus-id", "score"]
@@ -36,14 +36,9 @@ class LocalTask:
     """A task whose one split is in memory."""
 
     def __init__(self, metadata: TaskMetadata, split: Dataset | RetrievalSplitData):
-        self.metadata, self.split = metadata, split
+        self.metadata = metadata
         super().__init__()
-
-    def load_data(self, num_proc: int | None = None, **kwargs: Any) -> None:
-        self.dataset, self.data_loaded = {"default": {"test": self.split}}, True
-
-    def unload_data(self) -> None:  # mteb's own would take the metadata along
-        self.dataset, self.data_loaded = None, False
+        self.dataset, self.data_loaded = {"default": {"test": split}}, True
 
 
 class LocalSTS(LocalTask, AbsTaskSTS):
@@ -52,6 +47,19 @@ class LocalSTS(LocalTask, AbsTaskSTS):
 
 class LocalRetrieval(LocalTask, AbsTaskRetrieval):
     pass
+
+
+class Query(BaseModel):
+    id: Text = Field(alias="_id")
+    text: Text
+
+
+class Document(BaseModel):
+    """A document may be empty, as some of BEIR's are."""
+
+    id: Text = Field(alias="_id")
+    title: str | None = None
+    text: str
 
 
 def local_metadata(path: Path, files: list[Path], kind: str, main_score: str) -> TaskMetadata:
@@ -81,32 +89,17 @@ def sts_task(path: str) -> LocalSTS:
     return task
 
 
-def read_texts(path: Path, titles: bool) -> dict[str, tuple[str, str]]:
-    """Id -> title and text of a corpus or, without titles, of queries. Raises UserError naming file and line.
-
-    A document may be empty, as some of BEIR's are; a query may not.
-    """
-    texts = {}
+def read_texts(path: Path, schema: type[Document] | type[Query]) -> dict[str, dict]:
+    """Id -> row of a corpus or of queries. Raises UserError naming file and line."""
+    rows = {}
     for number, line in read_lines(path):
-        row = parse_object(path, number, line)
-        values = {"_id": row.get("_id"), "title": row.get("title") if titles else None, "text": row.get("text")}
-        if values["title"] is None:
-            values["title"] = ""
-        for name, value in values.items():
-            needed = name == "_id" or (name == "text" and not titles)
-            if not isinstance(value, str) or (needed and not value.strip()):
-                expected = "a non-empty string" if needed else "a string"
-                raise UserError(f"{path}, line {number}: {name} is {value!r:.60}, expected {expected}")
-            try:
-                value.encode()
-            except UnicodeEncodeError as error:  # JSON can hold half a surrogate pair, which is no text
-                raise UserError(f"{path}, line {number}: {name} is {value!r:.60}, expected text ({error})") from error
-        if values["_id"] in texts:
-            raise UserError(f"{path}, line {number}: _id {values['_id']!r} stands in an earlier line too")
-        texts[values["_id"]] = (values["title"], values["text"])
-    if not texts:
+        row = parse_row(schema, path, number, line)
+        if row.id in rows:
+            raise UserError(f"{path}, line {number}: _id {row.id!r} stands in an earlier line too")
+        rows[row.id] = {name: value or "" for name, value in row}
+    if not rows:
         raise UserError(f"{path} holds no row")
-    return texts
+    return rows
 
 
 def read_qrels(path: Path, queries: dict, corpus: dict) -> dict[str, dict[str, int]]:
@@ -142,12 +135,12 @@ def retrieval_task(folder: str) -> LocalRetrieval:
     for file in files:
         if not file.is_file():
             raise UserError(f"{file} not found: a BEIR folder holds {', '.join(BEIR_FILES)}")
-    corpus, queries = read_texts(files[0], titles=True), read_texts(files[1], titles=False)
-    qrels = read_qrels(files[2], queries, corpus)
-    documents = [{"id": key, "title": title, "text": text} for key, (title, text) in corpus.items()]
-    asked = [{"id": key, "text": text} for key, (_, text) in queries.items()]
+    corpus, queries = read_texts(files[0], Document), read_texts(files[1], Query)
     split = RetrievalSplitData(
-        corpus=Dataset.from_list(documents), queries=Dataset.from_list(asked), relevant_docs=qrels, top_ranked=None
+        corpus=Dataset.from_list(list(corpus.values())),
+        queries=Dataset.from_list(list(queries.values())),
+        relevant_docs=read_qrels(files[2], queries, corpus),
+        top_ranked=None,
     )
     return LocalRetrieval(local_metadata(Path(folder), files, "Retrieval", "ndcg_at_10"), split)
 
@@ -159,4 +152,4 @@ def evaluate_files(config: Config, base: bool, sts: list[str], beir: list[str]) 
     """
     tasks: list[AbsTask] = [*map(sts_task, sts), *map(retrieval_task, beir)]
     results = run_tasks(config, base, tasks)
-    return "\n".join([f"# {results.model_name}", "", *score_table(results, tasks, METRICS)])
+    return "\n".join([f"# {results.model_name}", "", *score_table(score_rows(results, tasks, METRICS))])

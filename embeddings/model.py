@@ -19,7 +19,7 @@ from common.checkpoint import begun_in, best_folder, write_json
 from common.seed import seed_everything
 from embeddings.bidirectional import make_bidirectional
 from embeddings.config import Config, UserError, parse_dims, run_path
-from embeddings.dataset import Tokens, cut, pad, tokenize
+from embeddings.batching import Tokens, make_chunks, pad, tokenize
 from embeddings.lora import add_adapters, load_adapter, merge_adapters, save_adapter
 from embeddings.tokenizer import load_part, load_tokenizer, model_source, save_tokenizer
 
@@ -235,7 +235,7 @@ def embed_tokens(
     dtype = autocast_dtype(config.amp, device)
     vectors = torch.zeros(len(chosen), model.encoder.config.hidden_size)
     budget = config.eval_tokens or (16384 if device.type == "cuda" else 512)  # what fits a core's cache
-    batches = cut(tokens.lengths_of(chosen), budget)
+    batches = make_chunks(tokens.lengths_of(chosen), budget)
     training = model.training
     model.eval()
     bar = tqdm(batches, desc="encoding", leave=False, disable=None if progress else True)

@@ -28,14 +28,18 @@ if not __package__:  # run as a script: import from the repository root, not fro
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict
 
 from common.checkpoint import write_atomically, write_text
 from embeddings.config import ROOT, Config, UserError, run_script, shown
-from embeddings.dataset import KEYS, Triplet, decoded_lines, letters, normalized, parse_object, read_lines, read_pairs
+from embeddings.dataset import Triplet, decoded_lines, letters, normalize, parse_row, read_lines, read_pairs
+from embeddings.report import table
 
 TITLE = "# Prepared triplets"  # of summary.md
+KEYS = ("anchor", "positive", "negative")
 SIMCSE = ("sent0", "sent1", "hard_neg")
 PAIR = ("gold_label", "sentence1", "sentence2")
+READY = ("SimCSE CSV", "triplet JSONL")  # formats with triplets, not pairs
 LABELS = ("entailment", "neutral", "contradiction", "-")  # -: the annotators did not agree
 STS_FILES = ("sts-dev.csv", "sts-test.csv")
 NLI_ORIGIN = "curl -LO https://huggingface.co/datasets/princeton-nlp/datasets-for-simcse/resolve/main/nli_for_simcse.csv"
@@ -46,40 +50,39 @@ COUNTS = (  # of each source; the second and the fourth of those with pairs only
     *("negative is the positive", "negative is the anchor", "repeated", "text of the STS files", "kept"),
 )
 
-Hypothesis = tuple[int, str, str, str]  # line, gold label, premise, hypothesis
+Row = tuple[int, list[str | None]]  # its line, and the texts of SIMCSE, KEYS or PAIR
 Source = tuple[str, list[Triplet], Counter]  # format, triplets without empty ones, how many there were of COUNTS
 
 
-def read_objects(path: Path, keys: tuple[str, ...]) -> Iterator[tuple[int, list[str | None]]]:
-    """The number and the texts of each JSON line; only a negative may be missing. Raises UserError."""
+class PairRow(BaseModel):
+    """A line of SNLI's or MultiNLI's JSON."""
+
+    gold_label: str
+    sentence1: str
+    sentence2: str
+
+
+class TripletRow(BaseModel):
+    """A line of one's own triplets; an empty text is not refused here, but dropped and counted."""
+
+    anchor: str
+    positive: str
+    negative: str | None = None
+
+
+class AnyRow(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+
+# Files -> rows
+
+
+def read_jsonl(path: Path, schema: type[BaseModel]) -> Iterator[Row]:
     for number, line in read_lines(path):
-        row = parse_object(path, number, line)
-        for key in keys:
-            value = row.get(key)
-            if isinstance(value, str) or (key == "negative" and value is None):
-                try:
-                    (value or "").encode()
-                except UnicodeEncodeError as error:  # half a surrogate pair, which JSON can hold
-                    raise UserError(f"{path}, line {number}: {key} is {value!r}, which is no text") from error
-            else:
-                raise UserError(f"{path}, line {number}: {key} is {value!r}, expected a string")
-        yield number, [row.get(key) for key in keys]
+        yield number, [value for _, value in parse_row(schema, path, number, line)]
 
 
-def read_columns(path: Path, rows: Iterator[tuple[int, list[str]]], names: tuple) -> Iterator[tuple[int, list[str]]]:
-    """The number and the named fields of each row below the header; what the header names last may be cut off.
-
-    SNLI has label1 to label5 at the end, of which most rows have one. Raises UserError.
-    """
-    header = next(rows)[1]
-    columns = [header.index(name) for name in names]
-    for number, fields in rows:
-        if not max(columns) < len(fields) <= len(header):
-            raise UserError(f"{path}, line {number}: {len(fields)} fields, {fields!r:.120}, expected {len(header)}")
-        yield number, [fields[column] for column in columns]
-
-
-def split_csv(path: Path) -> Iterator[tuple[int, list[str]]]:
+def read_csv(path: Path) -> Iterator[Row]:
     """The number of its first line and the fields of each row; quotes may hold commas and line ends."""
     reader, number = csv.reader((line for _, line in decoded_lines(path)), strict=True), 1
     try:
@@ -91,101 +94,62 @@ def split_csv(path: Path) -> Iterator[tuple[int, list[str]]]:
         raise UserError(f"{path}, line {number}: expected CSV with quotes ({error})") from error
 
 
-def read_parallel(path: Path) -> Iterator[Hypothesis]:
+def read_columns(path: Path, rows: Iterator[Row], names: tuple) -> Iterator[Row]:
+    """The named fields of each row below the header; what the header names last may be cut off.
+
+    SNLI has label1 to label5 at the end, of which most rows have one. Raises UserError.
+    """
+    _, header = next(rows)
+    columns = [header.index(name) for name in names]
+    for number, fields in rows:
+        if not max(columns) < len(fields) <= len(header):
+            raise UserError(f"{path}, line {number}: {len(fields)} fields, {fields!r:.120}, expected {len(header)}")
+        yield number, [fields[column] for column in columns]
+
+
+def read_parallel(path: Path) -> Iterator[Row]:
     """path: the s1 file. Raises UserError where the files are not of one length."""
     paths = [path.with_name(name + path.name.removeprefix("s1")) for name in ("labels", "s1", "s2")]
     for other in paths:
         if not other.is_file():
             raise UserError(f"{other} not found: it belongs to {path}")
-    for number, found in enumerate(zip_longest(*map(decoded_lines, paths)), 1):
-        if None in found:
-            short = paths[found.index(None)]
+    for number, lines in enumerate(zip_longest(*map(decoded_lines, paths)), 1):
+        if None in lines:
+            short = paths[lines.index(None)]
             raise UserError(f"{short}, line {number}: the file is at its end, {path.name} and the others go on")
-        label, premise, hypothesis = (text for _, text in found)
-        yield number, label.strip(), premise, hypothesis
+        yield number, [text.strip() for _, text in lines]
 
 
-def grouped(path: Path, pairs: Iterable[Hypothesis], counts: Counter) -> list[Triplet]:
-    """One triplet of each premise that has both kinds of hypotheses. Raises UserError for an unknown label."""
-    premises: dict[str, dict] = {}
-    for number, label, *texts in pairs:
-        counts["rows"] += 1
-        if label not in LABELS:
-            raise UserError(f"{path}, line {number}: the label is {label!r}, expected one of {', '.join(LABELS)}")
-        premise, hypothesis = map(normalized, texts)
-        if label == "-":
-            counts["no gold label"] += 1
-        elif not premise or not hypothesis:
-            counts["empty text"] += 1
-        else:
-            premises.setdefault(premise.casefold(), {"at": (number, premise)}).setdefault(label, hypothesis)
-    both = [found for found in premises.values() if "entailment" in found and "contradiction" in found]
-    counts["premises without both hypotheses"] = len(premises) - len(both)
-    return [Triplet(found["at"][1], found["entailment"], found["contradiction"], found["at"][0]) for found in both]
-
-
-def read_rows(rows: Iterable[tuple[int, list[str | None]]], counts: Counter) -> list[Triplet]:
-    """The triplets of a file that has them ready."""
-    triplets = []
-    for number, texts in rows:
-        counts["rows"] += 1
-        texts = [text if text is None else normalized(text) for text in texts]
-        if "" in texts:
-            counts["empty text"] += 1
-        else:
-            triplets.append(Triplet(*texts, number))
-    return triplets
-
-
-def recognised(path: Path) -> str:
-    """The name of a file's format. Raises UserError."""
+def read_rows(path: Path) -> tuple[str, Iterator[Row]]:
+    """The name of a file's format and its rows. Raises UserError."""
     if path.name.startswith("s1."):
-        return "parallel files"
+        return "parallel files", read_parallel(path)
     number, line = next(read_lines(path), (1, ""))
     if line.lstrip().startswith("{"):
-        keys = parse_object(path, number, line).keys()
+        keys = parse_row(AnyRow, path, number, line).model_extra.keys()
         if keys >= set(PAIR):
-            return "NLI JSONL"
+            return "NLI JSONL", read_jsonl(path, PairRow)
         if keys >= set(KEYS[:2]):
-            return "triplet JSONL"
+            return "triplet JSONL", read_jsonl(path, TripletRow)
     if set(line.split("\t")) >= set(PAIR):
-        return "NLI TSV"
+        rows = ((number, line.split("\t")) for number, line in read_lines(path))
+        return "NLI TSV", read_columns(path, rows, PAIR)
     if set(line.replace('"', "").split(",")) >= set(SIMCSE):
-        return "SimCSE CSV"
+        return "SimCSE CSV", read_columns(path, read_csv(path), SIMCSE)
     formats = f"a header with {', '.join(SIMCSE)} or {', '.join(PAIR)} (with tabs), or JSON with the latter or "
     raise UserError(f"{path}, line {number}: {line.strip()!r:.160} is of no known format: {formats}{', '.join(KEYS)}")
-
-
-def read_source(path: Path) -> Source:
-    """What is in a file. Raises UserError."""
-    form, counts = recognised(path), Counter()
-    if form == "SimCSE CSV":
-        triplets = read_rows(read_columns(path, split_csv(path), SIMCSE), counts)
-    elif form == "triplet JSONL":
-        triplets = read_rows(read_objects(path, KEYS), counts)
-    elif form == "NLI JSONL":
-        triplets = grouped(path, ((number, *texts) for number, texts in read_objects(path, PAIR)), counts)
-    elif form == "NLI TSV":
-        rows = read_columns(path, ((number, line.split("\t")) for number, line in read_lines(path)), PAIR)
-        triplets = grouped(path, ((number, *texts) for number, texts in rows), counts)
-    else:
-        triplets = grouped(path, read_parallel(path), counts)
-    if not counts["rows"]:
-        raise UserError(f"{path} holds no row")
-    counts["triplets"] = len(triplets)
-    return form, triplets, counts
 
 
 def source_files(nli: list[str]) -> list[Path]:
     """The files of the command line, a folder's s1 files in its place. Raises UserError."""
     files = []
     for path in (Path(name).expanduser() for name in nli):
-        found = sorted(path.glob("s1.*")) if path.is_dir() else [path]
-        if not found:
+        inside = sorted(path.glob("s1.*")) if path.is_dir() else [path]
+        if not inside:
             raise UserError(f"{path} holds no s1.*, with s2.* and labels.* beside it: name a file, or another folder")
-        if not found[0].is_file():
+        if not inside[0].is_file():
             raise UserError(f"{path} not found: get it ({NLI_ORIGIN}), or name another --nli; {NOT_NEEDED}")
-        files += found
+        files += inside
     return files
 
 
@@ -203,7 +167,52 @@ def read_sts(folder: Path) -> tuple[dict[str, bytes], set[str]]:
     return contents, texts
 
 
-def unusable(triplet: Triplet) -> str:
+# Rows -> triplets
+
+
+def group_by_premise(path: Path, pairs: Iterable[Row], counts: Counter) -> list[Triplet]:
+    """One triplet of each premise that has both kinds of hypotheses. Raises UserError for an unknown label."""
+    premises: dict[str, dict] = {}
+    for number, (label, *texts) in pairs:
+        counts["rows"] += 1
+        if label not in LABELS:
+            raise UserError(f"{path}, line {number}: the label is {label!r}, expected one of {', '.join(LABELS)}")
+        premise, hypothesis = map(normalize, texts)
+        if label == "-":
+            counts["no gold label"] += 1
+        elif not premise or not hypothesis:
+            counts["empty text"] += 1
+        else:
+            premises.setdefault(premise.casefold(), {"first": (number, premise)}).setdefault(label, hypothesis)
+    both = [texts for texts in premises.values() if "entailment" in texts and "contradiction" in texts]
+    counts["premises without both hypotheses"] = len(premises) - len(both)
+    return [Triplet(texts["first"][1], texts["entailment"], texts["contradiction"], texts["first"][0]) for texts in both]
+
+
+def filled_triplets(rows: Iterable[Row], counts: Counter) -> list[Triplet]:
+    """The triplets of a file that has them ready."""
+    triplets = []
+    for number, texts in rows:
+        counts["rows"] += 1
+        texts = [text if text is None else normalize(text) for text in texts]
+        if "" in texts:
+            counts["empty text"] += 1
+        else:
+            triplets.append(Triplet(*texts, number))
+    return triplets
+
+
+def read_source(path: Path) -> Source:
+    """What is in a file. Raises UserError."""
+    (form, rows), counts = read_rows(path), Counter()
+    triplets = filled_triplets(rows, counts) if form in READY else group_by_premise(path, rows, counts)
+    if not counts["rows"]:
+        raise UserError(f"{path} holds no row")
+    counts["triplets"] = len(triplets)
+    return form, triplets, counts
+
+
+def reason_to_drop(triplet: Triplet) -> str:
     """Why a triplet teaches nothing; empty where it does."""
     anchor, positive, negative = (text and text.casefold() for text in triplet[:3])
     if positive == anchor:
@@ -213,13 +222,13 @@ def unusable(triplet: Triplet) -> str:
     return "negative is the anchor" if negative == anchor else ""
 
 
-def kept_triplets(sources: dict[Path, Source], sts: set[str]) -> tuple[list[Triplet], set]:
+def kept_triplets(sources: dict[Path, Source], judged: set[str]) -> tuple[list[Triplet], set]:
     """What is trained on, and the texts that are not as they stand in the STS files too; counts the rest by reason.
 
     Raises UserError where some triplets have a negative and others none.
     """
-    kept, seen, known = [], set(), set()
-    first = next(((path, found[1][0]) for path, found in sources.items() if found[1]), None)
+    kept, seen, in_sts = [], set(), set()
+    first = next(((path, triplets[0]) for path, (_, triplets, _) in sources.items() if triplets), None)
     for path, (_, triplets, counts) in sources.items():
         for triplet in triplets:
             if (triplet.negative is None) != (first[1].negative is None):
@@ -227,16 +236,16 @@ def kept_triplets(sources: dict[Path, Source], sts: set[str]) -> tuple[list[Trip
                 other = f"unlike {first[0]}, line {first[1].line}: all rows have one, or none"
                 raise UserError(f"{path}, line {triplet.line}: has {has} negative, {other}")
             texts = [text for text in triplet[:3] if text is not None]
-            identity, common = tuple(map(str.casefold, texts)), {text for text in texts if letters(text) in sts}
-            reason = unusable(triplet) or ("repeated" if identity in seen else "")
+            identity, common = tuple(map(str.casefold, texts)), {text for text in texts if letters(text) in judged}
+            reason = reason_to_drop(triplet) or ("repeated" if identity in seen else "")
             if not reason and common:
-                known |= common
+                in_sts |= common
                 reason = "text of the STS files"
             seen.add(identity)
             counts[reason or "kept"] += 1
             if not reason:
                 kept.append(triplet)
-    return kept, known
+    return kept, in_sts
 
 
 def pilot(rows: list[Triplet], num_rows: int, seed: int) -> list[Triplet]:
@@ -247,45 +256,39 @@ def pilot(rows: list[Triplet], num_rows: int, seed: int) -> list[Triplet]:
     return [rows[index] for index in np.sort(order[:num_rows])]
 
 
+# What is written
+
+
 def json_line(triplet: Triplet) -> str:
     row = {key: text for key, text in zip(KEYS, triplet) if text is not None}
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def table(columns: list[str], rows: list[list]) -> list[str]:
-    """A Markdown table."""
-    cells = [[str(cell) for cell in row] for row in rows]
-    return ["| " + " | ".join(row) + " |" for row in [columns, ["---"] * len(columns), *cells]] + [""]
-
-
-def summary(sources: dict[Path, Source], rows: list[Triplet], known: set) -> list[str]:
+def summary(sources: dict[Path, Source], rows: list[Triplet], in_sts: set) -> list[str]:
     """What was read, what of it was dropped and why, and what is written, as Markdown."""
-    rows_of_pairs = ("no gold label", "premises without both hypotheses")
-    lines = [[name] for name in ("format", *COUNTS)]
+    of_pairs = ("no gold label", "premises without both hypotheses")
+    columns = [["format", *COUNTS]]
     for form, _, counts in sources.values():
-        ready = form in ("SimCSE CSV", "triplet JSONL")
-        cells = ["-" if ready and name in rows_of_pairs else counts[name] for name in COUNTS]
-        for line, cell in zip(lines, [form, *cells]):
-            line.append(cell)
-    out = [TITLE, "", *table(["source", *map(str, sources)], lines)]
-    kept = sum(counts["kept"] for _, _, counts in sources.values())
+        columns.append([form, *(None if form in READY and name in of_pairs else counts[name] for name in COUNTS)])
+    lines = [TITLE, "", *table(["source", *map(str, sources)], zip(*columns))]
+
+    kept, in_both = (sum(counts[name] for _, _, counts in sources.values()) for name in ("kept", "text of the STS files"))
     if len(rows) < kept:
-        out += [f"A pilot: {len(rows)} of the {kept} triplets that were kept.", ""]
-    if known:
-        dropped = sum(counts["text of the STS files"] for _, _, counts in sources.values())
-        found = f"{len(known)} texts also stand in the STS files, so {dropped} triplets with them are not trained on"
-        out += [f"Warning: {found}.", ""]
+        lines += [f"A pilot: {len(rows)} of the {kept} triplets that were kept.", ""]
+    if in_sts:
+        reason = f"{len(in_sts)} texts also stand in the STS files, so {in_both} triplets with them are not trained on"
+        lines += [f"Warning: {reason}.", ""]
+
     lengths = []
     for key, texts in zip(KEYS, list(zip(*rows))[:3]):
         if None not in texts:
-            words = [len(text.split()) for text in texts]
-            places = np.percentile(words, [50, 95, 99, 100])
-            percentiles = " / ".join(f"{place:.0f}" for place in places)
-            lengths.append([key, len(texts), len({text.casefold() for text in texts}), percentiles])
-    return out + table(["train.jsonl", "texts", "distinct", "words 50 / 95 / 99 / 100 %"], lengths)
+            percentiles = np.percentile([len(text.split()) for text in texts], [50, 95, 99, 100])
+            words = " / ".join(f"{words:.0f}" for words in percentiles)
+            lengths.append([key, len(texts), len({text.casefold() for text in texts}), words])
+    return lines + table(["train.jsonl", "texts", "distinct", "words 50 / 95 / 99 / 100 %"], lengths)
 
 
-def refuse_folder(folder: Path, sts: Path) -> None:
+def check_folder(folder: Path, sts: Path) -> None:
     """Raises UserError where the folder is the sample, or holds files that this script did not write."""
     if folder.is_relative_to(ROOT / "embeddings/sample"):
         raise UserError(f"{shown(folder)} is the repository's own sample: give another --data_dir")
@@ -300,14 +303,15 @@ def refuse_folder(folder: Path, sts: Path) -> None:
 
 def main(config: Config, nli: list[str], sts: str, num_rows: int) -> None:
     folder, sts_folder = ROOT / config.data_dir, Path(sts).expanduser()
-    refuse_folder(folder, sts_folder)
-    contents, scored = read_sts(sts_folder)
+    check_folder(folder, sts_folder)
+    contents, judged = read_sts(sts_folder)
     sources = {path: read_source(path) for path in source_files(nli)}
-    kept, known = kept_triplets(sources, scored)
+    kept, in_sts = kept_triplets(sources, judged)
     if not kept:
         raise UserError(f"{', '.join(map(str, sources))}: no triplet is left to train on")
     rows = pilot(kept, num_rows, config.seed) if num_rows else kept
-    lines = summary(sources, rows, known)
+    lines = summary(sources, rows, in_sts)
+
     folder.mkdir(parents=True, exist_ok=True)
     if "sts-test.csv" not in contents and (folder / "sts-test.csv").exists():
         (folder / "sts-test.csv").unlink()

@@ -27,19 +27,9 @@ from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_wi
 from common.checkpoint import Best, Run, RunError, StopSignal, environment, peak_memory_bytes, read_last, run_results
 from common.seed import seed_everything, seed_micro_batch
 from embeddings.config import Config, UserError, parse_dims, run_config, run_path, run_script, shown
-from embeddings.dataset import (
-    Pair,
-    Tokens,
-    Triplet,
-    cut,
-    epoch_batches,
-    fingerprint,
-    load_splits,
-    pad,
-    tokenize,
-    tokenize_rows,
-)
-from embeddings.evaluate import check_data, correlation, evaluate_run, pair_texts, print_summary
+from embeddings.batching import Tokens, epoch_batches, make_chunks, pad, tokenize, tokenize_rows
+from embeddings.dataset import Pair, Triplet, fingerprint, load_splits
+from embeddings.evaluate import check_data, correlation, evaluate_run, pair_texts
 from embeddings.grad_cache import cached_backward
 from embeddings.loss import info_nce
 from embeddings.model import (
@@ -59,6 +49,7 @@ from embeddings.parallel import (
     summed,
     wait_for_all,
 )
+from embeddings.report import print_summary
 from embeddings.tokenizer import load_tokenizer
 
 
@@ -92,7 +83,7 @@ def batch_gradient(
     rank, _, device = processes
     dtype = autocast_dtype(config.amp, device)
     flat = texts.T.flatten()  # anchors, then positives, then negatives
-    chunks = cut(tokens.lengths_of(flat), config.chunk_tokens)
+    chunks = make_chunks(tokens.lengths_of(flat), config.chunk_tokens)
     places = torch.from_numpy(np.argsort(np.concatenate(chunks))).to(device)  # of each text among the chunks' vectors
     margin = config.false_negative_margin if config.mask_false_negatives else None
 
@@ -191,7 +182,7 @@ def main(config: Config, check: bool = False) -> int | None:
     splits = load_splits(config)
     tokens, rows = tokenize_rows(splits.train, tokenizer, config)
     dev_tokens = tokenize(pair_texts(splits.validation), tokenizer, config)
-    print_summary(splits, tokens, rows, config)
+    print_summary(splits, tokens.lengths, rows.identities[:, 0], config)
     batches = epoch_batches(rows, config.batch_size, config.seed, 0)
     if not batches:
         raise UserError(

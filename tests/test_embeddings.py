@@ -36,18 +36,8 @@ from common.checkpoint import RunError
 from common.seed import seed_micro_batch
 from embeddings import encode, evaluate, train
 from embeddings.config import SAMPLE, UserError, load_config
-from embeddings.dataset import (
-    Rows,
-    Tokens,
-    cut,
-    epoch_batches,
-    load_splits,
-    pad,
-    read_pairs,
-    read_triplets,
-    tokenize,
-    tokenize_rows,
-)
+from embeddings.batching import Rows, Tokens, epoch_batches, make_chunks, pad, tokenize, tokenize_rows
+from embeddings.dataset import load_splits, read_pairs, read_triplets
 from embeddings.grad_cache import cached_backward
 from embeddings.lora import (
     LoRALinear,
@@ -122,7 +112,7 @@ def test_triplets_are_read_and_a_malformed_row_is_named(tmp_path):
         ({**good, "negative": 3}, "negative is 3"),
         ({**good, "negative": "SOMEONE sleeps"}, "the negative 'SOMEONE sleeps' is the anchor or positive too"),
         ({"anchor": "a", "positive": "b"}, "has no negative, unlike line 1"),
-        ('{"anchor": "\\ud800", "positive": "b", "negative": "c"}\n', "surrogates not allowed"),
+        ('{"anchor": "\\ud800", "positive": "b", "negative": "c"}\n', "expected a JSON object"),
     ):
         with pytest.raises(UserError, match=r"train.jsonl, line 2: ") as error:
             read_triplets(write_rows(path, [good, bad]))
@@ -206,12 +196,12 @@ def test_a_text_that_is_everywhere_leaves_no_batch():
 
 def test_chunks_hold_every_text_once_within_their_budget():
     lengths = np.random.default_rng(0).integers(2, 40, 300)
-    chunks = cut(lengths, 100)
+    chunks = make_chunks(lengths, 100)
     assert sorted(np.concatenate(chunks)) == list(range(300))
     for chunk in chunks:
         assert len(chunk) * lengths[chunk].max() <= 100
-    assert [len(chunk) for chunk in cut(np.array([200, 3, 150]), 100)] == [1, 1, 1]
-    assert len(cut(lengths, 10**9)) == 1
+    assert [len(chunk) for chunk in make_chunks(np.array([200, 3, 150]), 100)] == [1, 1, 1]
+    assert len(make_chunks(lengths, 10**9)) == 1
 
 
 def test_distinct_texts_are_tokenized_once_and_padded_as_the_tokenizer_pads():
@@ -488,7 +478,7 @@ def test_the_cached_gradient_is_that_of_one_graph_with_the_same_dropout(amp, mon
     """The same chunks, seeds and masks; only the way back differs."""
     model, tokens, texts = setting(0.3, dtype=torch.bfloat16 if amp == "bf16" else torch.float32)
     config = replace(SAMPLE, batch_size=8, chunk_tokens=40, amp=amp)
-    assert len(cut(tokens.lengths[texts.T.flatten()], 40)) > 4
+    assert len(make_chunks(tokens.lengths[texts.T.flatten()], 40)) > 4
     loss, cached = gradient_of(model, tokens, texts, config)
     monkeypatch.setattr(train, "cached_backward", whole_batch_backward)
     whole_loss, whole = gradient_of(model, tokens, texts, config)
@@ -642,7 +632,7 @@ def test_two_processes_have_the_gradient_of_one(chunk_tokens, tmp_path):
     assert torch.allclose(torch.cat([one["own"] for one in found], dim=1), vectors.grad, atol=1e-5)
     model, tokens, texts = setting(0.0)
     if chunk_tokens == 60:
-        counts = [len(cut(tokens.lengths[texts[rank::2].flatten()], chunk_tokens)) for rank in range(2)]
+        counts = [len(make_chunks(tokens.lengths[texts[rank::2].flatten()], chunk_tokens)) for rank in range(2)]
         assert counts[0] != counts[1] and max(counts) > 1
     whole_loss, whole = gradient_of(model, tokens, texts, replace(SAMPLE, batch_size=8, chunk_tokens=10**6))
     assert sum(one["part"] for one in found) == pytest.approx(whole_loss, rel=1e-5)

@@ -9,7 +9,8 @@ import pytest
 
 from embeddings import bench
 from embeddings.config import SAMPLE, UserError
-from embeddings.dataset import load_splits, tokenize_rows
+from embeddings.batching import tokenize_rows
+from embeddings.dataset import load_splits
 from embeddings.lora import LoRALinear
 from embeddings.model import embed_texts, load_embedder
 from embeddings.tokenizer import load_tokenizer

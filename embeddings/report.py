@@ -1,0 +1,61 @@
+"""Tables for people: the data as a run sees it, and report.md."""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from embeddings.config import Config
+from embeddings.dataset import Splits, repeated_in_test
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence]) -> list[str]:
+    """A Markdown table, floats with four decimals, "-" for what is undefined."""
+    cells = [header, ["---"] * len(header)]
+    for row in rows:
+        cells.append([f"{c:.4f}" if isinstance(c, float) else "-" if c is None else str(c) for c in row])
+    return ["| " + " | ".join(row) + " |" for row in cells] + [""]
+
+
+def print_summary(splits: Splits, lengths: np.ndarray, anchors: np.ndarray, config: Config) -> None:
+    """The data as the run sees it. lengths: of the distinct training texts; anchors: each row's, as a number."""
+    percentiles = np.percentile(lengths, (50, 95, 100)).astype(int).tolist()
+    kind = "triplets" if splits.train[0].negative else "pairs"
+    columns = [f"training {kind}", "distinct texts", "tokens p50", "p95", "max"]
+    columns.append(f"cut to {config.max_length}, or as long")
+    cut = int((lengths == config.max_length).sum())
+    print("\n".join(table(columns, [[len(splits.train), len(lengths), *percentiles, cut]])[:-1]))
+    if repeated := len(anchors) - len(np.unique(anchors)):
+        print(f"{repeated} rows repeat another row's anchor: never in one batch with it")
+
+    lines = []
+    for name, pairs in (("validation", splits.validation), ("test", splits.test)):
+        if pairs:
+            scores = [pair.score for pair in pairs]
+            spread = " / ".join(f"{value:.1f}" for value in np.percentile(scores, [5, 50, 95]))
+            lines.append([name, len(pairs), f"{np.mean(scores):.2f}", spread])
+    print("\n".join(table(["judged pairs", "rows", "mean score", "scores 5 / 50 / 95 %"], lines)[:-1]))
+    if not splits.test:
+        print("no sts-test.csv: no test figure will be reported")
+    elif repeated := repeated_in_test(splits):
+        print(f"{repeated} of the {len(splits.test)} test pairs are also in sts-dev.csv")
+    print("rows dropped: 0 (blank lines are skipped, a bad row ends the run)")
+
+
+def report(scores: dict[str, dict], splits: Splits, history: list[dict], config: Config) -> str:
+    """The readable evaluation. scores: of each split; history: the lines of metrics.jsonl."""
+    lines = [f"# {config.model} on {config.data_dir}", ""]
+    lines += ["Correlation of the cosine with people's scores. The step was chosen on validation: its row flatters."]
+    lines += [f"These are of the model in best/ as it is saved, adapter merged, computed with amp {config.amp}."]
+    if splits.test:
+        repeated = f"{repeated_in_test(splits)} of its {len(splits.test)} pairs"
+        lines += [f"Nothing was chosen on test; {repeated} are also in sts-dev.csv.", ""]
+    else:
+        lines += ["There is no test split: no test figure.", ""]
+    columns = ["pairs", "spearman", "pearson"]
+    rows = [[name, *(values[column] for column in columns)] for name, values in scores.items()]
+    lines += table(["split", *columns], rows)
+    columns = ["step", "epoch", "spearman", "pearson"]
+    evaluations = [record for record in history if record["event"] == "evaluation"]
+    lines += ["## Steps (validation, before merging, as the step was chosen; 0: without adapter)", ""]
+    lines += table(columns, [[record[column] for column in columns] for record in evaluations])
+    return "\n".join(lines)

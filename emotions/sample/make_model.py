@@ -53,8 +53,7 @@ CONFIG = {
 def training_texts(raw: Path) -> list[str]:
     """The texts of all four sources' training files."""
     texts = []
-    for name in ("goemotions/train.tsv", "semeval2018_ec/E-c-En-train.txt"):
-        column = 0 if "goemotions" in name else 1
+    for name, column in (("goemotions/train.tsv", 0), ("semeval2018_ec/E-c-En-train.txt", 1)):
         lines = (raw / name).read_text(encoding="utf-8").splitlines()
         texts += [line.split("\t")[column] for line in lines]
     lines = (raw / "isear/isear.csv").read_text(encoding="utf-8").split("\n")
@@ -128,19 +127,15 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
     return tokenizer
 
 
-def write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8", newline="\n")
-
-
 def main(folder: Path = HERE) -> None:
-    tokenizer = train_tokenizer(training_texts(folder / "raw"))
-    model = folder / "model"
-    model.mkdir(exist_ok=True)
-    (model / "tokenizer.json").write_text(tokenizer.to_str() + "\n", encoding="utf-8", newline="\n")
+    tokenizer, model = train_tokenizer(training_texts(folder / "raw")), folder / "model"
     names = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "cls", "sep", "unk", "mask")}
     settings = {"tokenizer_class": "DebertaV2Tokenizer", "do_lower_case": False, "model_max_length": 512, **names}
-    write_json(model / "tokenizer_config.json", settings)
-    write_json(model / "config.json", CONFIG | {"vocab_size": tokenizer.get_vocab_size()})
+    files = {"tokenizer_config.json": settings, "config.json": CONFIG | {"vocab_size": tokenizer.get_vocab_size()}}
+    texts = {name: json.dumps(value, indent=2) for name, value in files.items()} | {"tokenizer.json": tokenizer.to_str()}
+    model.mkdir(exist_ok=True)
+    for name, text in texts.items():
+        (model / name).write_text(text + "\n", encoding="utf-8", newline="\n")
 
 
 if __name__ == "__main__":

@@ -4,16 +4,12 @@ N tokens (all leading dimensions), I in, O out, R rank
 """
 
 import math
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import PreTrainedModel
-
-from common.checkpoint import write_json
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 ROWS = 256  # rows of W taken to fp32 at a time where only a product of them is needed
@@ -255,44 +251,3 @@ def unmerge_adapters(model: nn.Module, layers: dict[str, DoRALinear]) -> None:
     """Put the adapted layers back, bit for bit as they were: subtracting the update would leave rounding behind."""
     for name, layer in layers.items():
         model.set_submodule(name, layer)
-
-
-def peft_tensors(model: nn.Module, prefix: str) -> dict[str, nn.Parameter]:
-    """What the adapters train, by the names that PEFT gives it in its files."""
-    tensors = {}
-    for name, layer in adapters(model).items():
-        key = f"base_model.model.{prefix}{name}"
-        tensors |= {f"{key}.lora_A.weight": layer.lora_A, f"{key}.lora_B.weight": layer.lora_B}
-        if layer.lora_magnitude_vector is not None:
-            tensors[f"{key}.lora_magnitude_vector"] = layer.lora_magnitude_vector
-    return tensors
-
-
-def save_adapter(model: nn.Module, folder: Path, prefix: str, base: str) -> None:
-    """Write adapter_model.safetensors and adapter_config.json as PEFT reads them for AutoModel.from_pretrained(base).
-
-    prefix: where the text decoder stands in that model, "language_model." in a multimodal one, else "".
-    """
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in peft_tensors(model, prefix).items()}
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    layers = adapters(model)
-    layer = next(iter(layers.values()))
-    rank = len(layer.lora_A)
-    settings = {"peft_type": "LORA", "task_type": "FEATURE_EXTRACTION", "base_model_name_or_path": base}
-    settings |= {"r": rank, "lora_alpha": layer.scaling * rank, "lora_dropout": round(layer.dropout, 4), "bias": "none"}
-    settings |= {"use_dora": layer.lora_magnitude_vector is not None, "inference_mode": True}
-    write_json(folder / "adapter_config.json", settings | {"target_modules": [prefix + name for name in layers]})
-
-
-def load_adapter(model: nn.Module, folder: Path, prefix: str) -> None:
-    """Fill a model's adapters with what save_adapter wrote. Raises ValueError where a key or a shape does not fit."""
-    saved, tensors = load_file(folder / "adapter_model.safetensors"), peft_tensors(model, prefix)
-    for name in sorted(saved.keys() | tensors.keys()):
-        found, expected = (list(side[name].shape) if name in side else "missing" for side in (saved, tensors))
-        if found != expected:
-            raise ValueError(f"adapter_model.safetensors: {name} is {found}, expected {expected}")
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            tensor.copy_(saved[name])
-    for layer in adapters(model).values():
-        layer.forget()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import try_to_load_from_cache
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
@@ -17,7 +18,7 @@ from redsm5_nli.bidirectional import block_masks, make_bidirectional
 from redsm5_nli.config import ROOT, Config, UserError
 from redsm5_nli.criteria import Criterion
 from redsm5_nli.dataset import LABELS, Collator
-from redsm5_nli.dora import add_adapters, load_adapter, save_adapter
+from redsm5_nli.dora import adapters, add_adapters
 from redsm5_nli.poolers import make_pooler
 
 
@@ -151,28 +152,64 @@ def build_model(config: Config, device: torch.device) -> Matcher:
     return Matcher(decoder, config.pooler, config.dropout, prefix).to(device)
 
 
+def adapter_tensors(model: Matcher) -> dict[str, nn.Parameter]:
+    """What the adapters train, by the names that PEFT gives it in its files."""
+    tensors = {}
+    for name, layer in adapters(model.decoder).items():
+        key = f"base_model.model.{model.prefix}{name}"
+        tensors |= {f"{key}.lora_A.weight": layer.lora_A, f"{key}.lora_B.weight": layer.lora_B}
+        if layer.lora_magnitude_vector is not None:
+            tensors[f"{key}.lora_magnitude_vector"] = layer.lora_magnitude_vector
+    return tensors
+
+
+def head_tensors(model: Matcher) -> dict[str, nn.Parameter]:
+    """Pooler and head."""
+    return {name: tensor for name, tensor in model.named_parameters() if not name.startswith("decoder.")}
+
+
 def save_model(model: Matcher, config: Config, criteria: tuple[Criterion, ...], thresholds: dict, folder: Path) -> None:
-    """Write the adapter in PEFT's format, pooler and head, the criteria and the tuned thresholds."""
-    save_adapter(model.decoder, folder, model.prefix, config.model)
-    head = {name: tensor.cpu() for name, tensor in model.trained_state().items() if not name.startswith("decoder.")}
-    save_file(head, folder / "head.safetensors", metadata={"format": "pt"})
+    """Write the adapter as PEFT reads it for AutoModel of the same base, pooler and head, criteria and thresholds."""
+    for name, tensors in (("adapter_model", adapter_tensors(model)), ("head", head_tensors(model))):
+        tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        save_file(tensors, folder / f"{name}.safetensors", metadata={"format": "pt"})
+    adapter_config = {
+        "peft_type": "LORA",
+        "task_type": "FEATURE_EXTRACTION",
+        "base_model_name_or_path": config.model,
+        "r": config.rank,
+        "lora_alpha": config.alpha,
+        "lora_dropout": config.adapter_dropout,
+        "bias": "none",
+        "use_dora": config.adapter == "dora",
+        "inference_mode": True,
+        "target_modules": [model.prefix + name for name in adapters(model.decoder)],
+    }
+    write_json(folder / "adapter_config.json", adapter_config)
     write_json(folder / "criteria.json", {"criteria": [criterion._asdict() for criterion in criteria]})
     write_json(folder / "thresholds.json", thresholds)
 
 
 def load_weights(model: Matcher, folder: Path) -> None:
     """Fill what trains with what save_model wrote. Raises UserError."""
+    fill(adapter_tensors(model), folder / "adapter_model.safetensors")
+    fill(head_tensors(model), folder / "head.safetensors")
+    for layer in adapters(model.decoder).values():
+        layer.forget()
+
+
+@torch.no_grad()
+def fill(tensors: dict[str, nn.Parameter], path: Path) -> None:
+    """Raises UserError where the file is damaged or its names and shapes are others."""
     try:
-        load_adapter(model.decoder, folder, model.prefix)
-        head = load_file(folder / "head.safetensors")
-        own = {name for name in model.trained_state() if not name.startswith("decoder.")}
-        if head.keys() != own:
-            raise ValueError(f"head.safetensors holds {sorted(head)}, expected {sorted(own)}")
-        model.load_state_dict(head, strict=False)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # OSError, SafetensorError, ValueError, RuntimeError: all mean a damaged folder
-        raise UserError(f"{folder} does not load: {error}") from error
+        saved = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} does not load: {error}") from error
+    for name in sorted(saved.keys() | tensors.keys()):
+        there, expected = (list(side[name].shape) if name in side else "missing" for side in (saved, tensors))
+        if there != expected:
+            raise UserError(f"{path} does not load: {name} is {there}, expected {expected}")
+        tensors[name].copy_(saved[name])
 
 
 def pick_device() -> torch.device:

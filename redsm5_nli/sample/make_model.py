@@ -26,7 +26,23 @@ from redsm5_nli.sample.make_sample import base_corpus
 
 HERE = Path(__file__).resolve().parent
 SEED, EPOCHS, BATCH_SIZE, LEARNING_RATE = 7, 4, 64, 4e-3
-SPECIAL_TOKENS = ["<pad>", "<eos>", "<bos>"]  # Gemma's, with its ids
+SPECIAL_TOKENS = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>"}  # Gemma's: ids 0, 1, 2
+SHAPE = {  # Gemma 3 with all its traits: grouped heads, q and k norms, sliding and full layers
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "query_pre_attn_scalar": 16,
+    "max_position_embeddings": 512,
+    "sliding_window": 32,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+    "initializer_range": 0.05,
+}
 
 
 def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -34,15 +50,13 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    settings = {"special_tokens": SPECIAL_TOKENS, "initial_alphabet": alphabet, "show_progress": False}
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=1280, **settings))
-    special = [("<bos>", SPECIAL_TOKENS.index("<bos>"))]
+    settings = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "show_progress": False}
+    trainer = trainers.BpeTrainer(vocab_size=1280, special_tokens=list(SPECIAL_TOKENS.values()), **settings)
+    tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", pair="<bos> $A <bos>:1 $B:1", special_tokens=special
+        single="<bos> $A", pair="<bos> $A <bos>:1 $B:1", special_tokens=[("<bos>", SHAPE["bos_token_id"])]
     )
-    names = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>"}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left", **names)  # Gemma's side
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left", **SPECIAL_TOKENS)  # Gemma's side
 
 
 def make_texts() -> tuple[list[str], list[str]]:
@@ -56,40 +70,20 @@ def make_texts() -> tuple[list[str], list[str]]:
     return texts, lines
 
 
-def make_config(vocab_size: int) -> Gemma3TextConfig:
-    """Gemma 3's architecture with all its traits: grouped heads, q and k norms, sliding and full layers."""
-    return Gemma3TextConfig(
-        vocab_size=vocab_size,
-        hidden_size=64,
-        intermediate_size=160,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        query_pre_attn_scalar=16,
-        max_position_embeddings=512,
-        sliding_window=32,
-        layer_types=["sliding_attention", "full_attention"] * 2,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=2,
-        initializer_range=0.05,
-    )
-
-
 def main() -> None:
     torch.manual_seed(SEED)
     texts, lines = make_texts()
     tokenizer = make_tokenizer(texts + lines)
     rows = sorted(tokenizer(texts, lines)["input_ids"], key=len)  # joined as a pair: <bos> stands before each
     batches = [rows[start : start + BATCH_SIZE] for start in range(0, len(rows), BATCH_SIZE)]
-    model = Gemma3ForCausalLM(make_config(len(tokenizer)))
+    model = Gemma3ForCausalLM(Gemma3TextConfig(vocab_size=len(tokenizer), **SHAPE))
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {sum(map(len, rows)):,} tokens")
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
     steps = EPOCHS * len(batches)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1, step / 100) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
     )
+
     for epoch in range(EPOCHS):
         total = answers = 0.0
         for number in torch.randperm(len(batches)).tolist():
@@ -107,6 +101,7 @@ def main() -> None:
             total += loss.item() / len(batches)
             answers += losses[:, -1].mean().item() / len(batches)
         print(f"epoch {epoch + 1} | loss {total:.4f} | of the answer {answers:.4f}", flush=True)
+
     model.bfloat16().save_pretrained(HERE / "model")  # as Gemma is published
     tokenizer.save_pretrained(HERE / "model")
     (HERE / "model" / "generation_config.json").unlink(missing_ok=True)

@@ -1,17 +1,16 @@
-"""Speed of the search for spans and of the training loop against transformers' question-answering example.
+"""The search for spans, and the scores of training, against transformers' question-answering example.
 
     python evidence_spans/bench.py --run_dir evidence_spans/runs/...    # the search for spans, a run's own logits
-    python evidence_spans/bench.py                               # the same on random logits
-    pip install accelerate                                       # for the Trainer only
-    python evidence_spans/bench.py --part step --model ... --data_dir ...
+    python evidence_spans/bench.py                                      # the same on random logits
+    pip install accelerate                                              # for the Trainer only
     python evidence_spans/bench.py --part trainer --model ... --data_dir ... --epochs 3
 
-search: from the logits of windows to the n best texts with probabilities, and to the best text alone. step: seconds of
-training steps, the sides taking turns. trainer: the Trainer trained on the same weights, windows, batch size, schedule
-and number of steps as train.py with the same flags, scored as train.py scores. Medians over the rounds, of times and
-of ratios. The example's algorithm is written anew from its description in transformers' examples/pytorch/
-question-answering (utils_qa.py: the n best starts times the n best ends, filtered, sorted; version 2 with a null); the
-example keeps its features in a datasets.Dataset, which decodes a row for each window: with and without that.
+search: from the logits of windows to the n best texts with probabilities, and to the best text alone; the sides take
+turns, medians over the rounds, of times and of ratios. trainer: the Trainer trained on the same weights, windows, batch
+size, schedule and number of steps as train.py with the same flags, scored as train.py scores. The example's algorithm
+is written anew from its description in transformers' examples/pytorch/question-answering (utils_qa.py: the n best
+starts times the n best ends, filtered, sorted; version 2 with a null); the example keeps its features in a
+datasets.Dataset, which decodes a row for each window: with and without that.
 """
 
 import platform
@@ -19,9 +18,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -43,12 +41,12 @@ from transformers import (
 from common.checkpoint import best_folder, environment
 from common.metrics import span_metrics
 from common.seed import seed_everything
+from evidence_spans.answers import Decoding, n_best
 from evidence_spans.config import Config, UserError, run_path, run_script
-from evidence_spans.dataset import load_splits
-from evidence_spans.evaluate import answer_texts, n_best, predict, tune
+from evidence_spans.dataset import collate, draw_windows, load_splits, longest_answer, tokenize
+from evidence_spans.evaluate import predict
 from evidence_spans.model import (
     MODEL_INPUTS,
-    SpanModel,
     autocast_dtype,
     build_model,
     load_model,
@@ -56,36 +54,11 @@ from evidence_spans.model import (
     model_source,
     pick_device,
 )
-from evidence_spans.postprocess import Decoding, best_pairs, merge_windows, window_predictions
+from evidence_spans.postprocess import best_pairs, merge_windows, window_predictions
 from evidence_spans.report import table
-from evidence_spans.train import (
-    accumulate_gradients,
-    clip_gradient,
-    epoch_rows,
-    make_optimizer,
-    steps_of_epochs,
-    update,
-)
-from evidence_spans.windows import Window, collate, epoch_batches, longest_answer, make_loader, make_windows
-
-SIDES = ("ours", "Trainer, padded to the longest", "Trainer, padded to max_length")  # the last is the example's default
-
-
-def processor() -> str:
-    """The processor's name, where Linux tells it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    names = [line.split(": ")[1] for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-# The search for spans
-
+from evidence_spans.thresholds import answer_texts, tune
+from evidence_spans.train import steps_of_epochs
+from evidence_spans.windows import Window
 
 # What the search starts from: a text for each window, the windows, start and end logits and context mask, (W, T) each.
 Logits = tuple[list[str], list[Window], Tensor, Tensor, Tensor]
@@ -102,18 +75,18 @@ def random_logits(windows: int, length: int) -> Logits:
     return [" ".join(words)] * windows, made, start, end, mask
 
 
-def logits_of_run(config: Config, windows: int) -> Logits:
+def logits_of_run(config: Config, count: int) -> Logits:
     """Those of a run's best model on the first windows of its validation split."""
     folder = best_folder(run_path(config))
     tokenizer, model = load_tokenizer(config, folder), load_model(folder, config)
     examples = load_splits(config)[0]["validation"]
-    chosen = make_windows(examples, tokenizer, config)[:windows]
-    batch = collate(chosen, tokenizer.pad_token_id)
+    windows = tokenize(examples, tokenizer, config).windows[:count]
+    batch = collate(windows, tokenizer.pad_token_id)
+    inputs = {name: batch[name] for name in MODEL_INPUTS if name in batch}
     with torch.inference_mode():
-        inputs = {name: batch[name] for name in MODEL_INPUTS if name in batch}
-        parts = [{name: tensor[n : n + 16] for name, tensor in inputs.items()} for n in range(0, len(chosen), 16)]
-        start, end = (torch.cat(logits) for logits in zip(*(model(**part) for part in parts)))
-    return [examples[window.example].context for window in chosen], chosen, start, end, batch["context_mask"]
+        parts = [model(**{k: v[n : n + 16] for k, v in inputs.items()}) for n in range(0, len(windows), 16)]
+    start, end = map(torch.cat, zip(*parts))
+    return [examples[window.example].context for window in windows], windows, start, end, batch["context_mask"]
 
 
 def search_ours(logits: Logits, n: int, longest: int) -> list[list[dict]]:
@@ -124,8 +97,8 @@ def search_ours(logits: Logits, n: int, longest: int) -> list[list[dict]]:
     for first in range(0, len(windows), 32):  # as evaluation does it, batch by batch
         part = slice(first, first + 32)
         pairs = best_pairs(start[part], end[part], mask[part], n, longest)
-        found = window_predictions(windows[part], start[part, 0] + end[part, 0], *pairs)
-        rows += [n_best(text, merge_windows([one], n), decoding) for text, one in zip(texts[part], found)]
+        predictions = window_predictions(windows[part], start[part, 0] + end[part, 0], *pairs)
+        rows += [n_best(text, merge_windows([one], n), decoding) for text, one in zip(texts[part], predictions)]
     return rows
 
 
@@ -139,22 +112,22 @@ def search_example(logits: Logits, features: Sequence[dict], n: int, longest: in
     for number, (text, start_logits, end_logits) in enumerate(zip(texts, start.numpy(), end.numpy())):
         places = features[number]["offset_mapping"]
         null = candidate((0, 0), start_logits[0], end_logits[0])
-        found = []
+        spans = []
         best_starts = np.argsort(start_logits)[-1 : -n - 1 : -1].tolist()
         best_ends = np.argsort(end_logits)[-1 : -n - 1 : -1].tolist()
         for i in best_starts:
             for j in best_ends:
                 if places[i] is None or places[j] is None or j < i or j - i + 1 > longest:
                     continue
-                found.append(candidate((places[i][0], places[j][1]), start_logits[i], end_logits[j]))
-        found = sorted([*found, null], key=lambda row: row["score"], reverse=True)[:n]
-        if not any(row["place"] == (0, 0) for row in found):
-            found.append(null)
-        scores = np.array([row["score"] for row in found])
+                spans.append(candidate((places[i][0], places[j][1]), start_logits[i], end_logits[j]))
+        spans = sorted([*spans, null], key=lambda row: row["score"], reverse=True)[:n]
+        if not any(row["place"] == (0, 0) for row in spans):
+            spans.append(null)
+        scores = np.array([row["score"] for row in spans])
         weights = np.exp(scores - scores.max())
-        for row, share in zip(found, weights / weights.sum()):
+        for row, share in zip(spans, weights / weights.sum()):
             row["text"], row["probability"] = text[row["place"][0] : row["place"][1]], share
-        rows.append([{k: float(v) if isinstance(v, np.floating) else v for k, v in row.items()} for row in found])
+        rows.append([{k: float(v) if isinstance(v, np.floating) else v for k, v in row.items()} for row in spans])
     return rows
 
 
@@ -164,8 +137,8 @@ def candidate(place: tuple[int, int], start_logit: np.float32, end_logit: np.flo
 
 def bench_search(logits: Logits, rounds: int) -> list[str]:
     """Rows of windows a second, with answers of at most 30 (the example's default) and 100 tokens."""
-    features = []
     _, windows, _, _, mask = logits
+    features = []
     for window in windows:
         outside = [None] * (mask.shape[1] - window.first - len(window.offsets))
         offsets = [None] * window.first + [*map(tuple, window.offsets.tolist()), *outside]
@@ -187,9 +160,9 @@ def bench_search(logits: Logits, rounds: int) -> list[str]:
         for _ in range(rounds):
             for name, search in sides.items():
                 began = time.perf_counter()
-                found = search()
+                texts = [first_text(row) for row in search()]
                 seconds[name].append(time.perf_counter() - began)
-                right[name] = sum(first_text(row) == text for row, text in zip(found, exact)) / len(exact)
+                right[name] = sum(map(str.__eq__, texts, exact)) / len(exact)
         for name in sides:
             ratio = statistics.median(a / b for a, b in zip(seconds["the example, n best 20"], seconds[name]))
             speed = len(exact) / statistics.median(seconds[name])
@@ -198,40 +171,13 @@ def bench_search(logits: Logits, rounds: int) -> list[str]:
     return table(header, rows)
 
 
-def first_text(rows: list[dict]) -> str | None:
-    """The best answer that is not empty; None where the search found none."""
-    return next((row["text"] for row in rows if row["text"]), None)
-
-
-# The training loop
-
-
-def train_ours(
-    model: SpanModel,
-    windows: list[Window],
-    batches: list[list[int]],
-    tokenizer: PreTrainedTokenizerFast,
-    config: Config,
-) -> float:
-    """Seconds of training steps on the batches."""
-    optimizer, scheduler, scaler = make_optimizer(model, len(batches), config)
-    synchronize()
-    began = time.perf_counter()
-    for step, batch in enumerate(make_loader(windows, batches, tokenizer, config)):
-        accumulate_gradients(model, [batch], scaler, config, step)
-        clip_gradient(model, optimizer, scaler, config)
-        update(optimizer, scheduler, scaler)
-    synchronize()
-    return time.perf_counter() - began
+def first_text(rows: list[dict]) -> str:
+    """The best answer that is not empty; "" where the search has none."""
+    return next((row["text"] for row in rows if row["text"]), "")
 
 
 def train_trainer(
-    model: torch.nn.Module,
-    windows: list[Window],
-    steps: int,
-    padding: str,
-    tokenizer: PreTrainedTokenizerFast,
-    config: Config,
+    model: torch.nn.Module, windows: list[Window], steps: int, tokenizer: PreTrainedTokenizerFast, config: Config
 ) -> float:
     """Seconds of so many steps of transformers.Trainer on the windows, in its own order; the label is one answer."""
     features = []
@@ -242,7 +188,6 @@ def train_trainer(
         start, end = window.labels[0] if window.labels else (0, 0)
         features.append(row | {"start_positions": start, "end_positions": end})
     dtype = autocast_dtype(config.amp, pick_device())
-    collate = DataCollatorWithPadding(tokenizer, padding=padding, max_length=config.max_length)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder,
@@ -263,49 +208,10 @@ def train_trainer(
             report_to=[],
             disable_tqdm=True,
         )
-        trainer = Trainer(model, arguments, collate, train_dataset=features)
-        synchronize()
+        trainer = Trainer(model, arguments, DataCollatorWithPadding(tokenizer), train_dataset=features)
         began = time.perf_counter()
         trainer.train()
-        synchronize()
-    return time.perf_counter() - began
-
-
-def bench_step(steps: int, rounds: int, config: Config) -> list[str]:
-    """Rows of training windows a second, the sides taking turns on the same number of steps."""
-    tokenizer, train = load_training_windows(config)
-    if len(train) < steps * config.batch_size:
-        raise UserError(f"{config.data_dir} has {len(train)} training windows, fewer than steps x batch_size")
-    model = build_model(config, tokenizer).to(pick_device())
-    sides: dict[str, Callable] = {}
-    for name in SIDES[1 : 3 if find_spec("accelerate") else 1]:
-        theirs = AutoModelForQuestionAnswering.from_config(model.config).to(pick_device())
-        padding = "max_length" if "max_length" in name else "longest"
-        sides[name] = partial(train_trainer, theirs, train, steps, padding, tokenizer, config)
-    seconds: dict[str, list[float]] = {name: [] for name in SIDES}
-    generator = np.random.default_rng(config.seed)
-    lengths = np.array([len(window.input_ids) for window in train])
-    for _ in range(rounds + 1):
-        chosen = generator.permutation(len(train))[: steps * config.batch_size]
-        batches = epoch_batches(lengths[chosen], config.batch_size, config.seed, epoch=0)
-        batches = [chosen[rows].tolist() for rows in batches]
-        seconds["ours"].append(train_ours(model, train, batches, tokenizer, config))
-        for name, run in sides.items():
-            seconds[name].append(run())
-    rows = []
-    for name, values in seconds.items():
-        if not values:
-            rows.append([name, "not run", "not run"])
-            continue
-        ratio = statistics.median(b / a for a, b in zip(seconds["ours"][1:], values[1:]))  # the first is a warm-up
-        speed = steps * config.batch_size / statistics.median(values[1:])
-        rows.append([name, f"{speed:.1f}", f"{ratio:.2f}"])
-    return table(["side", "windows/s", "ours is faster by"], rows)
-
-
-def load_training_windows(config: Config) -> tuple[PreTrainedTokenizerFast, list[Window]]:
-    tokenizer = load_tokenizer(config)
-    return tokenizer, make_windows(load_splits(config)[0]["train"], tokenizer, config)
+        return time.perf_counter() - began
 
 
 def bench_trainer(config: Config) -> list[str]:
@@ -315,55 +221,50 @@ def bench_trainer(config: Config) -> list[str]:
     """
     if not find_spec("accelerate"):
         raise UserError("the Trainer needs accelerate: pip install accelerate")
-    tokenizer, splits = load_tokenizer(config), load_splits(config)[0]
-    windows = {name: make_windows(examples, tokenizer, config) for name, examples in splits.items()}
-    steps = int(steps_of_epochs(splits["train"], windows["train"], config)[-1])
+    tokenizer = load_tokenizer(config)
+    splits = {name: tokenize(rows, tokenizer, config) for name, rows in load_splits(config)[0].items()}
+    train = splits["train"]
+    steps = int(steps_of_epochs(train, config)[-1])
     steps = min(steps, config.max_steps or steps)
-    numbers = np.unique([row for batch in epoch_rows(splits["train"], windows["train"], config, 0) for row in batch])
     theirs = AutoModelForQuestionAnswering.from_pretrained(model_source(config), dtype=torch.float32)
-    train = [windows["train"][number] for number in numbers]
-    seconds = train_trainer(theirs, train, steps, "longest", tokenizer, config)
-    model, device = build_model(config, tokenizer), pick_device()
+    windows = [train.windows[row] for row in draw_windows(train, config, epoch=0)]
+    seconds = train_trainer(theirs, windows, steps, tokenizer, config)
+    model = build_model(config, tokenizer).to(pick_device())
     model.load_state_dict(theirs.state_dict())
-    longest, rows, decoding = longest_answer(windows["train"], config), [], None
+    longest, rows, decoding = longest_answer(train, config), [], None
     for name in ("validation", "test"):
-        examples, golds = splits[name], [example.texts for example in splits[name]]
-        found, _ = predict(model.to(device), examples, windows[name], tokenizer, config, longest, device)
-        decoding = decoding or tune(found, examples, longest, {}, config)
+        examples = splits[name].examples
+        predictions, _ = predict(model, splits[name], tokenizer, config, longest)
+        decoding = decoding or tune(predictions, examples, longest, {}, config)
         for side, texts in (
-            (f"Trainer, {steps} steps, {seconds:.0f} s", answer_texts(examples, found, decoding.threshold)),
+            (f"Trainer, {steps} steps, {seconds:.0f} s", answer_texts(examples, predictions, decoding.threshold)),
             ("the whole text", [example.context for example in examples]),
         ):
-            scores = span_metrics(texts, golds)
+            scores = span_metrics(texts, [example.texts for example in examples])
             rows.append([name, side, scores["f1"], scores["exact_match"]])
     return table(["split", "side", "f1", "exact match"], rows)
 
 
-def main(config: Config, part: str, rounds: int, windows: int, length: int, steps: int) -> None:
-    device = pick_device()
-    hardware = f"{processor()}, {torch.get_num_threads()} threads"
-    info = environment(torch.cuda.get_device_name() if device.type == "cuda" else hardware)
-    if find_spec("accelerate"):
-        info["accelerate"] = metadata.version("accelerate")
+def main(config: Config, part: str, rounds: int, windows: int, length: int) -> None:
+    hardware = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    info = environment(torch.cuda.get_device_name() if pick_device().type == "cuda" else hardware)
     print(" | ".join(f"{name} {value}" for name, value in info.items()))
     seed_everything(config.seed)
-    if part == "search":
-        logits = logits_of_run(config, windows) if config.run_dir else random_logits(windows, length)
-        shape = f"{len(logits[1])} windows of up to {logits[4].shape[1]} tokens"
-        kind = "a run's own" if config.run_dir else "random"
-        print(f"{shape}, {kind} logits in fp32 on the CPU, {rounds} rounds")
-        print("\n".join(bench_search(logits, rounds)))
+    if part == "trainer":
+        print(f"{config.model}, {autocast_dtype(config.amp, pick_device()) or 'fp32'}, batch {config.batch_size}")
+        print("\n".join(bench_trainer(config)))
         return
-    print(f"{config.model}, {autocast_dtype(config.amp, device) or 'fp32'}, batch {config.batch_size}")
-    print("\n".join(bench_step(steps, rounds, config) if part == "step" else bench_trainer(config)))
+    logits = logits_of_run(config, windows) if config.run_dir else random_logits(windows, length)
+    shape, kind = logits[4].shape, "a run's own" if config.run_dir else "random"
+    print(f"{shape[0]} windows of up to {shape[1]} tokens, {kind} logits in fp32 on the CPU, {rounds} rounds")
+    print("\n".join(bench_search(logits, rounds)))
 
 
 if __name__ == "__main__":
     flags = {
-        "part": {"choices": ["search", "step", "trainer"], "default": "search", "help": "what to measure"},
-        "rounds": {"type": int, "default": 5, "help": "rounds after the warm-up"},
+        "part": {"choices": ["search", "trainer"], "default": "search", "help": "what to measure"},
+        "rounds": {"type": int, "default": 5, "help": "rounds"},
         "windows": {"type": int, "default": 512, "help": "windows in the part search"},
         "length": {"type": int, "default": 384, "help": "their tokens, 34 or more, where the logits are random"},
-        "steps": {"type": int, "default": 20, "help": "training steps of a round in the part step"},
     }
     sys.exit(run_script(main, __doc__, trained=True, **flags))

@@ -101,10 +101,6 @@ class Config:
     compile_model: bool = HfArg(default=False, help="torch.compile for any length: minutes at first, then faster")
     eval_batch_size: int = HfArg(default=32, help="windows in a batch without gradients")
     num_workers: int = HfArg(default=0, help="loader processes; all is tokenised before, so none are needed")
-    persistent_workers: bool = HfArg(default=True, help="keep the loader processes from epoch to epoch, if any")
-    prefetch_factor: int = HfArg(default=2, help="batches that a loader process makes ahead, if any")
-    pin_memory: bool = HfArg(default=True, help="page-locked batches, for a GPU")
-    non_blocking: bool = HfArg(default=True, help="copy pinned batches to the GPU while it works")
     logging_steps: int = HfArg(default=50, help="optimizer steps between lines")
     save_steps: int = HfArg(default=500, help="optimizer steps between saves of last.pt, besides each evaluation")
 
@@ -112,7 +108,7 @@ class Config:
         check_types(self)
         at_least = {"max_length": 8, "batch_size": 1, "gradient_accumulation_steps": 1, "epochs": 1, "n_best_size": 1}
         at_least |= {"eval_batch_size": 1, "logging_steps": 1, "save_steps": 1, "evaluations_per_epoch": 1}
-        at_least |= {"prefetch_factor": 1, "doc_stride": 0, "max_answer_length": 0, "negatives_per_positive": 0}
+        at_least |= {"doc_stride": 0, "max_answer_length": 0, "negatives_per_positive": 0}
         at_least |= dict.fromkeys(("split_seed", "seed", "max_steps", "patience", "num_workers"), 0)
         at_least |= dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm"), 0)
         for name, least in at_least.items():

@@ -1,17 +1,73 @@
-"""Examples -> splits: files are read by formats.py, windows.py makes batches of a split."""
+"""Files -> examples -> splits of windows, with their lengths -> batches.
+
+B batch, W windows of a split, T tokens of the longest window
+"""
 
 import hashlib
 import json
 import re
+import signal
+from collections.abc import Iterable
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
+import torch
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerFast
 
-from evidence_spans.config import Config, UserError
-from evidence_spans.formats import Example, Source, read_source
+from common.seed import epoch_generator, mix
+from evidence_spans.config import ROOT, Config, UserError
+from evidence_spans.formats import Example, Source
+from evidence_spans.redsm5 import read_redsm5
+from evidence_spans.squad import read_squad
+from evidence_spans.windows import Window, make_windows
 
 AUTHOR = re.compile(r"s_\d+_")  # posts that share the prefix are probably one author's
+BUCKET = 100  # batches among which lengths are sorted
+
+
+class Split(NamedTuple):
+    """Examples and all their windows, example by example; owners, lengths: (W,) each window's example and tokens."""
+
+    examples: list[Example]
+    windows: list[Window]
+    owners: np.ndarray
+    lengths: np.ndarray
+
+
+def read_source(config: Config) -> Source:
+    """The examples of the config's path, in either format. Raises UserError with file, place and value."""
+    path = ROOT / config.data_dir
+    if path.suffix.lower() == ".csv":
+        raise UserError(f"{path}: --data_dir names the folder of ReDSM5's two CSV files, or a JSON file")
+    if path.is_file():
+        return read_squad([path], [], config)
+    if not path.exists():
+        raise UserError(f"{path} does not exist: --data_dir names your folder or file, --sample needs none")
+
+    tables = [sorted(path.glob(names)) for names in ("redsm5_*posts.csv", "redsm5_annotations*.csv")]
+    files = sorted(path.glob("*.json"))
+    if any(tables) and files:
+        raise UserError(f"{path} holds ReDSM5's CSV files and {files[0].name}: give --data_dir the JSON file itself")
+    if any(tables):
+        for name, matches in zip(("redsm5_posts.csv", "redsm5_annotations.csv"), tables):
+            if len(matches) != 1:
+                present = " and ".join(file.name for file in matches) or f"no {name}"
+                raise UserError(f"{path} holds {present}, expected one such file")
+        return read_redsm5(tables[0][0], tables[1][0], config)
+    if not files:
+        raise UserError(
+            f"{path} holds neither redsm5_posts.csv nor SQuAD's JSON: --data_dir names your folder or file, "
+            "evidence_spans/README.md says where data sets are given, --sample needs none"
+        )
+
+    test = [file for file in files if file.name.lower().startswith(("dev", "test"))]
+    others = [file for file in files if file not in test]
+    for file in others if len(files) > 1 else ():
+        if not file.name.lower().startswith("train"):
+            raise UserError(f"{file}: of several files each is named train*, or dev* or test* for the test split")
+    return read_squad(others, test, config)
 
 
 def group_keys(posts: dict[str, str]) -> dict[str, str]:
@@ -21,20 +77,20 @@ def group_keys(posts: dict[str, str]) -> dict[str, str]:
     its authors and of others can be added without moving it; only a copy of one of its texts under another author,
     which would have to be in two splits otherwise, can.
     """
-    keys: dict[tuple, int] = {}
-    edges, authors = [], []
-    for number, (post, text) in enumerate(posts.items()):
-        author = AUTHOR.match(post)
-        authors.append(author[0] if author else post)
-        for key in (("author", authors[-1]), ("text", " ".join(text.split()).casefold())):
-            edges.append((number, len(posts) + keys.setdefault(key, len(keys))))
-    nodes, (rows, columns) = len(posts) + len(keys), zip(*edges)
-    graph = coo_array((np.ones(len(edges)), (rows, columns)), shape=(nodes, nodes))
-    groups = connected_components(graph, directed=False)[1][: len(posts)].tolist()
-    names: dict[int, str] = {}
-    for group, author in zip(groups, authors):
-        names[group] = min(names.get(group, author), author)
-    return {post: names[group] for post, group in zip(posts, groups)}
+    authors = {post: match[0] if (match := AUTHOR.match(post)) else post for post in posts}
+    smaller = {author: author for author in authors.values()}  # union-find: another author of the group, or itself
+
+    def group(author: str) -> str:
+        while smaller[author] != author:
+            author = smaller[author]
+        return author
+
+    first_author: dict[str, str] = {}
+    for post, text in posts.items():
+        other = first_author.setdefault(" ".join(text.split()).casefold(), authors[post])
+        low, high = sorted((group(authors[post]), group(other)))
+        smaller[high] = low
+    return {post: group(author) for post, author in authors.items()}
 
 
 def split_of(group: str, config: Config, has_test: bool) -> str:
@@ -56,14 +112,14 @@ def split_examples(source: Source, config: Config) -> dict[str, list[Example]]:
     splits: dict[str, list[Example]] = {"train": [], "validation": [], "test": list(source.test)}
     for example in source.examples:
         group = groups[example.post]
-        if group not in tested:
-            splits[split_of(group, config, bool(source.test))].append(example)
-        else:
+        if group in tested:
             source.counts["left out, their text is in test"] += 1
+        else:
+            splits[split_of(group, config, bool(source.test))].append(example)
     for name, examples in splits.items():
         if not any(example.answers for example in examples):
-            posts = len({example.post for example in source.examples + source.test})
-            raise UserError(f"the {posts} posts of {config.data_dir} cannot be split: {name} would hold no answer")
+            what = f"the {len(groups)} posts of {config.data_dir}"
+            raise UserError(f"{what} cannot be split: {name} would hold no answer")
     return splits
 
 
@@ -76,3 +132,97 @@ def load_splits(config: Config) -> tuple[dict[str, list[Example]], Source]:
 def fingerprint(splits: dict[str, list[Example]]) -> str:
     """SHA-256 of all examples and where they are."""
     return hashlib.sha256(json.dumps(splits).encode()).hexdigest()
+
+
+def tokenize(examples: list[Example], tokenizer: PreTrainedTokenizerFast, config: Config) -> Split:
+    """Raises UnfitSettings as make_windows does."""
+    windows = make_windows(examples, tokenizer, config)
+    owners = np.array([window.example for window in windows])
+    return Split(examples, windows, owners, np.array([len(window.input_ids) for window in windows]))
+
+
+def longest_answer(train: Split, config: Config) -> int:
+    """max_answer_length in tokens: the config's, or that of the longest answer that lies in a training window."""
+    tokens = (end - start + 1 for window in train.windows for start, end in window.labels)
+    return config.max_answer_length or max(tokens, default=1)
+
+
+def draw_examples(examples: list[Example], negatives_per_positive: float, seed: int, epoch: int) -> np.ndarray:
+    """Numbers of the examples of one epoch: all answered and rejected ones, and some unannotated ones drawn anew."""
+    kinds = np.array([example.kind for example in examples])
+    unannotated = np.flatnonzero(kinds == "unannotated")
+    wanted = min(round(negatives_per_positive * int((kinds == "answered").sum())), len(unannotated))
+    generator = torch.Generator().manual_seed(mix(seed, epoch, 0))  # another stream than the batch order's
+    drawn = unannotated[torch.randperm(len(unannotated), generator=generator)[:wanted].numpy()]
+    return np.sort(np.concatenate([np.flatnonzero(kinds != "unannotated"), drawn]))
+
+
+def draw_windows(train: Split, config: Config, epoch: int) -> np.ndarray:
+    """Numbers of the windows of one epoch's examples, in order; a pure function of its arguments."""
+    return np.flatnonzero(
+        np.isin(train.owners, draw_examples(train.examples, config.negatives_per_positive, config.seed, epoch))
+    )
+
+
+def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
+    """The row indices of each batch of one epoch, a pure function of its arguments.
+
+    Shuffle, sort by length inside buckets of BUCKET batches, cut into batches, shuffle the batches: every row comes
+    once, and the rows of a batch are nearly of one length.
+    """
+    generator = epoch_generator(seed, epoch)
+    order = torch.randperm(len(lengths), generator=generator).numpy()
+    buckets = np.split(order, range(batch_size * BUCKET, len(order), batch_size * BUCKET))
+    order = np.concatenate([bucket[np.argsort(lengths[bucket], kind="stable")] for bucket in buckets])
+    batches = np.split(order, range(batch_size, len(order), batch_size))
+    return [batches[index].tolist() for index in torch.randperm(len(batches), generator=generator)]
+
+
+def sorted_batches(lengths: np.ndarray, batch_size: int) -> list[list[int]]:
+    """Batches for evaluation: all rows, longest first, so that memory runs out at once or never."""
+    order = np.argsort(-lengths, kind="stable")
+    return [batch.tolist() for batch in np.split(order, range(batch_size, len(order), batch_size))]
+
+
+def collate(windows: list[Window], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """A batch, padded on the right to its longest: each (B, T).
+
+    input_ids, attention_mask, token_type_ids where the encoder takes them; context_mask: the tokens that may be an
+    answer's; start_labels, end_labels: where the answers start and end, [CLS] where the window holds none.
+    """
+    shape = len(windows), max(len(window.input_ids) for window in windows)
+    batch = {"input_ids": torch.full(shape, pad_token_id), "attention_mask": torch.zeros(shape, dtype=torch.long)}
+    if windows[0].token_type_ids is not None:
+        batch["token_type_ids"] = torch.zeros(shape, dtype=torch.long)
+    batch |= {name: torch.zeros(shape, dtype=torch.bool) for name in ("context_mask", "start_labels", "end_labels")}
+    for row, window in enumerate(windows):
+        length = len(window.input_ids)
+        batch["input_ids"][row, :length] = torch.from_numpy(window.input_ids)
+        batch["attention_mask"][row, :length] = 1
+        if window.token_type_ids is not None:
+            batch["token_type_ids"][row, :length] = torch.from_numpy(window.token_type_ids)
+        batch["context_mask"][row, window.first : window.first + len(window.offsets)] = True
+        for start, end in window.labels or ((0, 0),):
+            batch["start_labels"][row, start] = batch["end_labels"][row, end] = True
+    return batch
+
+
+def leave_signals_to_the_loop(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal: a loader worker must live until the loop has saved."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def make_loader(
+    windows: list[Window], batches: Iterable[list[int]], tokenizer: PreTrainedTokenizerFast, config: Config
+) -> DataLoader:
+    """Batches of the rows given, in that order."""
+    return DataLoader(
+        windows,
+        batch_sampler=batches,
+        collate_fn=partial(collate, pad_token_id=tokenizer.pad_token_id),
+        num_workers=config.num_workers,
+        worker_init_fn=leave_signals_to_the_loop,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=config.num_workers > 0,
+    )

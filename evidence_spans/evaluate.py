@@ -8,9 +8,8 @@ With --split only that split is scored, its table printed, and nothing in the ru
 """
 
 import json
-import math
 import sys
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -23,121 +22,69 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from common.checkpoint import Run, RunError, begun_in, best_folder, read_json, write_json, write_text
-from common.metrics import answer_scores, multi_span_metrics, normalize_answer, span_metrics, token_metrics
-from evidence_spans.config import Config, UserError, run_path, run_script, saved_config
-from evidence_spans.dataset import Example, fingerprint, load_splits
-from evidence_spans.model import (
-    MODEL_INPUTS,
-    SpanModel,
-    autocast_dtype,
-    load_model,
-    load_tokenizer,
-    pick_device,
-    span_loss,
-)
-from evidence_spans.postprocess import (
+from common.checkpoint import Run, RunError, begun_in, best_folder, write_json, write_text
+from common.metrics import multi_span_metrics, span_metrics, token_metrics
+from evidence_spans.answers import (
     Decoding,
-    Prediction,
     answer,
-    apart,
-    best_pairs,
-    calibrate,
-    merge_windows,
+    answer_row,
+    n_best,
     no_answer_probability,
-    probabilities,
+    read_decoding,
+    several_answers,
+)
+from evidence_spans.config import Config, UserError, run_path, run_script, saved_config
+from evidence_spans.dataset import Split, fingerprint, load_splits, make_loader, sorted_batches, tokenize
+from evidence_spans.formats import Example
+from evidence_spans.loss import span_loss
+from evidence_spans.model import MODEL_INPUTS, SpanModel, autocast_dtype, load_model, load_tokenizer, pick_device
+from evidence_spans.postprocess import (
+    Prediction,
+    best_pairs,
+    merge_windows,
     sentence_pairs,
     sentences,
-    several_answers,
-    tune_span_threshold,
-    tune_threshold,
     window_predictions,
 )
 from evidence_spans.report import report, score_table
-from evidence_spans.windows import Window, make_loader, make_windows, sorted_batches, window_ranges
+from evidence_spans.thresholds import answer_texts
 
 
 def predict(
-    model: SpanModel,
-    examples: list[Example],
-    windows: list[Window],
-    tokenizer: PreTrainedTokenizerFast,
-    config: Config,
-    max_answer_length: int,
-    device: torch.device,
+    model: SpanModel, split: Split, tokenizer: PreTrainedTokenizerFast, config: Config, max_answer_length: int
 ) -> tuple[list[Prediction], float]:
     """The n best spans of each example, in their order, and the loss averaged over windows."""
-    batches = sorted_batches(np.array([len(window.input_ids) for window in windows]), config.eval_batch_size)
+    device = next(model.parameters()).device
     dtype = autocast_dtype(config.amp, device)
-    whole = {}  # the sentences of each post
+    batches = sorted_batches(split.lengths, config.eval_batch_size)
+    bar = tqdm(make_loader(split.windows, batches, tokenizer, config), leave=False, disable=None, desc="evaluating")
+    sentences_of = {}  # by post
     if config.decode == "sentence":
-        whole = {context: sentences(context) for context in {example.context for example in examples}}
+        sentences_of = {context: sentences(context) for context in {example.context for example in split.examples}}
+
     model.eval()
-    found: list[Prediction | None] = [None] * len(windows)
+    parts: list[Prediction | None] = [None] * len(split.windows)
     loss = 0.0
-    bar = tqdm(make_loader(windows, batches, tokenizer, config), leave=False, disable=None, desc="evaluating")
     with torch.inference_mode():
         for rows, batch in zip(batches, bar):
-            batch = {name: tensor.to(device, non_blocking=config.non_blocking) for name, tensor in batch.items()}
+            batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
             inputs = {name: tensor for name, tensor in batch.items() if name in MODEL_INPUTS}
             with torch.autocast(device.type, dtype, enabled=dtype is not None):
                 start, end = model(**inputs)
             loss += span_loss(start, end, batch).sum().item()
-            some = [windows[row] for row in rows]
+
+            windows = [split.windows[row] for row in rows]
             if config.decode == "sentence":
-                spans = [whole[examples[window.example].context] for window in some]
-                pairs = sentence_pairs(start, end, some, spans, config.n_best_size)
+                spans = [sentences_of[split.examples[window.example].context] for window in windows]
+                pairs = sentence_pairs(start, end, windows, spans, config.n_best_size)
             else:
                 pairs = best_pairs(start, end, batch["context_mask"], config.n_best_size, max_answer_length)
-            for row, prediction in zip(rows, window_predictions(some, start[:, 0] + end[:, 0], *pairs)):
-                found[row] = prediction
-    ranges = window_ranges(windows, len(examples)).tolist()
-    merged = [merge_windows(found[first:end], config.n_best_size) for first, end in pairwise(ranges)]
-    return merged, loss / len(windows)
+            for row, part in zip(rows, window_predictions(windows, start[:, 0] + end[:, 0], *pairs)):
+                parts[row] = part
 
-
-def answer_texts(examples: list[Example], predictions: list[Prediction], threshold: float | None) -> list[str]:
-    """The text of each best span, "" for no answer."""
-    spans = [answer(prediction, threshold) for prediction in predictions]
-    return [example.context[span.start : span.end] if span else "" for example, span in zip(examples, spans)]
-
-
-def tune(
-    predictions: list[Prediction],
-    examples: list[Example],
-    max_answer_length: int,
-    questions: dict[str, str],
-    config: Config,
-) -> Decoding:
-    """The thresholds that are best on these examples, and the probability of no answer fitted to them."""
-    golds = [example.texts for example in examples]
-    unanswerable = np.array([not gold for gold in golds])
-    differences = np.array([prediction.difference for prediction in predictions])
-    threshold = None
-    if unanswerable.any():
-        texts = answer_texts(examples, predictions, None)
-        column = int(config.metric != "exact_match")
-        if_answered = np.array([answer_scores(*pair)[column] for pair in zip(texts, golds)])
-        weights = np.ones(len(examples))
-        if config.metric == "f1_balanced":
-            weights = np.where(unanswerable, 1 / unanswerable.sum(), 1 / max((~unanswerable).sum(), 1))
-        threshold = tune_threshold(differences, weights * if_answered, weights * unanswerable)
-    span_threshold = tune_several(predictions, examples) if any(example.together for example in examples) else None
-    return Decoding(max_answer_length, threshold, span_threshold, *calibrate(differences, unanswerable), questions)
-
-
-def tune_several(predictions: list[Prediction], examples: list[Example]) -> float:
-    """The span threshold with the best multi_span_metrics: texts that are equal there count once here too."""
-    spans, wanted = [], 0
-    for example, prediction in zip(examples, predictions):
-        golds = {tuple(normalize_answer(text)) for text in example.texts}
-        found = {}
-        for span in apart(prediction):
-            words = tuple(normalize_answer(example.context[span.start : span.end]))
-            found.setdefault(words, prediction.null_score - span.score)
-        spans += [(difference, words in golds) for words, difference in found.items()]
-        wanted += len(golds)
-    return tune_span_threshold(spans, wanted)
+    starts = np.searchsorted(split.owners, np.arange(len(split.examples) + 1)).tolist()  # each example's windows
+    merged = [merge_windows(parts[first:end], config.n_best_size) for first, end in pairwise(starts)]
+    return merged, loss / len(split.windows)
 
 
 def score_split(predictions: list[Prediction], examples: list[Example], loss: float, decoding: Decoding) -> dict:
@@ -153,8 +100,8 @@ def score_split(predictions: list[Prediction], examples: list[Example], loss: fl
     for name, threshold in rules.items():
         scores[name] = span_metrics(answer_texts(examples, predictions, threshold), golds)
         spans = [answer(prediction, threshold) for prediction in predictions]
-        found = [[(span.start, span.end)] if span else [] for span in spans]
-        scores[name]["tokens"] = token_metrics(contexts, found, places)
+        scores[name]["tokens"] = token_metrics(contexts, [[span[:2]] if span else [] for span in spans], places)
+
     if any(example.together for example in examples):
         several = [several_answers(prediction, decoding) for prediction in predictions]
         texts = [[context[s.start : s.end] for s in spans] for context, spans in zip(contexts, several)]
@@ -169,55 +116,20 @@ def score_split(predictions: list[Prediction], examples: list[Example], loss: fl
     return scores
 
 
-def answer_row(name: object, context: str, prediction: Prediction, decoding: Decoding) -> dict:
-    """What is said about one example: answer, its offsets, its probability, that of no answer, several answers."""
-    with_null = decoding.threshold is not None
-    shares = probabilities(prediction, with_null)
-    span = answer(prediction, decoding.threshold)
-    if span:
-        row = {"id": name, "answer": context[span.start : span.end], "start": span.start, "end": span.end}
-        row["probability"] = round(shares[with_null], 6)
-    else:
-        row = {"id": name, "answer": "", "start": None, "end": None, "probability": round((shares or [1.0])[0], 6)}
-    row["difference"] = round(prediction.difference, 6) if prediction.scores else None
-    p = no_answer_probability(prediction, decoding)
-    row["no_answer_probability"] = None if p is None else round(p, 6)
-    row["answers"] = [
-        {"text": context[s.start : s.end], "start": s.start, "end": s.end}
-        for s in several_answers(prediction, decoding)
-    ]
-    return row
-
-
-def n_best(context: str, prediction: Prediction, decoding: Decoding) -> list[dict]:
-    """The n best spans with probabilities that sum to 1, best first; no answer, the empty one, is among them."""
-    with_null = decoding.threshold is not None
-    shares = probabilities(prediction, with_null)
-    rows = [
-        {"text": context[start:end], "start": start, "end": end, "probability": share}
-        for start, end, share in zip(prediction.starts, prediction.ends, shares[with_null:])
-    ]
-    if with_null:  # after the spans that are at least as probable
-        place = sum(share >= shares[0] for share in shares[1:])
-        rows.insert(place, {"text": "", "start": None, "end": None, "probability": shares[0]})
-    return rows
-
-
-def evaluate_split(
-    model: SpanModel,
-    examples: list[Example],
-    windows: list[Window],
-    tokenizer: PreTrainedTokenizerFast,
-    config: Config,
-    decoding: Decoding,
-    device: torch.device,
-) -> tuple[dict, list[Prediction]]:
-    predictions, loss = predict(model, examples, windows, tokenizer, config, decoding.max_answer_length, device)
-    return score_split(predictions, examples, loss, decoding), predictions
+def evaluate(
+    folder: Path, splits: dict[str, Split], tokenizer: PreTrainedTokenizerFast, config: Config, device: torch.device
+) -> tuple[dict, dict[str, list[Prediction]]]:
+    """Scores and predictions of a best folder's model on each split."""
+    model, decoding = load_model(folder, config).to(device), read_decoding(folder)
+    scores, predictions = {"decoding": asdict(decoding)}, {}
+    for name, split in splits.items():
+        predictions[name], loss = predict(model, split, tokenizer, config, decoding.max_answer_length)
+        scores[name] = score_split(predictions[name], split.examples, loss, decoding)
+    return scores, predictions
 
 
 def prediction_lines(
-    examples: list[Example], predictions: list[Prediction], decoding: Decoding, split: str, with_n_best: bool
+    split: str, examples: list[Example], predictions: list[Prediction], decoding: Decoding, with_n_best: bool = False
 ) -> str:
     """One JSON line for each example, its gold answers beside the prediction."""
     lines = []
@@ -230,47 +142,14 @@ def prediction_lines(
     return "".join(lines)
 
 
-def evaluate_run(
-    run: Run,
-    splits: dict[str, list[Example]],
-    windows: dict[str, list[Window]],
-    tokenizer: PreTrainedTokenizerFast,
-    config: Config,
-    device: torch.device,
-) -> tuple[dict, str]:
-    """Scores of the best model on validation and test, and its predictions with n best; writes the run's report."""
-    folder = best_folder(run.path)
-    model, decoding = load_model(folder, config).to(device), read_decoding(folder)
-    scores: dict = {"decoding": asdict(decoding)}
-    history = [record for record in run.history() if record["event"] == "evaluation"]
+def write_report(run: Run, splits: dict[str, Split], scores: dict, predictions: dict, config: Config) -> None:
+    """report.md and predictions/ of a run."""
     (run.path / "predictions").mkdir(exist_ok=True)
-    lines = []
-    for name in ("validation", "test"):
-        scores[name], found = evaluate_split(
-            model, splits[name], windows[name], tokenizer, config, decoding, device
-        )
-        text = prediction_lines(splits[name], found, decoding, name, with_n_best=False)
-        write_text(run.path / "predictions" / f"{name}_predictions.jsonl", text)
-        lines.append(prediction_lines(splits[name], found, decoding, name, with_n_best=True))
+    for name, split in splits.items():
+        lines = prediction_lines(name, split.examples, predictions[name], Decoding(**scores["decoding"]))
+        write_text(run.path / "predictions" / f"{name}_predictions.jsonl", lines)
+    history = [record for record in run.history() if record["event"] == "evaluation"]
     write_text(run.path / "report.md", report(scores, history, config))
-    return scores, "".join(lines)
-
-
-def read_decoding(folder: Path) -> Decoding:
-    """How the model of a best folder turns logits into text. Raises RunError."""
-    path = folder / "decoding.json"
-    saved = read_json(path)
-    kinds = dict.fromkeys(("threshold", "span_threshold", "slope", "intercept"), (float, type(None)))
-    for name, kind in (kinds | {"max_answer_length": int, "questions": dict}).items():
-        value = saved.get(name, "missing")
-        odd = isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value))
-        if odd or not isinstance(value, kind):
-            raise RunError(f"{path}: {name} is {value!r}, which no run writes")
-    decoding = Decoding(**{field.name: saved[field.name] for field in fields(Decoding)})
-    texts = all(isinstance(question, str) for question in decoding.questions.values())
-    if decoding.max_answer_length < 1 or (decoding.slope is None) != (decoding.intercept is None) or not texts:
-        raise RunError(f"{path} holds values that no run writes")
-    return decoding
 
 
 def check_data(run: Run, splits: dict[str, list[Example]], config: Config) -> None:
@@ -297,33 +176,30 @@ def main(
         if not Path(output).absolute().parent.is_dir():
             raise UserError(f"{output}: there is no such folder")
     best_folder(path)  # before the lock: where there is no run, none is made
-    splits, _ = load_splits(config)
+    examples, _ = load_splits(config)
     run = Run(path, saved_config(path / "config.json"), {})
     folder = best_folder(path)  # again: a run that was killed in the middle of a swap is mended when it is opened
     tokenizer = load_tokenizer(config, folder)
-    check_data(run, splits, config)
+    check_data(run, examples, config)
     say_precision(path, config, device)
     if run.results is None:
         print("the run is not finished: this is its best epoch so far", file=sys.stderr)
+
     names = {"all": ["validation", "test"], "val": ["validation"]}.get(split, [split])
-    windows = {name: make_windows(splits[name], tokenizer, config) for name in names}
+    splits = {name: tokenize(examples[name], tokenizer, config) for name in names}
+    scores, predictions = evaluate(folder, splits, tokenizer, config, device)
     if split == "all":
-        scores, lines = evaluate_run(run, splits, windows, tokenizer, config, device)
+        write_report(run, splits, scores, predictions, config)
         print((path / "report.md").read_text(encoding="utf-8"))
     else:
-        name, decoding = names[0], read_decoding(folder)
-        model = load_model(folder, config).to(device)
-        found, predictions = evaluate_split(
-            model, splits[name], windows[name], tokenizer, config, decoding, device
-        )
-        scores = {"decoding": asdict(decoding), name: found}
-        lines = prediction_lines(splits[name], predictions, decoding, name, with_n_best=True)
-        print("\n".join(score_table(scores, [name])))
+        print("\n".join(score_table(scores, names)))
     run.close()
     if metrics_output:
         write_json(Path(metrics_output), scores)
     if predictions_output:
-        write_text(Path(predictions_output), lines)
+        decoding = Decoding(**scores["decoding"])
+        lines = [prediction_lines(name, examples[name], predictions[name], decoding, True) for name in names]
+        write_text(Path(predictions_output), "".join(lines))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The span model: a BERT-like encoder and one Linear that scores each token as an answer's start and end; its loss.
+"""The span model: a BERT-like encoder and one Linear that scores each token as an answer's start and end.
 
 B batch, T tokens, D hidden
 """
@@ -56,22 +56,6 @@ class SpanModel(nn.Module):
         with torch.autocast(input_ids.device.type, enabled=False):  # bf16 logits would have 8 bits
             logits = self.qa_outputs(self.dropout(hidden_states.float()))  # (B, T, 2)
         return logits[..., 0], logits[..., 1]
-
-
-def span_loss(start_logits: Tensor, end_logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
-    """Loss of each window, (B,), in fp32, from logits (B, T): the caller sums and divides.
-
-    Half of -log p(start) - log p(end), p the softmax over [CLS] and the context. Where several answers lie in a
-    window, p is the sum over theirs (the sum objective of arXiv 1710.10723, sec. 2.2): none of them is a wrong one.
-    """
-    allowed = batch["context_mask"].clone()
-    allowed[:, 0] = True  # [CLS]: no answer in this window
-    loss = 0.0
-    for logits, labels in ((start_logits, batch["start_labels"]), (end_logits, batch["end_labels"])):
-        logits = logits.float()
-        total = logits.masked_fill(~allowed, -torch.inf).logsumexp(dim=1)
-        loss = loss + (total - logits.masked_fill(~labels, -torch.inf).logsumexp(dim=1)) / 2
-    return loss
 
 
 def model_source(config: Config) -> str:

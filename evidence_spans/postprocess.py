@@ -1,22 +1,18 @@
-"""From logits to text: the n best spans of each example, whether there is an answer at all, and how sure that is.
+"""From logits to spans: the n best of each example, by their characters. answers.py makes answers of them.
 
-B batch of windows, T tokens, n best spans, L tokens of the longest answer, N examples
+B batch of windows, T tokens, N context tokens, n best spans, L tokens of the longest answer, S sentences
 """
 
-import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from evidence_spans.windows import Window
+from evidence_spans.windows import Window, token_spans
 
 SENTENCE_END = re.compile(r"(?<![.!?])[.!?]++[\"')\]”’]*+(?=\s)|[\r\n]+|\Z")
 
@@ -48,24 +44,6 @@ class Prediction(NamedTuple):
     def difference(self) -> float:
         """How much "no answer" outscores the best span; inf where no span is allowed."""
         return self.null_score - self.scores[0] if self.scores else float("inf")
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """How a run's logits become answers; tuned on validation, but for max_answer_length (tokens).
-
-    threshold: the answer is empty iff difference > threshold; None: never empty. span_threshold: the same of each span
-    where several are true at once; None where answers are alternatives. slope, intercept: the probability of no answer
-    is sigmoid(slope * difference + intercept); None where validation holds one kind of example only. questions: what a
-    run asks about each criterion, if it does.
-    """
-
-    max_answer_length: int
-    threshold: float | None
-    span_threshold: float | None
-    slope: float | None
-    intercept: float | None
-    questions: dict[str, str]
 
 
 def sliding_maximum(values: Tensor, width: int) -> Tensor:
@@ -121,24 +99,12 @@ def sentence_pairs(
     shape = len(windows), n
     scores, places = torch.full(shape, -torch.inf), torch.zeros(2, *shape, dtype=torch.long)
     for row, (window, characters) in enumerate(zip(windows, spans)):
-        tokens = sentence_tokens(window, characters)  # (2, S)
-        found = start_logits[row, tokens[0]].float() + end_logits[row, tokens[1]].float()
-        kept = min(n, len(found))
-        scores[row, :kept], order = found.cpu().topk(kept)
+        starts, ends = tokens = torch.from_numpy(token_spans(window, characters)).T  # (2, S)
+        candidates = start_logits[row, starts].float() + end_logits[row, ends].float()
+        kept = min(n, len(candidates))
+        scores[row, :kept], order = candidates.cpu().topk(kept)
         places[:, row, :kept] = tokens[:, order]
     return scores, *places
-
-
-def sentence_tokens(window: Window, characters: Sequence[tuple[int, int]]) -> Tensor:
-    """(2, S) positions of the first and last token of each sentence that lies in the window whole."""
-    if not characters or not len(window.offsets):
-        return torch.zeros(2, 0, dtype=torch.long)
-    start, end = np.array(characters).T
-    first = np.searchsorted(window.offsets[:, 1], start, side="right")
-    last = np.searchsorted(window.offsets[:, 0], end, side="left") - 1
-    after, before = window.is_first | (start >= window.offsets[0, 0]), window.is_last | (end <= window.offsets[-1, 1])
-    whole = after & before & (first <= last)
-    return torch.from_numpy(window.first + np.stack([first, last])[:, whole])
 
 
 def window_predictions(
@@ -160,99 +126,12 @@ def window_predictions(
 def merge_windows(parts: Sequence[Prediction], n: int) -> Prediction:
     """One example's prediction from those of its windows. A span that several of them hold keeps its best score."""
     null_score = min([part.null_score for part in parts])
-    found = [row for part in parts for row in zip(part.scores, part.starts, part.ends)]
+    rows = [row for part in parts for row in zip(part.scores, part.starts, part.ends)]
     if len(parts) > 1:
-        found.sort(key=lambda row: -row[0])
+        rows.sort(key=lambda row: -row[0])
     spans: dict[tuple[int, int], float] = {}
-    for score, start, end in found:
+    for score, start, end in rows:
         if start < end:  # not where the only token is a blank
             spans.setdefault((start, end), score)
     best = list(spans.items())[:n]
     return Prediction(null_score, [score for _, score in best], [s for (s, _), _ in best], [e for (_, e), _ in best])
-
-
-def probabilities(prediction: Prediction, with_null: bool) -> list[float]:
-    """Softmax over the n best scores; with_null: and over the null score, which comes first."""
-    scores = [prediction.null_score] * with_null + prediction.scores
-    top = max(scores, default=0.0)
-    weights = [math.exp(score - top) for score in scores]
-    total = sum(weights)
-    return [weight / total for weight in weights]
-
-
-def answer(prediction: Prediction, threshold: float | None) -> Span | None:
-    """The best span; None for "no answer": null - best > threshold, or no span at all."""
-    if not prediction.scores or (threshold is not None and prediction.difference > threshold):
-        return None
-    return prediction.spans[0]
-
-
-def apart(prediction: Prediction) -> list[Span]:
-    """The spans that overlap none that is better, the best first."""
-    chosen: list[Span] = []
-    for span in prediction.spans:
-        if all(span.end <= other.start or other.end <= span.start for other in chosen):
-            chosen.append(span)
-    return chosen
-
-
-def several_answers(prediction: Prediction, decoding: Decoding) -> list[Span]:
-    """All spans that are an answer, apart from one another, in the order of the text; of alternatives the best."""
-    if decoding.span_threshold is None:
-        return [span] if (span := answer(prediction, decoding.threshold)) else []
-    return sorted(s for s in apart(prediction) if prediction.null_score - s.score <= decoding.span_threshold)
-
-
-def no_answer_probability(prediction: Prediction, decoding: Decoding) -> float | None:
-    """Calibrated on validation; None where that held one kind of example only."""
-    if decoding.slope is None:
-        return None
-    if not prediction.scores:
-        return 1.0
-    return float(1 / (1 + np.exp(-np.clip(decoding.slope * prediction.difference + decoding.intercept, -500, 500))))
-
-
-def calibrate(differences: np.ndarray, unanswerable: np.ndarray) -> tuple[float, float] | tuple[None, None]:
-    """Slope and intercept of Platt's sigmoid, fitted to (N,) differences and whether there is no answer."""
-    known = np.isfinite(differences)
-    if len(np.unique(unanswerable[known])) < 2:
-        return None, None
-    fitted = LogisticRegression(C=1e3).fit(differences[known, None], unanswerable[known])
-    return float(fitted.coef_[0, 0]), float(fitted.intercept_[0])
-
-
-def tune_threshold(differences: np.ndarray, if_answered: np.ndarray, if_empty: np.ndarray) -> float:
-    """The t whose rule "empty iff difference > t" has the greatest sum of scores. All (N,).
-
-    Exact over all cuts between distinct differences; the middle of the best gap, and 0 where 0 lies in it. Of equally
-    good gaps the one whose middle is nearest to 0. An example without any span is empty under every t.
-    """
-    known = np.isfinite(differences)
-    order = np.argsort(differences[known], kind="stable")
-    ordered, gain = differences[known][order], (if_answered - if_empty)[known][order]
-    totals = np.concatenate([[0.0], np.cumsum(gain)])  # with the k smallest differences answered
-    return middle_of_best_gap(ordered, totals)
-
-
-def tune_span_threshold(spans: Sequence[tuple[float, bool]], wanted: int) -> float:
-    """The t whose rule "an answer iff difference <= t" has the best F1 of whole spans.
-
-    spans: the difference of each of all examples' spans, and whether it is right; wanted: how many gold spans are.
-    """
-    differences, right = np.array([d for d, _ in spans]), np.array([r for _, r in spans], dtype=float)
-    order = np.argsort(differences, kind="stable")
-    hits = np.concatenate([[0.0], np.cumsum(right[order])])
-    return middle_of_best_gap(differences[order], 2 * hits / np.maximum(np.arange(len(hits)) + wanted, 1))
-
-
-def middle_of_best_gap(ordered: np.ndarray, totals: np.ndarray) -> float:
-    """The threshold with the best of totals (K + 1,), totals[k] being the score where k of ordered (K,) are below."""
-    if not len(ordered):
-        return 0.0
-    lower, upper = np.concatenate([[ordered[0] - 2], ordered]), np.concatenate([ordered, [ordered[-1] + 2]])
-    middle = (lower + upper) / 2
-    middle = np.where(middle < upper, middle, lower)  # between neighbours of one rounding
-    totals = np.where(lower < upper, totals, -np.inf)
-    best = np.flatnonzero(totals >= totals.max() - 1e-9)
-    best = best[np.abs(middle[best]).argmin()]
-    return 0.0 if lower[best] <= 0 < upper[best] else float(middle[best])

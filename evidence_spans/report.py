@@ -1,10 +1,12 @@
-"""Tables for people: what is trained on, and how good the result is, in Markdown."""
+"""Tables for people, in Markdown: what is trained on, and how good the result is."""
 
 import numpy as np
 
 from evidence_spans.config import Config
-from evidence_spans.formats import Example, Source
-from evidence_spans.windows import Window, answer_tokens
+from evidence_spans.dataset import Split
+from evidence_spans.formats import Source
+
+KINDS = ("answered", "rejected", "unannotated")  # of examples
 
 
 def table(header: list[str], rows: list[list]) -> list[str]:
@@ -15,27 +17,24 @@ def table(header: list[str], rows: list[list]) -> list[str]:
     return ["| " + " | ".join(row) + " |" for row in cells] + [""]
 
 
-def print_summary(
-    splits: dict[str, list[Example]], windows: dict[str, list[Window]], source: Source, config: Config
-) -> None:
+def print_summary(splits: dict[str, Split], source: Source) -> None:
     """The tables of what is trained on: posts, examples of each kind, windows, lengths in tokens, what is left out."""
     rows, lengths = [], []
-    for name, examples in splits.items():
-        kinds = [sum(example.kind == kind for example in examples) for kind in ("answered", "rejected", "unannotated")]
-        whole = len({window.example for window in windows[name] if window.labels})
-        posts = len({example.post for example in examples})
-        rows.append([name, posts, len(examples), *kinds, len(windows[name]), kinds[0] - whole])
-        for what, values in (
-            ("window", [len(window.input_ids) for window in windows[name]]),
-            ("answer", answer_tokens(windows[name])),
-        ):
-            found = np.percentile(values, (50, 95, 100)).astype(int).tolist() if len(values) else [0, 0, 0]
-            lengths.append([f"{name}, {what}", *found])
-    header = ["split", "posts", "examples", "answered", "rejected", "unannotated", "windows"]
-    print("\n".join(table([*header, "answer in no window whole"], rows)[:-1]))
+    for name, split in splits.items():
+        kinds = [[example.kind for example in split.examples].count(kind) for kind in KINDS]
+        labelled = len({window.example for window in split.windows if window.labels})
+        posts = len({example.post for example in split.examples})
+        rows.append([name, posts, len(split.examples), *kinds, len(split.windows), kinds[0] - labelled])
+        answers = [end - start + 1 for window in split.windows for start, end in window.labels]
+        for what, values in (("window", split.lengths), ("answer", answers)):
+            percentiles = np.percentile(values, (50, 95, 100)).astype(int).tolist() if len(values) else [0, 0, 0]
+            lengths.append([f"{name}, {what}", *percentiles])
+    header = ["split", "posts", "examples", *KINDS, "windows", "answer in no window whole"]
+    print("\n".join(table(header, rows)[:-1]))
     print("\n".join(table(["tokens", "p50", "p95", "max"], lengths)[:-1]))
-    found = ", ".join(f"{n} {what}" for what, n in sorted(source.counts.items()) if n)
-    print(f"read: {found}; a bad row would end the run")
+
+    counts = ", ".join(f"{n} {what}" for what, n in sorted(source.counts.items()) if n)
+    print(f"read: {counts}; a bad row would end the run")
     if source.not_found:
         file, lines = source.not_found[0]["file"], [str(row["line"]) for row in source.not_found]
         more = f" and {len(lines) - 20} more" * (len(lines) > 20)
@@ -52,10 +51,10 @@ def score_table(scores: dict, names: list[str]) -> list[str]:
     rows = []
     for name in names:
         for key, rule in rules.items():
-            found = scores[name][key]
-            kinds = [found[kind][column] for kind in ("has_answer", "no_answer") for column in ("f1", "exact_match")]
-            tokens = found.get("tokens", {}).get("f1")
-            rows.append([name, rule, found["rows"], found["f1"], found["exact_match"], *kinds[:3], tokens])
+            row = scores[name][key]
+            kinds = [row["has_answer"]["f1"], row["has_answer"]["exact_match"], row["no_answer"]["f1"]]
+            tokens = row.get("tokens", {}).get("f1")
+            rows.append([name, rule, row["rows"], row["f1"], row["exact_match"], *kinds, tokens])
     header = ["split", "empty where null - best above", "examples", "f1", "exact match"]
     return table([*header, "f1 with answer", "exact match with answer", "f1 without answer", "token f1"], rows)
 
@@ -70,8 +69,8 @@ def report(scores: dict, history: list[dict], config: Config) -> str:
     rows = []
     for name in names:
         for key, what in (("all", "all examples"), ("posts_with_several", "those with several spans")):
-            if found := scores[name].get("several", {}).get(key):
-                rows.append([name, what, *(found[column] for column in ("precision", "recall", "f1"))])
+            if several := scores[name].get("several", {}).get(key):
+                rows.append([name, what, *(several[column] for column in ("precision", "recall", "f1"))])
     if rows:
         lines += [f"Several spans of one example, differences of at most {decoding['span_threshold']:.4f}:", ""]
         lines += table(["split", "whole spans of", "precision", "recall", "f1"], rows)

@@ -25,8 +25,6 @@ if not __package__:  # run as a script: import from the repository root, not fro
 
 import numpy as np
 import torch
-from scipy.stats import loguniform, randint, uniform
-from sklearn.model_selection import ParameterSampler
 
 from common.checkpoint import read_json, write_json, write_text
 from evidence_spans import train
@@ -38,6 +36,8 @@ from evidence_spans.report import table
 
 def space(config: Config) -> dict:
     """What is drawn for each trial: a list of values, or a distribution of scipy."""
+    from scipy.stats import loguniform, randint, uniform  # slow to import
+
     return {
         "learning_rate": loguniform(config.learning_rate / 3, config.learning_rate * 3),
         "batch_size": sorted({max(config.batch_size // 2, 1), config.batch_size, config.batch_size * 2}),
@@ -50,6 +50,8 @@ def space(config: Config) -> dict:
 
 def draw_trials(config: Config, trials: int, search_seed: int) -> list[dict]:
     """So many settings from space(config), the same ones for the same seed; floats with three digits."""
+    from sklearn.model_selection import ParameterSampler
+
     drawn = []
     for settings in ParameterSampler(space(config), trials, random_state=search_seed):
         plain = {name: v.item() if isinstance(v, np.generic) else v for name, v in sorted(settings.items())}
@@ -57,27 +59,22 @@ def draw_trials(config: Config, trials: int, search_seed: int) -> list[dict]:
     return drawn
 
 
-def open_study(folder: Path, study: dict) -> list[dict]:
-    """The lines of trials.jsonl so far; a line that a kill cut short is cut off. Raises UserError for another study."""
-    study = json.loads(json.dumps(study))
+def open_study(folder: Path, study: dict) -> dict[tuple[int, int], dict]:
+    """The lines of trials.jsonl so far, by trial and rung. Raises UserError for another study's folder."""
     if (folder / "study.json").exists():
-        if differing := [name for name, value in read_json(folder / "study.json").items() if study.get(name) != value]:
+        saved, study = read_json(folder / "study.json"), json.loads(json.dumps(study))
+        if differing := [name for name in saved if study.get(name) != saved[name]]:
             raise UserError(f"{folder} holds another search ({', '.join(differing)} differ). Give another --run_dir")
     elif folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty and no search. Give another --run_dir")
     else:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "study.json", study)
-        write_text(folder / "trials.jsonl", "")
     path = folder / "trials.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    whole = [line for line in lines if line.endswith("\n")]
-    write_text(path, "".join(whole))
-    try:
-        known = [json.loads(line) for line in whole]
-        return [line for line in known if {"trial", "rung", "score", "error", "seconds"} <= line.keys()]
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    text = text[: text.rfind("\n") + 1]  # without a line that a kill cut short
+    write_text(path, text)
+    return {(line["trial"], line["rung"]): line for line in map(json.loads, text.splitlines())}
 
 
 def run_trial(config: Config, epochs: int, metric: str) -> dict | int:
@@ -100,21 +97,23 @@ def ranked(outcomes: dict[int, dict]) -> list[int]:
     return sorted(scored, key=lambda trial: (-scored[trial], trial))
 
 
-def results_table(drawn: list[dict], outcomes: dict[int, dict], last_rung: int) -> list[str]:
+def results_table(drawn: list[dict], outcomes: dict[int, dict]) -> list[str]:
     """Each trial's settings, how far it went and its score, the best first."""
     order = ranked(outcomes)
+    last_rung = max(outcome["rung"] for outcome in outcomes.values())
     rows = []
     for trial in [*order, *sorted(outcomes.keys() - set(order))]:
         outcome, settings = outcomes[trial], drawn[trial]
-        epochs = min(outcome["rung"], settings["epochs"])
         finished = outcome["rung"] >= min(last_rung, settings["epochs"])
         end = "failed" if outcome["error"] else "finished" if finished else "stopped"
         values = [f"{value:g}" for value in settings.values()]
+        epochs = min(outcome["rung"], settings["epochs"])
         rows.append([trial, *values, epochs, end, outcome["score"], f"{outcome['seconds']:.0f}"])
     return table(["trial", *drawn[0], "epochs trained", "end", "validation score", "seconds"], rows)
 
 
 def main(config: Config, trials: int, eta: int, search_seed: int) -> int | None:
+    # Setup
     for name, value, least in (("trials", trials, 1), ("eta", eta, 2), ("search_seed", search_seed, 0)):
         if not least <= value < 2**32:
             raise UserError(f"--{name} {value} is out of range: at least {least}, below 2**32")
@@ -124,9 +123,11 @@ def main(config: Config, trials: int, eta: int, search_seed: int) -> int | None:
     study = {"config": run_config(config), "trials": trials, "eta": eta, "search_seed": search_seed, "drawn": drawn}
     study |= {"data_sha256": fingerprint(load_splits(config)[0])}
     study |= {"autocast": str(autocast_dtype(config.amp, pick_device()))}
-    known = {(line["trial"], line["rung"]): line for line in open_study(folder, study)}
+    known = open_study(folder, study)
+
+    # Successive halving; a rung is named by the epochs that it trains up to
     outcomes: dict[int, dict] = {}
-    alive, rung = list(range(trials)), 1  # a rung is named by the epochs that it trains up to
+    alive, rung = list(range(trials)), 1
     while alive:
         for trial in alive:
             if (trial, rung) not in known:
@@ -140,14 +141,15 @@ def main(config: Config, trials: int, eta: int, search_seed: int) -> int | None:
                 with open(folder / "trials.jsonl", "a", encoding="utf-8", newline="\n") as file:
                     file.write(json.dumps(known[trial, rung]) + "\n")
             earlier = outcomes.get(trial, {"seconds": 0.0})["seconds"]
-            outcome = known[trial, rung]
-            outcomes[trial] = outcome | {"seconds": outcome["seconds"] + earlier}
+            outcomes[trial] = known[trial, rung] | {"seconds": known[trial, rung]["seconds"] + earlier}
         alive = ranked({trial: outcomes[trial] for trial in alive})
         if all(drawn[trial]["epochs"] <= rung for trial in alive):
             break
         alive = alive[: math.ceil(len(alive) / eta)]
         rung *= eta
-    print("\n".join(results_table(drawn, outcomes, rung)[:-1]))
+
+    # The winner
+    print("\n".join(results_table(drawn, outcomes)[:-1]))
     if not alive:
         raise UserError(f"no trial has a score; the first: {outcomes[0]['error']}")
     print(f"best: trial {alive[0]}, trained anew and whole, and only now scored on test")

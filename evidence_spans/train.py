@@ -28,9 +28,21 @@ from transformers import PreTrainedTokenizerFast, get_linear_schedule_with_warmu
 from common.checkpoint import Best, Run, StopSignal, environment, peak_memory_bytes, run_results, write_text
 from common.metrics import span_metrics
 from common.seed import seed_everything, seed_micro_batch
+from evidence_spans.answers import Decoding
 from evidence_spans.config import Config, UnfitSettings, UserError, run_config, run_path, run_script, shown
-from evidence_spans.dataset import Example, fingerprint, load_splits
-from evidence_spans.evaluate import answer_texts, check_data, evaluate_run, predict, tune
+from evidence_spans.dataset import (
+    Split,
+    draw_windows,
+    epoch_batches,
+    fingerprint,
+    load_splits,
+    longest_answer,
+    make_loader,
+    tokenize,
+)
+from evidence_spans.evaluate import check_data, evaluate, predict, write_report
+from evidence_spans.formats import Example
+from evidence_spans.loss import span_loss
 from evidence_spans.model import (
     MODEL_INPUTS,
     SpanModel,
@@ -39,16 +51,14 @@ from evidence_spans.model import (
     load_tokenizer,
     pick_device,
     save_model,
-    span_loss,
 )
-from evidence_spans.postprocess import Decoding
 from evidence_spans.report import print_summary
-from evidence_spans.windows import Window, epoch_batches, epoch_windows, longest_answer, make_loader, make_windows
+from evidence_spans.thresholds import answer_texts, tune
 
 
-def steps_of_epochs(examples: list[Example], windows: list[Window], config: Config) -> np.ndarray:
+def steps_of_epochs(train: Split, config: Config) -> np.ndarray:
     """(epochs,) the optimizer step at which each epoch ends: the drawn examples, and so the steps, differ."""
-    sizes = [len(epoch_windows(examples, windows, config, epoch)) for epoch in range(config.epochs)]
+    sizes = [len(draw_windows(train, config, epoch)) for epoch in range(config.epochs)]
     per_step = config.batch_size * config.gradient_accumulation_steps
     return np.cumsum([math.ceil(size / per_step) for size in sizes])
 
@@ -61,11 +71,11 @@ def evaluation_steps(ends: np.ndarray, total_steps: int, config: Config) -> set[
     return {step for step in spaced if 0 < step <= total_steps} | {total_steps}
 
 
-def epoch_rows(examples: list[Example], windows: list[Window], config: Config, epoch: int) -> list[list[int]]:
+def epoch_rows(train: Split, config: Config, epoch: int) -> list[list[int]]:
     """The numbers of the windows in each batch of one epoch."""
-    chosen = epoch_windows(examples, windows, config, epoch)
-    lengths = np.array([len(windows[row].input_ids) for row in chosen])
-    return [chosen[rows].tolist() for rows in epoch_batches(lengths, config.batch_size, config.seed, epoch)]
+    chosen = draw_windows(train, config, epoch)
+    batches = epoch_batches(train.lengths[chosen], config.batch_size, config.seed, epoch)
+    return [chosen[rows].tolist() for rows in batches]
 
 
 def make_optimizer(
@@ -101,7 +111,7 @@ def accumulate_gradients(
     model.train()
     for micro_step, batch in enumerate(micro_batches):
         seed_micro_batch(config.seed, step, micro_step)
-        batch = {name: tensor.to(device, non_blocking=config.non_blocking) for name, tensor in batch.items()}
+        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
         inputs = {name: tensor for name, tensor in batch.items() if name in MODEL_INPUTS}
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             start_logits, end_logits = model(**inputs)
@@ -142,16 +152,15 @@ def update(optimizer: Optimizer, scheduler: LRScheduler, scaler: torch.amp.GradS
 
 def validate(
     model: SpanModel,
-    examples: list[Example],
-    windows: list[Window],
+    split: Split,
     tokenizer: PreTrainedTokenizerFast,
     max_answer_length: int,
     questions: dict[str, str],
     config: Config,
-    device: torch.device,
 ) -> tuple[dict, Decoding]:
     """Validation scores at the threshold that is best on these examples, and what was tuned on them."""
-    predictions, loss = predict(model, examples, windows, tokenizer, config, max_answer_length, device)
+    predictions, loss = predict(model, split, tokenizer, config, max_answer_length)
+    examples = split.examples
     if not math.isfinite(loss):
         raise UnfitSettings("the validation loss is not finite; best/ is untouched. A lower learning_rate may help")
     decoding = tune(predictions, examples, max_answer_length, questions, config)
@@ -187,12 +196,12 @@ def main(config: Config, check: bool = False, pause_after: int = 0) -> int | Non
 
     # Data
     tokenizer = load_tokenizer(config)
-    splits, source = load_splits(config)
-    windows = {name: make_windows(examples, tokenizer, config) for name, examples in splits.items()}
-    train = windows["train"]
-    print_summary(splits, windows, source, config)
+    examples, source = load_splits(config)
+    splits = {name: tokenize(rows, tokenizer, config) for name, rows in examples.items()}
+    train = splits["train"]
+    print_summary(splits, source)
     max_answer_length = longest_answer(train, config)
-    ends = steps_of_epochs(splits["train"], train, config)
+    ends = steps_of_epochs(train, config)
     accumulation = config.gradient_accumulation_steps
     total_steps = min(int(ends[-1]), config.max_steps or math.inf)
     evaluate_after = evaluation_steps(ends, total_steps, config)
@@ -204,20 +213,20 @@ def main(config: Config, check: bool = False, pause_after: int = 0) -> int | Non
 
     # Optimizer
     optimizer, scheduler, scaler = make_optimizer(model, total_steps, config)
-    owners = [window.example for window in train]
     if check:
-        rows = epoch_rows(splits["train"], train, config, epoch=0)[:1]
-        losses = accumulate_gradients(model, list(make_loader(train, rows, tokenizer, config)), scaler, config, step=0)
-        refuse_non_finite("loss", losses, [[owners[row] for row in rows[0]]], splits["train"], step=0)
+        rows = epoch_rows(train, config, epoch=0)[:1]
+        batches = list(make_loader(train.windows, rows, tokenizer, config))
+        losses = accumulate_gradients(model, batches, scaler, config, step=0)
+        refuse_non_finite("loss", losses, [[train.owners[row] for row in rows[0]]], train.examples, step=0)
         print(f"check passed | loss of one batch {losses[0] / len(rows[0]):.4f} | nothing was written")
         return None
 
     # Resume
-    run = Run(path, run_config(config), info | {"data_sha256": fingerprint(splits), "autocast": str(dtype)})
+    run = Run(path, run_config(config), info | {"data_sha256": fingerprint(examples), "autocast": str(dtype)})
     if run.results:  # another process finished it meanwhile
         run.close()
         return main(config)
-    check_data(run, splits, config)
+    check_data(run, examples, config)
     if source.not_found:
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in source.not_found]
         write_text(path / "not_found.jsonl", "".join(lines))
@@ -241,7 +250,7 @@ def main(config: Config, check: bool = False, pause_after: int = 0) -> int | Non
 
     # Loop
     loader, batches = None, []
-    data_loader = make_loader(train, batches, tokenizer, config)  # reads batches whenever it is started
+    data_loader = make_loader(train.windows, batches, tokenizer, config)  # reads batches whenever it is started
     stop_step = min(int(ends[pause_after - 1]), total_steps) if pause_after else total_steps
     with StopSignal() as stop, tqdm(total=total_steps, initial=step, disable=None) as bar:
         while step < stop_step and not best.exhausted:
@@ -249,17 +258,17 @@ def main(config: Config, check: bool = False, pause_after: int = 0) -> int | Non
             epoch = int(np.searchsorted(ends, step, side="right"))
             first = int(ends[epoch - 1]) if epoch else 0
             if loader is None:
-                rows = epoch_rows(splits["train"], train, config, epoch)
+                rows = epoch_rows(train, config, epoch)
                 batches[:] = rows[(step - first) * accumulation :]
                 loader = iter(data_loader)
             group = rows[(step - first) * accumulation : (step - first + 1) * accumulation]
-            asked = [[owners[row] for row in batch] for batch in group]
+            asked = [[train.owners[row] for row in batch] for batch in group]
             micro_batches = [next(loader) for _ in group]
             losses = accumulate_gradients(model, micro_batches, scaler, config, step)
-            refuse_non_finite("loss", losses, asked, splits["train"], step)
+            refuse_non_finite("loss", losses, asked, train.examples, step)
             grad_norm = clip_gradient(model, optimizer, scaler, config)
             if not scaler.is_enabled():  # the scaler skips such a step by itself
-                refuse_non_finite("gradient norm", [grad_norm], [list(chain(*asked))], splits["train"], step)
+                refuse_non_finite("gradient norm", [grad_norm], [list(chain(*asked))], train.examples, step)
             learning_rate = scheduler.get_last_lr()[0]
             update(optimizer, scheduler, scaler)
             step += 1
@@ -286,12 +295,10 @@ def main(config: Config, check: bool = False, pause_after: int = 0) -> int | Non
                 scores, decoding = validate(
                     model,
                     splits["validation"],
-                    windows["validation"],
                     tokenizer,
                     max_answer_length,
                     source.questions,
                     config,
-                    device,
                 )
                 record = {"event": "evaluation", "epoch": round(in_epochs, 2), "step": step}
                 record |= {"train_loss": totals["loss"] / totals["examples"], **scores}
@@ -321,7 +328,9 @@ def main(config: Config, check: bool = False, pause_after: int = 0) -> int | Non
         return None
 
     # Final evaluation
-    scores, _ = evaluate_run(run, splits, windows, tokenizer, config, device)
+    scored = {name: splits[name] for name in ("validation", "test")}
+    scores, predictions = evaluate(run.path / "best", scored, tokenizer, config, device)
+    write_report(run, scored, scores, predictions, config)
     results = {"metric": config.metric, "best": best.score, "split": "validation", "epoch": best.epoch}
     results |= {"step": best.step, "seconds": totals["seconds"], "decoding": scores["decoding"]}
     results |= {"tokens_per_second": totals["tokens"] / totals["train_seconds"]}

@@ -23,11 +23,34 @@ from common.metrics import (
     token_metrics,
 )
 from evidence_spans import train
+from evidence_spans.answers import (
+    Decoding,
+    answer,
+    answer_row,
+    n_best,
+    no_answer_probability,
+    non_overlapping,
+    probabilities,
+    read_decoding,
+    several_answers,
+)
 from evidence_spans.config import ROOT, UnfitSettings, UserError
 from evidence_spans.config import SAMPLE as PRESET
-from evidence_spans.dataset import group_keys, load_splits, split_examples
-from evidence_spans.evaluate import answer_row, n_best, predict, read_decoding, score_split, tune
-from evidence_spans.formats import CRITERIA, Example, find_spans, read_source
+from evidence_spans.dataset import (
+    collate,
+    draw_examples,
+    draw_windows,
+    group_keys,
+    load_splits,
+    longest_answer,
+    make_loader,
+    read_source,
+    split_examples,
+    tokenize,
+)
+from evidence_spans.evaluate import predict, score_split
+from evidence_spans.formats import Example, Source
+from evidence_spans.loss import span_loss
 from evidence_spans.model import (
     MODEL_INPUTS,
     SUPPORTED,
@@ -37,47 +60,26 @@ from evidence_spans.model import (
     load_tokenizer,
     lowers_a_cased_vocabulary,
     save_model,
-    span_loss,
 )
 from evidence_spans.postprocess import (
-    Decoding,
     Prediction,
     Span,
-    answer,
-    apart,
     best_pairs,
-    calibrate,
     merge_windows,
-    no_answer_probability,
-    probabilities,
     sentence_pairs,
-    sentence_tokens,
     sentences,
-    several_answers,
     sliding_maximum,
-    tune_span_threshold,
-    tune_threshold,
     window_predictions,
 )
 from evidence_spans.predict import highlighted
+from evidence_spans.redsm5 import CRITERIA, find_spans
 from evidence_spans.sample import make_model, make_sample
+from evidence_spans.thresholds import calibrate, tune, tune_span_threshold, tune_threshold
 from evidence_spans.train import accumulate_gradients, evaluation_steps, make_optimizer, steps_of_epochs
-from evidence_spans.windows import (
-    Window,
-    collate,
-    drawn_examples,
-    epoch_windows,
-    longest_answer,
-    make_loader,
-    make_windows,
-    token_span,
-    window_ranges,
-    without_blanks,
-)
+from evidence_spans.windows import Window, make_windows, token_spans, without_blanks
 
 SAMPLE = replace(PRESET, init="random")  # most tests make their own tiny weights
 HEADER = "post_id,sentence_id,sentence_text,DSM5_symptom,status,explanation"
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -351,8 +353,6 @@ def make_posts(n: int, generator: random.Random) -> list[Example]:
 
 
 def splits_of(examples: list[Example], **changes) -> dict[str, str]:
-    from evidence_spans.formats import Source
-
     found = split_examples(Source(examples, [], Counter(), [], {}), replace(SAMPLE, **changes))
     return {e.id: name for name, some in found.items() for e in some}
 
@@ -395,12 +395,12 @@ def test_validation_and_test_hold_every_question_of_their_posts(splits):
 def test_training_takes_all_rejected_pairs_and_draws_the_others_by_seed_and_epoch(splits):
     examples = splits["train"]
     kinds = np.array([e.kind for e in examples])
-    drawn = [drawn_examples(examples, 1.0, 42, epoch) for epoch in (0, 0, 1)]
+    drawn = [draw_examples(examples, 1.0, 42, epoch) for epoch in (0, 0, 1)]
     assert np.array_equal(drawn[0], drawn[1]) and not np.array_equal(drawn[0], drawn[2])
-    assert not np.array_equal(drawn[0], drawn_examples(examples, 1.0, 43, 0))
+    assert not np.array_equal(drawn[0], draw_examples(examples, 1.0, 43, 0))
     positives = (kinds == "answered").sum()
     for ratio in (0, 0.3, 1, 3, 1000):
-        found = drawn_examples(examples, ratio, 42, 0)
+        found = draw_examples(examples, ratio, 42, 0)
         assert len(set(found.tolist())) == len(found)
         counts = Counter(kinds[found].tolist())
         assert counts["answered"] == positives and counts["rejected"] == (kinds == "rejected").sum()
@@ -447,10 +447,8 @@ def test_windows_equal_a_search_over_characters(tokenizer, splits):
             text = e.context[window.offsets[start - window.first, 0] : window.offsets[end - window.first, 1]]
             assert text in e.texts
     assert labelled > 60
-    ranges = window_ranges(windows, len(longest))
-    assert [w.example for w in windows[ranges[3] : ranges[4]]] == [3] * (ranges[4] - ranges[3])
     for number, e in enumerate(longest):  # every character that a token holds is in some window
-        covered = {n for w in windows[ranges[number] : ranges[number + 1]] for a, b in w.offsets for n in range(a, b)}
+        covered = {n for w in windows if w.example == number for a, b in w.offsets for n in range(a, b)}
         assert covered == {n for n, c in enumerate(e.context) if not c.isspace()}
 
 
@@ -486,17 +484,14 @@ def test_padding_is_masked_and_the_context_mask_is_the_context(tokenizer, splits
         assert tokenizer.sep_token_id not in batch["input_ids"][row, inside].tolist()
 
 
-def test_loader_options_take_effect_only_where_they_apply(tokenizer, splits):
+def test_loader_processes_give_the_same_batches(tokenizer, splits):
     windows = make_windows(splits["train"][:6], tokenizer, SAMPLE)
-    loader = make_loader(windows, [[0, 1], [2]], tokenizer, SAMPLE)
-    assert not loader.persistent_workers and loader.prefetch_factor is None and not loader.pin_memory
-    batches = [[0, 1]]
-    config = replace(SAMPLE, num_workers=1, persistent_workers=True, prefetch_factor=3)
-    loader = make_loader(windows, batches, tokenizer, config)
-    assert loader.persistent_workers and loader.prefetch_factor == 3
-    seen = [batch["input_ids"].shape[0] for batch in loader]
-    batches[:] = [[2], [0, 1, 3]]  # as for the next epoch
-    assert [*seen, *(batch["input_ids"].shape[0] for batch in loader)] == [2, 1, 3]
+    alone, beside = (
+        list(make_loader(windows, [[0, 1], [2]], tokenizer, replace(SAMPLE, num_workers=n))) for n in (0, 1)
+    )
+    assert len(alone) == len(beside) == 2
+    for one, other in zip(alone, beside):
+        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 # Case
@@ -706,28 +701,28 @@ def test_what_a_model_lacks_is_said(tmp_path, tokenizer):
 def test_one_batch_overfits_and_its_answers_come_out(tokenizer, splits):
     examples = [e for e in splits["train"] if e.answers][:6] + [e for e in splits["train"] if not e.answers][:4]
     config = replace(SAMPLE, init="random", learning_rate=3e-3, warmup_ratio=0.0, dropout=0.0)
-    windows = make_windows(examples, tokenizer, config)
+    split = tokenize(examples, tokenizer, config)
     model = tiny_model(tokenizer, dropout=0.0)
     optimizer, _, scaler = make_optimizer(model, 100, config)
     for step in range(80):
-        accumulate_gradients(model, [collate(windows, 0)], scaler, config, step)
+        accumulate_gradients(model, [collate(split.windows, 0)], scaler, config, step)
         optimizer.step()
         optimizer.zero_grad()
-    predictions, loss = predict(model, examples, windows, tokenizer, config, 30, CPU)
+    predictions, loss = predict(model, split, tokenizer, config, 30)
     decoding = tune(predictions, examples, 30, {}, config)
     scores = score_split(predictions, examples, loss, decoding)["at_threshold"]
     assert loss < 0.1 and scores["has_answer"]["exact_match"] == scores["no_answer"]["exact_match"] == 1
 
 
 def test_steps_are_counted_by_epoch_and_evaluations_are_spread_evenly(tokenizer, splits):
-    windows = make_windows(splits["train"], tokenizer, SAMPLE)
+    split = tokenize(splits["train"], tokenizer, SAMPLE)
     config = replace(SAMPLE, epochs=3, batch_size=7, gradient_accumulation_steps=2)
-    ends = steps_of_epochs(splits["train"], windows, config)
+    ends = steps_of_epochs(split, config)
     for epoch, (first, end) in enumerate(zip([0, *ends], ends)):
-        rows = train.epoch_rows(splits["train"], windows, config, epoch)
+        rows = train.epoch_rows(split, config, epoch)
         assert end - first == math.ceil(len(rows) / 2)
         numbers = sorted(row for batch in rows for row in batch)
-        assert numbers == epoch_windows(splits["train"], windows, config, epoch).tolist()  # each once, none dropped
+        assert numbers == draw_windows(split, config, epoch).tolist()  # each once, none dropped
     assert evaluation_steps(np.array([10, 21, 30]), 30, config) == {10, 21, 30}
     config = replace(config, evaluations_per_epoch=3)
     assert evaluation_steps(np.array([9, 20, 30]), 25, config) == {3, 6, 9, 13, 16, 20, 23, 25}
@@ -805,7 +800,7 @@ def test_blanks_at_a_tokens_edge_are_no_part_of_an_answer():
     found = window_predictions([window], torch.zeros(1), torch.tensor([[4.0, 3.0, 2.0, 1.0]]), starts, ends)
     spans = merge_windows(found, 5).spans
     assert [(text[s.start : s.end], s.score) for s in spans] == [("very tired", 4.0), ("so", 3.0), ("very", 1.0)]
-    assert token_span(offsets, 4, 14, True, True) == (2, 3) and token_span(offsets, 0, 2, True, True) == (0, 0)
+    assert token_spans(window, [(4, 14), (0, 2)]).tolist() == [[3, 4], [1, 1]]
 
 
 def test_probabilities_sum_to_one_and_the_threshold_points_the_right_way():
@@ -832,9 +827,8 @@ def test_an_example_without_any_span_is_a_no_answer_and_does_not_crash(tokenizer
     assert probabilities(nothing, True) == [1.0] and probabilities(nothing, False) == []
     assert several_answers(nothing, decoding) == [] and no_answer_probability(nothing, decoding) == 1.0
     control = example("\u200b\u200b", question="Why?")  # the tokenizer drops every character
-    windows = make_windows([control], tokenizer, SAMPLE)
     model = tiny_model(tokenizer)
-    predictions, loss = predict(model, [control], windows, tokenizer, SAMPLE, 10, CPU)
+    predictions, loss = predict(model, tokenize([control], tokenizer, SAMPLE), tokenizer, SAMPLE, 10)
     assert predictions[0].spans == [] and math.isfinite(loss)
     tuned = tune(predictions, [control], 10, {}, SAMPLE)
     assert score_split(predictions, [control], loss, tuned)["at_threshold"]["f1"] == 1.0
@@ -923,7 +917,7 @@ def test_the_probability_of_no_answer_is_calibrated():
 def test_several_answers_do_not_overlap_and_follow_their_threshold():
     spans = (Span(5, 9, 4.0), Span(0, 6, 3.5), Span(0, 4, 3.0), Span(9, 12, 1.0), Span(11, 15, 0.9))
     prediction = made(2.0, *spans)
-    assert apart(prediction) == [spans[0], spans[2], spans[3]]
+    assert non_overlapping(prediction) == [spans[0], spans[2], spans[3]]
     assert several_answers(prediction, Decoding(9, 0.0, 0.0, None, None, {})) == [spans[2], spans[0]]
     assert several_answers(prediction, Decoding(9, 0.0, 1.0, None, None, {})) == [spans[2], spans[0], spans[3]]
     assert several_answers(prediction, Decoding(9, 0.0, -3.0, None, None, {})) == []
@@ -971,7 +965,7 @@ def test_sentence_decoding_takes_the_best_whole_sentence(tokenizer, splits):
         assert [pair[1:] for pair in found] == [pair[1:] for pair in expected]
         assert [pair[0] for pair in found] == pytest.approx([pair[0] for pair in expected], abs=1e-6)
     assert whole > len(windows)
-    predictions, _ = predict(tiny_model(tokenizer), rows, windows, tokenizer, config, 10, CPU)
+    predictions, _ = predict(tiny_model(tokenizer), tokenize(rows, tokenizer, config), tokenizer, config, 10)
     for e, prediction in zip(rows, predictions):
         assert prediction.spans and {s[:2] for s in prediction.spans} <= set(sentences(e.context))
 
@@ -1048,10 +1042,10 @@ def test_scores_of_several_spans_are_those_of_the_several_answers():
 
 
 def test_the_longest_training_answer_is_the_limit(tokenizer, splits):
-    windows = make_windows(splits["train"], tokenizer, SAMPLE)
-    expected = max(b - a + 1 for w in windows for a, b in w.labels)
-    assert longest_answer(windows, SAMPLE) == expected > 12
-    assert longest_answer(windows, replace(SAMPLE, max_answer_length=3)) == 3
+    split = tokenize(splits["train"], tokenizer, SAMPLE)
+    expected = max(b - a + 1 for w in split.windows for a, b in w.labels)
+    assert longest_answer(split, SAMPLE) == expected > 12
+    assert longest_answer(split, replace(SAMPLE, max_answer_length=3)) == 3
 
 
 # predict.py and search.py
@@ -1111,10 +1105,9 @@ def test_patience_counts_evaluations_and_a_bad_loss_names_its_examples(small, tm
     with pytest.raises(UserError, match=r"the loss is nan at step 1, in the batch of examples s_\d+_\d+, ") as error:
         train.main(config)
     named = str(error.value).split("examples ")[1].split(";")[0].split(", ")
-    examples = load_splits(config)[0]["train"]
-    windows = make_windows(examples, load_tokenizer(config), config)
-    rows = train.epoch_rows(examples, windows, config, 0)[0]
-    assert named == list(dict.fromkeys(examples[windows[row].example].id for row in rows))
+    split = tokenize(load_splits(config)[0]["train"], load_tokenizer(config), config)
+    rows = train.epoch_rows(split, config, 0)[0]
+    assert named == list(dict.fromkeys(split.examples[split.owners[row]].id for row in rows))
 
 
 def test_the_gradient_is_clipped_and_the_head_computes_in_fp32(tokenizer, splits):
@@ -1150,7 +1143,7 @@ def test_a_context_that_is_cut_keeps_its_labels_at_both_ends(tokenizer):
     assert [w.is_first for w in windows] == [True] + [False] * (len(windows) - 1)
     assert [w.is_last for w in windows] == [False] * (len(windows) - 1) + [True]
     assert not any(w.labels for w in windows[1:-1])
-    tokens = [sentence_tokens(w, sentences(text)).shape[1] for w in windows]
+    tokens = [len(token_spans(w, sentences(text))) for w in windows]
     assert tokens[0] == tokens[-1] == 1
 
 
@@ -1284,5 +1277,5 @@ def test_sentence_decoding_and_prediction_without_questions(small, tmp_path, cap
     assert capsys.readouterr().out.startswith("# ")
     with pytest.raises(UserError, match="--several is for --highlight"):
         predict_main(config, text, **(settings | {"several": True}))
-    with pytest.raises(UserError, match="is no text"):
+    with pytest.raises(UserError, match="half of a surrogate pair"):
         predict_main(config, "abc\udcff", **settings)

@@ -31,9 +31,11 @@ if not __package__:  # run as a script: import from the repository root, not fro
 
 from transformers import AutoConfig, AutoModel, get_linear_schedule_with_warmup
 
-from evidence_spans.formats import CRITERIA
-from evidence_spans.model import SpanModel, span_loss
-from evidence_spans.windows import Window, collate
+from evidence_spans.dataset import collate
+from evidence_spans.loss import span_loss
+from evidence_spans.model import SpanModel
+from evidence_spans.redsm5 import CRITERIA
+from evidence_spans.windows import Window
 
 HERE = Path(__file__).resolve().parent
 SEED, STEPS, BATCH_SIZE, LEARNING_RATE = 0, 5000, 64, 1e-3

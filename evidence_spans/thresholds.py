@@ -1,0 +1,106 @@
+"""What is tuned on validation: when an answer is empty, which spans are answers, how probable it is that there is none.
+
+N examples, K distinct cuts
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from common.metrics import answer_scores, normalize_answer
+from evidence_spans.answers import Decoding, answer, non_overlapping
+from evidence_spans.config import Config
+from evidence_spans.formats import Example
+from evidence_spans.postprocess import Prediction
+
+
+def answer_texts(examples: list[Example], predictions: list[Prediction], threshold: float | None) -> list[str]:
+    """The text of each best span, "" for no answer."""
+    spans = [answer(prediction, threshold) for prediction in predictions]
+    return [example.context[span.start : span.end] if span else "" for example, span in zip(examples, spans)]
+
+
+def tune(
+    predictions: list[Prediction],
+    examples: list[Example],
+    max_answer_length: int,
+    questions: dict[str, str],
+    config: Config,
+) -> Decoding:
+    """The thresholds that are best on these examples, and the probability of no answer fitted to them."""
+    golds = [example.texts for example in examples]
+    unanswerable = np.array([not gold for gold in golds])
+    differences = np.array([prediction.difference for prediction in predictions])
+    threshold = None
+    if unanswerable.any():
+        texts = answer_texts(examples, predictions, None)
+        column = int(config.metric != "exact_match")
+        if_answered = np.array([answer_scores(*pair)[column] for pair in zip(texts, golds)])
+        weights = np.ones(len(examples))
+        if config.metric == "f1_balanced":
+            weights = np.where(unanswerable, 1 / unanswerable.sum(), 1 / max((~unanswerable).sum(), 1))
+        threshold = tune_threshold(differences, weights * if_answered, weights * unanswerable)
+    span_threshold = tune_several(predictions, examples) if any(example.together for example in examples) else None
+    return Decoding(max_answer_length, threshold, span_threshold, *calibrate(differences, unanswerable), questions)
+
+
+def tune_several(predictions: list[Prediction], examples: list[Example]) -> float:
+    """The span threshold with the best multi_span_metrics: texts that are equal there count once here too."""
+    spans, wanted = [], 0
+    for example, prediction in zip(examples, predictions):
+        golds = {tuple(normalize_answer(text)) for text in example.texts}
+        differences: dict[tuple, float] = {}  # by the words of each span
+        for span in non_overlapping(prediction):
+            words = tuple(normalize_answer(example.context[span.start : span.end]))
+            differences.setdefault(words, prediction.null_score - span.score)
+        spans += [(difference, words in golds) for words, difference in differences.items()]
+        wanted += len(golds)
+    return tune_span_threshold(spans, wanted)
+
+
+def calibrate(differences: np.ndarray, unanswerable: np.ndarray) -> tuple[float, float] | tuple[None, None]:
+    """Slope and intercept of Platt's sigmoid, fitted to (N,) differences and whether there is no answer."""
+    known = np.isfinite(differences)
+    if len(np.unique(unanswerable[known])) < 2:
+        return None, None
+    from sklearn.linear_model import LogisticRegression  # slow to import: no part of --help
+
+    fitted = LogisticRegression(C=1e3).fit(differences[known, None], unanswerable[known])
+    return float(fitted.coef_[0, 0]), float(fitted.intercept_[0])
+
+
+def tune_threshold(differences: np.ndarray, if_answered: np.ndarray, if_empty: np.ndarray) -> float:
+    """The t whose rule "empty iff difference > t" has the greatest sum of scores. All (N,).
+
+    Exact over all cuts between distinct differences; the middle of the best gap, and 0 where 0 lies in it. Of equally
+    good gaps the one whose middle is nearest to 0. An example without any span is empty under every t.
+    """
+    known = np.isfinite(differences)
+    order = np.argsort(differences[known], kind="stable")
+    ordered, gain = differences[known][order], (if_answered - if_empty)[known][order]
+    totals = np.concatenate([[0.0], np.cumsum(gain)])  # with the k smallest differences answered
+    return middle_of_best_gap(ordered, totals)
+
+
+def tune_span_threshold(spans: Sequence[tuple[float, bool]], wanted: int) -> float:
+    """The t whose rule "an answer iff difference <= t" has the best F1 of whole spans.
+
+    spans: the difference of each of all examples' spans, and whether it is right; wanted: how many gold spans are.
+    """
+    differences, right = np.array([d for d, _ in spans]), np.array([r for _, r in spans], dtype=float)
+    order = np.argsort(differences, kind="stable")
+    hits = np.concatenate([[0.0], np.cumsum(right[order])])
+    return middle_of_best_gap(differences[order], 2 * hits / np.maximum(np.arange(len(hits)) + wanted, 1))
+
+
+def middle_of_best_gap(ordered: np.ndarray, totals: np.ndarray) -> float:
+    """The threshold with the best of totals (K + 1,), totals[k] being the score where k of ordered (K,) are below."""
+    if not len(ordered):
+        return 0.0
+    lower, upper = np.concatenate([[ordered[0] - 2], ordered]), np.concatenate([ordered, [ordered[-1] + 2]])
+    middle = (lower + upper) / 2
+    middle = np.where(middle < upper, middle, lower)  # between neighbours of one rounding
+    totals = np.where(lower < upper, totals, -np.inf)
+    best = np.flatnonzero(totals >= totals.max() - 1e-9)
+    best = best[np.abs(middle[best]).argmin()]
+    return 0.0 if lower[best] <= 0 < upper[best] else float(middle[best])

@@ -132,7 +132,8 @@ def main(folder: Path = HERE) -> None:
     names = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "cls", "sep", "unk", "mask")}
     settings = {"tokenizer_class": "DebertaV2Tokenizer", "do_lower_case": False, "model_max_length": 512, **names}
     files = {"tokenizer_config.json": settings, "config.json": CONFIG | {"vocab_size": tokenizer.get_vocab_size()}}
-    texts = {name: json.dumps(value, indent=2) for name, value in files.items()} | {"tokenizer.json": tokenizer.to_str()}
+    texts = {name: json.dumps(value, indent=2) for name, value in files.items()}
+    texts["tokenizer.json"] = tokenizer.to_str()
     model.mkdir(exist_ok=True)
     for name, text in texts.items():
         (model / name).write_text(text + "\n", encoding="utf-8", newline="\n")

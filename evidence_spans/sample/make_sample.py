@@ -254,22 +254,6 @@ def least_used(rng: random.Random, used: Counter, count: int, without: list[str]
     return chosen
 
 
-def mix(rng: random.Random, used: Counter, marked: Post) -> Post:
-    """The marked sentences among everyday ones, three to seven in all."""
-    n_filler = rng.randint(max(1, 3 - len(marked)), 7 - len(marked))
-    post = marked + draw(rng, used, "FILLER", count=n_filler)
-    rng.shuffle(post)
-    return post
-
-
-def long_post(rng: random.Random, evidence: Sentence) -> Post:
-    """A post longer than any model input, with its evidence late."""
-    pool = [Sentence(form) for wording in TOPICS["FILLER"]["+"] for form in forms(wording)]
-    post = rng.sample(pool, LONG_POST - 1)
-    post.insert(LONG_POST_EVIDENCE, evidence)
-    return post
-
-
 def plain_posts(rng: random.Random) -> list[Post]:
     """The posts before any trap but two criteria in one sentence, one very long post and two single sentences."""
     used, used_near = Counter(), Counter()
@@ -297,24 +281,16 @@ def plain_posts(rng: random.Random) -> list[Post]:
             marked += draw(rng, used, topics[0], "-")
         if number in special:
             marked += draw(rng, used, "SPECIAL_CASE")
-        posts.append(mix(rng, used, marked))
-    posts[long] = long_post(rng, draw(rng, used, "COGNITIVE_ISSUES")[0])
+        n_filler = rng.randint(max(1, 3 - len(marked)), 7 - len(marked))  # three to seven sentences in all
+        post = marked + draw(rng, used, "FILLER", count=n_filler)
+        rng.shuffle(post)
+        posts.append(post)
+    evidence_late = draw(rng, used, "COGNITIVE_ISSUES")
+    everyday = [Sentence(form) for wording in TOPICS["FILLER"]["+"] for form in forms(wording)]
+    posts[long] = rng.sample(everyday, LONG_POST - 1)
+    posts[long][LONG_POST_EVIDENCE:LONG_POST_EVIDENCE] = evidence_late
     posts[evidence], posts[other] = draw(rng, used, "SLEEP_ISSUES"), draw(rng, used, "FILLER")
     return posts
-
-
-def loosen(rng: random.Random, text: str, gap: str) -> str:
-    """The text with another gap in place of one of its inner spaces."""
-    words = text.split(" ")
-    place = rng.randrange(1, len(words))
-    return " ".join(words[:place]) + gap + " ".join(words[place:])
-
-
-def otherwise_said(rng: random.Random, sentence: Sentence) -> str:
-    """The sentence in other words: another form of its wording."""
-    ((criterion, _),) = sentence.labels
-    alike = next(found for found in map(forms, TOPICS[criterion]["+"]) if sentence.text in found)
-    return rng.choice([text for text in alike if text != sentence.text])
 
 
 def set_trap(rng: random.Random, trap: str, turn: int, post: Post) -> Post:
@@ -329,9 +305,14 @@ def set_trap(rng: random.Random, trap: str, turn: int, post: Post) -> Post:
     if trap in ("other case", "dotted"):
         evidence = replace(evidence, annotated=evidence.text.lower())
     if trap == "other space":
-        evidence = Sentence(loosen(rng, evidence.text, ("\n", "  ")[turn % 2]), evidence.labels, evidence.text)
-    if trap == "absent":
-        evidence = replace(evidence, annotated=otherwise_said(rng, evidence))
+        words = evidence.text.split(" ")
+        place = rng.randrange(1, len(words))
+        text = " ".join(words[:place]) + ("\n", "  ")[turn % 2] + " ".join(words[place:])
+        evidence = Sentence(text, evidence.labels, evidence.text)
+    if trap == "absent":  # another form of the same wording
+        wordings = map(forms, TOPICS[evidence.labels[0][0]]["+"])
+        alike = next(texts for texts in wordings if evidence.text in texts)
+        evidence = replace(evidence, annotated=rng.choice([text for text in alike if text != evidence.text]))
     if trap == "same row":
         evidence = replace(evidence, labels=evidence.labels * 2)
     return [*before, evidence, *after]
@@ -368,47 +349,15 @@ def join(rng: random.Random, post: Post) -> str:
     return post[0].text + "".join(gap + sentence.text for gap, sentence in zip(gaps, post[1:]))
 
 
-def explanation(topic: str, status: str) -> str:
-    about = TOPICS[topic]["="][0]
-    return f"The writer describes {about}." if status == "1" else f"This is no lasting sign of {about}."
-
-
 def annotate(post_id: str, post: Post) -> list[list[str]]:
     """The annotation rows of a post."""
-    return [
-        [post_id, f"{post_id}_{number}", sentence.annotated or sentence.text, topic, status, explanation(topic, status)]
-        for number, sentence in enumerate(post)
-        for topic, status in sentence.labels
-    ]
-
-
-def fold(text: str) -> str:
-    return " ".join(text.lower().split())
-
-
-def check(texts: dict[str, str], rows: list[list[str]]) -> None:
-    """Assert that the traps are there, as often as the constants say, and that nothing else is amiss."""
-    vocabulary = {word for text in texts.values() for word in re.findall(r"[\w']+", text.lower())}
-    assert len(vocabulary) <= 900, len(vocabulary)
-    assert all(len(forms(wording)) >= 10 for topic in CRITERIA for wording in TOPICS[topic]["+"])
-    criteria = {(sentence_id, topic) for _, sentence_id, _, topic, *_ in rows}
-    found = Counter()
-    for post_id, _, sentence, _, status, _ in rows:
-        text = texts[post_id]
-        exact, cased, spaced = sentence in text, sentence.lower() in text.lower(), sentence in " ".join(text.split())
-        kind = "exact" if exact else "case" if cased else "space" if spaced else "absent"
-        found[kind] += 1
-        assert kind == "exact" or status == "1"
-        assert (kind == "absent") == (fold(sentence) not in fold(text))
-        found["twice"] += fold(text).count(fold(sentence)) == 2
-    assert found["twice"] == TRAPS["same sentence"] and len(rows) - len(set(map(tuple, rows))) == TRAPS["same row"]
-    unlike = [found["case"], found["space"], found["absent"]]
-    assert unlike == [TRAPS["other case"] + TRAPS["dotted"], TRAPS["other space"], TRAPS["absent"]], found
-    assert sum(n > 1 for n in Counter(sentence_id for sentence_id, _ in criteria).values()) == TWO_CRITERIA
-    assert sum("İ" in text for text in texts.values()) == TRAPS["dotted"]
-    assert len(texts) - len(set(texts.values())) == COPIED
-    authors = Counter(post_id.rsplit("_", 1)[0] for post_id in texts)
-    assert {size: list(authors.values()).count(size) for size in AUTHORS_BY_POSTS} == AUTHORS_BY_POSTS
+    rows = []
+    for number, sentence in enumerate(post):
+        for topic, status in sentence.labels:
+            about = TOPICS[topic]["="][0]
+            why = f"The writer describes {about}." if status == "1" else f"This is no lasting sign of {about}."
+            rows.append([post_id, f"{post_id}_{number}", sentence.annotated or sentence.text, topic, status, why])
+    return rows
 
 
 def write_rows(path: Path, rows: list[list[str]]) -> None:
@@ -423,7 +372,6 @@ def main(folder: Path = HERE) -> None:
     rng.shuffle(numbered)
     rows = [row for post_id, (_, post) in numbered for row in annotate(post_id, post)]
     texts = {post_id: text for post_id, (text, _) in numbered}
-    check(texts, rows)
     write_rows(folder / "redsm5_posts.csv", [["post_id", "text"], *map(list, texts.items())])
     header = ["post_id", "sentence_id", "sentence_text", "DSM5_symptom", "status", "explanation"]
     write_rows(folder / "redsm5_annotations.csv", [header, *rows])

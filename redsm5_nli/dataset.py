@@ -1,22 +1,13 @@
-"""ReDSM5 (arXiv 2508.03399): two CSV files -> posts with a label per criterion -> token counts -> batches of token ids.
-
-redsm5_posts.csv        post_id (s_1270_9), text
-redsm5_annotations.csv  post_id, sentence_id, sentence_text, DSM5_symptom, status, explanation
-
-status 1: a psychologist found the symptom in the sentence; 0: looked at it and rejected it, which is no positive.
-splits.py says which posts are trained on.
+"""Posts -> splits with their labels and lengths -> batches of token ids.
 
 P posts, C criteria, N examples (a post with one criterion, or with all), B of them in a batch, T tokens
 """
 
-import csv
 import hashlib
-import io
 import json
 import signal
 from collections import Counter, defaultdict
-from collections.abc import Container, Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -27,24 +18,13 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
 from common.seed import epoch_generator
-from redsm5_nli.config import Config, UserError
-from redsm5_nli.criteria import CRITERIA, SPECIAL_CASE, Criterion
+from redsm5_nli.config import ROOT, Config, UserError
+from redsm5_nli.criteria import Criterion
+from redsm5_nli.redsm5 import Post, read_posts
+from redsm5_nli.splits import split_posts
 
 LABELS = ("no", "yes")  # yes: the post shows the criterion
-POSTS_FILES = ("redsm5_posts.csv", "redsm5_full_posts.csv")  # names that the files were seen under
-ANNOTATIONS_FILES = ("redsm5_annotations.csv", "redsm5_annotations_long.csv")
-SYMPTOM_COLUMNS = ("DSM5_symptom", "symptom_label")
-BUCKET_BATCHES = 100  # batches among which lengths are sorted
-
-csv.field_size_limit(2**30)  # a post may be longer than the module's 131,072 characters
-
-
-class Post(NamedTuple):
-    """labels: for each criterion 1 where a row of it has status 1, else 0; () where unknown."""
-
-    id: str
-    text: str
-    labels: tuple[int, ...]
+BUCKET = 100  # batches that are sorted by length together
 
 
 class Example(NamedTuple):
@@ -60,125 +40,8 @@ class Split(NamedTuple):
     posts: list[Post]
     labels: np.ndarray  # (P, C) of 0 and 1; (P, 0) where unknown
     examples: list[Example]
-    lengths: np.ndarray  # (N,) tokens
+    lengths: np.ndarray  # (N,) tokens, after cutting
     cut: int  # how many posts lose their tail
-
-
-# Files
-
-
-def find_file(folder: Path, names: tuple[str, ...]) -> Path:
-    """The file of a folder that has one of the names. Raises UserError where none or several are there."""
-    paths = [folder / name for name in names if (folder / name).is_file()]
-    if not paths:
-        raise UserError(
-            f"{folder / names[0]} not found (nor {names[1]}): ReDSM5 is given on request (redsm5_nli/README.md), "
-            "--data_dir names your folder, --sample needs neither"
-        )
-    if len(paths) > 1:
-        raise UserError(f"{folder} holds both {names[0]} and {names[1]}: keep one")
-    return paths[0]
-
-
-def decode(content: bytes, source: str | Path) -> str:
-    """Text of UTF-8 bytes, with or without a byte order mark. Raises UserError with the line that is not UTF-8."""
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line, byte = error.object.count(b"\n", 0, error.start) + 1, error.object[error.start]
-        raise UserError(f"{source}, line {line}: expected UTF-8, found byte {byte:#x} ({error.reason})") from error
-
-
-def read_table(path: Path, columns: Iterable[tuple[str, ...]]) -> Iterator[tuple[int, list[str]]]:
-    """The line number and the wanted fields of each row of a CSV file; each column is given by its possible names.
-
-    Quoted fields may hold commas, quotes and line breaks; blank lines are skipped. Raises UserError with file and line.
-    """
-    reader, line = csv.reader(io.StringIO(decode(path.read_bytes(), path), newline=""), strict=True), 1
-    try:
-        header = [name.strip() for name in next(reader, [])]
-        places = []
-        for names in columns:
-            present = [header.index(name) for name in names if name in header]
-            if not present:
-                there = " and ".join(header) or "nothing"
-                raise UserError(f"{path}, line 1: no column {' or '.join(names)} between commas, found {there}")
-            places.append(present[0])
-
-        line = reader.line_num + 1  # where the next row starts
-        for row in reader:
-            if row and len(row) != len(header):
-                raise UserError(f"{path}, line {line}: expected {len(header)} fields, found {len(row)}")
-            if row:
-                yield line, [row[place].strip() for place in places]
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise UserError(f"{path}, line {line}: no CSV row: {error}; is a quote left open?") from error
-
-
-def read_texts(path: Path) -> dict[str, str]:
-    """Text by post id, of a CSV file with the columns post_id and text. Raises UserError."""
-    texts: dict[str, str] = {}
-    lines: dict[str, int] = {}
-    for line, (post, text) in read_table(path, [("post_id",), ("text",)]):
-        if not post or not text:
-            raise UserError(f"{path}, line {line}: {'text' if post else 'post_id'} is empty")
-        if post in texts:
-            raise UserError(f"{path}, line {line}: post_id {post!r} stands in line {lines[post]} already")
-        texts[post], lines[post] = text, line
-    if not texts:
-        raise UserError(f"{path} holds no post")
-    return texts
-
-
-def read_positives(
-    path: Path, posts: Container[str], criteria: tuple[Criterion, ...]
-) -> tuple[set[tuple[str, str]], Counter]:
-    """The (post id, criterion id) pairs that have a row with status 1, and how many rows there are of each kind.
-
-    Raises UserError naming the line of an unknown post, symptom or status.
-    """
-    wanted = {criterion.id for criterion in criteria}
-    known = wanted | {criterion.id for criterion in CRITERIA} | {SPECIAL_CASE}
-    positives, kinds = set(), Counter()
-    for line, (post, symptom, status) in read_table(path, [("post_id",), SYMPTOM_COLUMNS, ("status",)]):
-        if post not in posts:
-            raise UserError(f"{path}, line {line}: post_id {post!r} is not in the posts file")
-        if symptom not in known:
-            raise UserError(f"{path}, line {line}: symptom {symptom!r} is unknown, expected {', '.join(sorted(known))}")
-        if status not in ("0", "1"):
-            raise UserError(f"{path}, line {line}: status is {status!r}, expected 1 (present) or 0 (rejected)")
-
-        if symptom == SPECIAL_CASE:
-            kinds[SPECIAL_CASE] += 1
-        elif symptom not in wanted:
-            kinds["of no criterion asked for"] += 1
-        elif status == "0":
-            kinds["rejected"] += 1
-        else:
-            kinds["present"] += 1
-            positives.add((post, symptom))
-    return positives, kinds
-
-
-def read_posts(folder: Path, criteria: tuple[Criterion, ...]) -> tuple[list[Post], Counter]:
-    """All posts with their labels, and the kinds of annotation rows. Raises UserError with file, line and value."""
-    texts = read_texts(find_file(folder, POSTS_FILES))
-    positives, kinds = read_positives(find_file(folder, ANNOTATIONS_FILES), texts, criteria)
-    posts = [
-        Post(post, text, tuple(int((post, criterion.id) in positives) for criterion in criteria))
-        for post, text in texts.items()
-    ]
-    return posts, kinds
-
-
-def fingerprint(splits: dict[str, Split], criteria: tuple[Criterion, ...]) -> str:
-    """SHA-256 of the criteria, all posts, their labels and where they are."""
-    rows = {name: split.posts for name, split in splits.items()}
-    return hashlib.sha256(json.dumps([criteria, rows]).encode()).hexdigest()
-
-
-# Token ids
 
 
 class Collator:
@@ -263,18 +126,28 @@ class Collator:
         return batch | {"attention_mask": (batch["segments"] >= 0).long()}
 
 
-# Batches
+def load_splits(config: Config, collator: Collator) -> tuple[dict[str, Split], Counter]:
+    """The splits of the config's folder, and the kinds of annotation rows. Raises UserError."""
+    posts, kinds = read_posts(ROOT / config.data_dir, collator.criteria)
+    return {name: collator.make_split(members) for name, members in split_posts(posts, config).items()}, kinds
+
+
+def fingerprint(splits: dict[str, Split], criteria: tuple[Criterion, ...]) -> str:
+    """SHA-256 of the criteria, all posts, their labels and where they are."""
+    rows = {name: split.posts for name, split in splits.items()}
+    return hashlib.sha256(json.dumps([criteria, rows]).encode()).hexdigest()
 
 
 def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
     """The row indices of each batch of one epoch, a pure function of its arguments.
 
-    Shuffle, sort by length inside buckets of BUCKET_BATCHES batches, cut into batches, shuffle the batches: every row
+    Shuffle, sort by length inside buckets of BUCKET batches, cut into batches, shuffle the batches: every row
     comes once, and the rows of a batch are nearly of one length.
     """
     generator = epoch_generator(seed, epoch)
     order = torch.randperm(len(lengths), generator=generator).numpy()
-    buckets = np.split(order, range(batch_size * BUCKET_BATCHES, len(order), batch_size * BUCKET_BATCHES))
+    size = batch_size * BUCKET
+    buckets = np.split(order, range(size, len(order), size))
     order = np.concatenate([bucket[np.argsort(lengths[bucket], kind="stable")] for bucket in buckets])
     batches = np.split(order, range(batch_size, len(order), batch_size))
     return [batches[index].tolist() for index in torch.randperm(len(batches), generator=generator)]
@@ -286,7 +159,7 @@ def sorted_batches(lengths: np.ndarray, batch_size: int) -> list[list[int]]:
     return [batch.tolist() for batch in np.split(order, range(batch_size, len(order), batch_size))]
 
 
-def leave_signals_to_the_loop(worker: int) -> None:
+def ignore_signals(worker: int) -> None:
     """Ctrl-C reaches every process of a terminal: a loader worker must live until the loop has saved."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -301,6 +174,6 @@ def make_loader(
         batch_sampler=batches,
         collate_fn=collator,
         num_workers=config.num_workers,
-        worker_init_fn=leave_signals_to_the_loop,
+        worker_init_fn=ignore_signals,
         pin_memory=torch.cuda.is_available(),
     )

@@ -22,11 +22,10 @@ from common.checkpoint import Run, RunError, begun_in, best_folder, read_json, w
 from common.metrics import classification_metrics, per_label_metrics, ranking_metrics
 from redsm5_nli.config import Config, run_path, run_script, saved_config
 from redsm5_nli.criteria import Criterion, load_criteria
-from redsm5_nli.dataset import LABELS, Collator, Split, fingerprint, make_loader, sorted_batches
+from redsm5_nli.dataset import LABELS, Collator, Split, fingerprint, load_splits, make_loader, sorted_batches
 from redsm5_nli.loss import class_weights, pair_loss
 from redsm5_nli.model import Matcher, build_model, load_weights, make_collator, pick_device, weights_dtype
 from redsm5_nli.report import report
-from redsm5_nli.splits import load_splits
 
 
 def predict_logits(model: Matcher, split: Split, collator: Collator, config: Config) -> Tensor:

@@ -19,9 +19,10 @@ if not __package__:  # run as a script: import from the repository root, not fro
 from common.checkpoint import best_folder, read_json
 from redsm5_nli.config import Config, UserError, run_path, run_script
 from redsm5_nli.criteria import Criterion, parse_criteria
-from redsm5_nli.dataset import LABELS, Post, decode, read_texts
+from redsm5_nli.dataset import LABELS
 from redsm5_nli.evaluate import predict_logits, probabilities, read_thresholds, say_precision
 from redsm5_nli.model import build_model, load_weights, make_collator, pick_device
+from redsm5_nli.redsm5 import Post, decode, read_texts
 
 NO_DIAGNOSIS = "This is no diagnosis: a classifier's guess about a text. Speak with a professional about symptoms."
 

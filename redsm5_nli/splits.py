@@ -5,13 +5,12 @@ P posts, C criteria
 
 import re
 import warnings
-from collections import Counter
 from itertools import compress
 
 import numpy as np
 
-from redsm5_nli.config import ROOT, Config, UserError
-from redsm5_nli.dataset import Collator, Post, Split, read_posts
+from redsm5_nli.config import Config, UserError
+from redsm5_nli.redsm5 import Post
 
 AUTHOR = re.compile(r"s_\d+_")  # posts that share the prefix are probably one author's
 SPLIT_FOLDS = 20  # the splits are made of so many folds: their shares come in steps of .05
@@ -88,9 +87,3 @@ def split_posts(posts: list[Post], config: Config) -> dict[str, list[Post]]:
         if {label for post in members for label in post.labels} != {0, 1}:
             raise UserError(f"the {len(posts)} posts cannot be split: {name} would lack positive or negative pairs")
     return splits
-
-
-def load_splits(config: Config, collator: Collator) -> tuple[dict[str, Split], Counter]:
-    """The splits of the config's folder, and the kinds of annotation rows. Raises UserError."""
-    posts, kinds = read_posts(ROOT / config.data_dir, collator.criteria)
-    return {name: collator.make_split(some) for name, some in split_posts(posts, config).items()}, kinds

@@ -32,6 +32,7 @@ from redsm5_nli.dataset import (
     Split,
     epoch_batches,
     fingerprint,
+    load_splits,
     make_loader,
 )
 from redsm5_nli.evaluate import (
@@ -52,7 +53,6 @@ from redsm5_nli.model import (
     weights_dtype,
 )
 from redsm5_nli.report import print_summary
-from redsm5_nli.splits import load_splits
 
 
 def make_optimizer(model: Matcher, total_steps: int, config: Config) -> tuple[Optimizer, LRScheduler]:

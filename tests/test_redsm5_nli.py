@@ -30,12 +30,13 @@ from redsm5_nli.bidirectional import block_masks, check_bidirectional, make_bidi
 from redsm5_nli.config import ROOT, UserError
 from redsm5_nli.config import SAMPLE as PRESET
 from redsm5_nli.criteria import CRITERIA, load_criteria
-from redsm5_nli.dataset import Collator, Post, read_posts
+from redsm5_nli.dataset import Collator
 from redsm5_nli.dora import DoRALinear, adapters, add_adapters, dropout_mask
 from redsm5_nli.evaluate import predict_logits, probabilities, score_split, tune_threshold, tune_thresholds
 from redsm5_nli.loss import class_weights, pair_loss
 from redsm5_nli.model import build_model, load_weights, make_collator, save_model
 from redsm5_nli.poolers import make_pooler
+from redsm5_nli.redsm5 import Post, read_posts
 from redsm5_nli.sample.make_sample import base_corpus
 from redsm5_nli.sample.make_sample import main as make_sample
 from redsm5_nli.splits import post_groups, rarest_criterion, split_posts
@@ -412,7 +413,7 @@ def test_a_pair_is_positive_exactly_where_some_row_has_status_1(tmp_path):
         (None, "s_1_1,a,b,FATIGUE,,x", ["annotations.csv, line 3", "status is ''"]),
         (None, "s_9_1,a,b,FATIGUE,1,x", ["annotations.csv, line 3", "'s_9_1' is not in the posts file"]),
         (None, "s_1_1,a,b", ["annotations.csv, line 3", "expected 6 fields, found 3"]),
-        (None, 's_1_1,a,"b', ["annotations.csv, line 3", "no CSV row"]),
+        (None, 's_1_1,a,"b', ["annotations.csv, line 3", "not a CSV row"]),
         ("post_id,text\ns_1_1,a\ns_1_1,b\n", "", ["posts.csv, line 3", "stands in line 2 already"]),
         ("post_id,text\ns_1_1,  \n", "", ["posts.csv, line 2", "text is empty"]),
         ("post_id,text\n,a\n", "", ["posts.csv, line 2", "post_id is empty"]),

@@ -1,0 +1,130 @@
+"""ReDSM5 (arXiv 2508.03399), two CSV files -> posts with a label for each criterion.
+
+redsm5_posts.csv        post_id (s_1270_9), text
+redsm5_annotations.csv  post_id, sentence_id, sentence_text, DSM5_symptom, status, explanation
+
+status 1: a psychologist found the symptom in the sentence; 0: looked at it and rejected it, which is no positive.
+"""
+
+import csv
+import io
+from collections import Counter
+from collections.abc import Container, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from redsm5_nli.config import UserError
+from redsm5_nli.criteria import CRITERIA, SPECIAL_CASE, Criterion
+
+POSTS_FILES = ("redsm5_posts.csv", "redsm5_full_posts.csv")  # names that the files were seen under
+ANNOTATIONS_FILES = ("redsm5_annotations.csv", "redsm5_annotations_long.csv")
+OTHER_NAMES = {"symptom_label": "DSM5_symptom"}  # of columns, in redsm5_annotations_long.csv
+
+csv.field_size_limit(2**30)  # a post may be longer than the module's 131,072 characters
+
+
+class Post(NamedTuple):
+    """labels: for each criterion 1 where a row of it has status 1, else 0; () where unknown."""
+
+    id: str
+    text: str
+    labels: tuple[int, ...]
+
+
+def find_file(folder: Path, names: tuple[str, ...]) -> Path:
+    """The file of a folder that has one of the names. Raises UserError where none or several are there."""
+    paths = [folder / name for name in names if (folder / name).is_file()]
+    if not paths:
+        raise UserError(
+            f"{folder / names[0]} not found (nor {names[1]}): ReDSM5 is given on request (redsm5_nli/README.md), "
+            "--data_dir names your folder, --sample needs neither"
+        )
+    if len(paths) > 1:
+        raise UserError(f"{folder} holds both {names[0]} and {names[1]}: keep one")
+    return paths[0]
+
+
+def decode(content: bytes, source: str | Path) -> str:
+    """Text of UTF-8 bytes, with or without a byte order mark. Raises UserError with the line that is not UTF-8."""
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line, byte = error.object.count(b"\n", 0, error.start) + 1, error.object[error.start]
+        raise UserError(f"{source}, line {line}: expected UTF-8, found byte {byte:#x} ({error.reason})") from error
+
+
+def read_table(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, list[str]]]:
+    """The line number and the fields of these columns of each row of a CSV file. Raises UserError with file and line.
+
+    Quoted fields may hold commas, quotes and line breaks; blank lines are skipped.
+    """
+    line = 1
+    text = decode(path.read_bytes(), path)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)  # Excel for Mac ends a line in \r
+    try:
+        header = [OTHER_NAMES.get(name.strip(), name.strip()) for name in next(reader, [])]
+        if missing := [name for name in columns if name not in header]:
+            present = " and ".join(header) or "nothing"
+            raise UserError(f"{path}, line 1: no column {missing[0]} between commas, found {present}")
+        line = reader.line_num + 1
+        for row in reader:
+            if row and len(row) != len(header):
+                raise UserError(f"{path}, line {line}: expected {len(header)} fields, found {len(row)}")
+            if row:
+                yield line, [row[header.index(name)].strip() for name in columns]
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise UserError(f"{path}, line {line}: not a CSV row: {error}; is a quote left open?") from error
+
+
+def read_texts(path: Path) -> dict[str, str]:
+    """Text by post id, of a CSV file with the columns post_id and text. Raises UserError."""
+    texts, lines = {}, {}
+    for line, (post, text) in read_table(path, ("post_id", "text")):
+        if not post or not text:
+            raise UserError(f"{path}, line {line}: {'text' if post else 'post_id'} is empty")
+        if post in texts:
+            raise UserError(f"{path}, line {line}: post_id {post!r} stands in line {lines[post]} already")
+        texts[post], lines[post] = text, line
+    if not texts:
+        raise UserError(f"{path} holds no post")
+    return texts
+
+
+def read_positives(
+    path: Path, posts: Container[str], criteria: tuple[Criterion, ...]
+) -> tuple[set[tuple[str, str]], Counter]:
+    """The (post id, criterion id) pairs that have a row with status 1, and how many rows there are of each kind.
+
+    Raises UserError naming the line of an unknown post, symptom or status.
+    """
+    wanted = {criterion.id for criterion in criteria}
+    known = wanted | {criterion.id for criterion in CRITERIA} | {SPECIAL_CASE}
+    positives, kinds = set(), Counter()
+    for line, (post, symptom, status) in read_table(path, ("post_id", "DSM5_symptom", "status")):
+        place = f"{path}, line {line}"
+        if post not in posts:
+            raise UserError(f"{place}: post_id {post!r} is not in the posts file")
+        if symptom not in known:
+            raise UserError(f"{place}: symptom {symptom!r} is unknown, expected {', '.join(sorted(known))}")
+        if status not in ("0", "1"):
+            raise UserError(f"{place}: status is {status!r}, expected 1 (present) or 0 (rejected)")
+
+        if symptom == SPECIAL_CASE:
+            kinds[SPECIAL_CASE] += 1
+        elif symptom not in wanted:
+            kinds["of no criterion asked for"] += 1
+        elif status == "0":
+            kinds["rejected"] += 1
+        else:
+            kinds["present"] += 1
+            positives.add((post, symptom))
+    return positives, kinds
+
+
+def read_posts(folder: Path, criteria: tuple[Criterion, ...]) -> tuple[list[Post], Counter]:
+    """All posts with their labels, and the kinds of annotation rows. Raises UserError with file, line and value."""
+    texts = read_texts(find_file(folder, POSTS_FILES))
+    positives, kinds = read_positives(find_file(folder, ANNOTATIONS_FILES), texts, criteria)
+    labels = {post: tuple(int((post, criterion.id) in positives) for criterion in criteria) for post in texts}
+    return [Post(post, text, labels[post]) for post, text in texts.items()], kinds

@@ -12,7 +12,6 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import PreTrainedModel
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
-ROWS = 256  # rows of W taken to fp32 at a time where only a product of them is needed
 
 optimizer_steps = 0  # of any optimizer in this process: what depends on weights only is formed once per step
 
@@ -112,16 +111,12 @@ class DoRALinear(nn.Module):
     the magnitude could not be seen. magnitude=False is LoRA (arXiv 2106.09685), W' = W + s B A.
 
     Two exact ways to compute it (bench.py compares them):
-    merged (needs dropout 0): W' is formed in fp32 and rounded once to W's type, as the forward weights of mixed
-    precision are. In bf16 an update far below W's grid is mostly not seen in the output until it has added up
-    (README.md has figures).
-    unmerged (any dropout): c (x W^T + s drop(x) A^T B^T), rounded after the sum and after c; sees the smallest update
-    of A and B.
-    merged None takes the first where dropout is 0.
+    merged (needs dropout 0, and is then the default): W' is formed in fp32 and rounded once to W's type, as the forward
+    weights of mixed precision are. In bf16 an update far below W's grid is not seen until it has added up.
+    unmerged: c (x W^T + s drop(x) A^T B^T), rounded after the sum and after c; sees the smallest update of A and B.
 
     What depends on weights only is formed once per optimizer step (of any torch optimizer) and serves accumulation,
-    checkpoint recomputation and evaluation; loading a state dict forgets it. Whoever writes to m, A or B by other means
-    calls forget().
+    checkpoint recomputation and evaluation. Whoever writes to m, A or B by other means calls forget().
     """
 
     def __init__(
@@ -143,9 +138,9 @@ class DoRALinear(nn.Module):
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # LoRA's own choice
-        squares = [rows.float().square().sum(1) for rows in base.weight.detach().split(ROWS)]
-        self.register_buffer("weight_squared", torch.cat(squares), persistent=False)  # ||W||^2, (O,)
-        self.lora_magnitude_vector = nn.Parameter(self.weight_squared.sqrt()) if magnitude else None
+        squares = base.weight.detach().float().square().sum(1)
+        self.register_buffer("weight_squared", squares, persistent=False)  # ||W||^2 of each row, (O,)
+        self.lora_magnitude_vector = nn.Parameter(squares.sqrt()) if magnitude else None
         self.register_load_state_dict_post_hook(lambda module, keys: module.forget())
         self.forget()
 
@@ -158,12 +153,12 @@ class DoRALinear(nn.Module):
         return super()._apply(fn, recurse)
 
     def weight_norm(self) -> Tensor:
-        """||W + s B A|| of each row, (O,) in fp32, without forming an (O, I) matrix.
+        """||W + s B A|| of each row, (O,) in fp32, without forming an (O, I) update.
 
         ||W + s B A||^2 = ||W||^2 + 2 s <B, W A^T> + s^2 diag(B (A A^T) B^T), row by row.
         """
         A, B, s = self.lora_A.detach(), self.lora_B.detach(), self.scaling
-        WA = torch.cat([rows.float() @ A.T for rows in self.base.weight.split(ROWS)])  # (O, R)
+        WA = self.base.weight.float() @ A.T  # (O, R)
         squared = self.weight_squared + (B * (2 * s * WA + s * s * (B @ (A @ A.T)))).sum(1)
         # Rounding could leave a negative square, and a zero row must not divide by zero.
         return squared.clamp_min(torch.finfo(torch.float32).tiny).sqrt()
@@ -172,24 +167,20 @@ class DoRALinear(nn.Module):
         """c = m / ||W + s B A||, (O,) in fp32; None for LoRA."""
         return None if self.lora_magnitude_vector is None else self.lora_magnitude_vector.detach() / self.weight_norm()
 
-    def merged_weight(self, c: Tensor | None) -> Tensor:
-        """W' (O, I) in fp32, from row_scale's c."""
-        weight = torch.addmm(self.base.weight.float(), self.lora_B.detach(), self.lora_A.detach(), alpha=self.scaling)
-        return weight if c is None else weight.mul_(c[:, None])
-
     def form(self) -> tuple:
         """What a forward and its backward need of the weights, formed once per optimizer step."""
         if self.formed is None or self.formed_at != optimizer_steps:
             # An evaluation's inference mode must not leave tensors behind that no later backward may use.
             with torch.inference_mode(False), torch.no_grad():
-                dtype, c = self.base.weight.dtype, self.row_scale()
-                scale = torch.full_like(self.weight_squared, self.scaling) if c is None else self.scaling * c
-                low_A, scaled_B = self.lora_A.to(dtype), (scale[:, None] * self.lora_B).to(dtype)
+                W, A, B, s, c = self.base.weight, self.lora_A, self.lora_B, self.scaling, self.row_scale()
+                scale = torch.full_like(self.weight_squared, s) if c is None else s * c
+                low_A, scaled_B = A.to(W.dtype), (scale[:, None] * B).to(W.dtype)
                 if self.merged:
-                    self.formed = self.merged_weight(c).to(dtype), low_A, scaled_B, scale
+                    weight = torch.addmm(W.float(), B, A, alpha=s)
+                    weight = weight if c is None else weight.mul_(c[:, None])
+                    self.formed = weight.to(W.dtype), low_A, scaled_B, scale
                 else:
-                    low_B = (self.scaling * self.lora_B).to(dtype)
-                    self.formed = self.base.weight, low_A, low_B, scaled_B, scale, c
+                    self.formed = W, low_A, (s * B).to(W.dtype), scaled_B, scale, c
             self.formed_at = optimizer_steps
         return self.formed
 
@@ -200,14 +191,6 @@ class DoRALinear(nn.Module):
             return MergedDoRA.apply(*trained, *self.form())
         return UnmergedDoRA.apply(*trained, *self.form(), self.dropout if self.training else 0.0)
 
-    def to_linear(self) -> nn.Linear:
-        """A plain nn.Linear with W', formed in fp32 and rounded once; this layer and its base stay as they are."""
-        with torch.no_grad():
-            weight = nn.Parameter(self.merged_weight(self.row_scale()).to(self.base.weight.dtype), requires_grad=False)
-        linear = nn.Linear(self.base.in_features, self.base.out_features, bias=False, device="meta")
-        linear.weight, linear.bias = weight, self.base.bias
-        return linear
-
 
 def add_adapters(
     model: PreTrainedModel,
@@ -217,37 +200,23 @@ def add_adapters(
     magnitude: bool = True,
     merged: bool | None = None,
 ) -> None:
-    """Freeze a text decoder and put an adapter on q, k, v and o of every layer, by exact name, in its decoder alone.
+    """Freeze a text decoder and put an adapter on q, k, v and o of every layer.
 
     Raises RuntimeError where a layer lacks one of them as an nn.Linear.
     """
-    layers = getattr(model, "layers", None)
+    layers, name = getattr(model, "layers", None), type(model).__name__
     if not isinstance(layers, nn.ModuleList):
-        raise RuntimeError(f"{type(model).__name__} has no list of decoder layers: not a Gemma- or Llama-like model")
+        raise RuntimeError(f"{name} has no list of decoder layers: not a Gemma- or Llama-like model")
     model.requires_grad_(False)
     for number, layer in enumerate(layers):
         attention = getattr(layer, "self_attn", None)
         for target in TARGETS:
             base = getattr(attention, target, None)
             if not isinstance(base, nn.Linear):
-                raise RuntimeError(f"{type(model).__name__} has no linear layers.{number}.self_attn.{target} to adapt")
+                raise RuntimeError(f"{name} has no linear layers.{number}.self_attn.{target} to adapt")
             setattr(attention, target, DoRALinear(base, rank, alpha, dropout, magnitude, merged))
 
 
 def adapters(model: nn.Module) -> dict[str, DoRALinear]:
     """The adapted layers by module name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, DoRALinear)}
-
-
-def merge_adapters(model: nn.Module) -> dict[str, DoRALinear]:
-    """Replace each adapted layer by a plain nn.Linear with W'; what was replaced, for unmerge_adapters."""
-    layers = adapters(model)
-    for name, layer in layers.items():
-        model.set_submodule(name, layer.to_linear())
-    return layers
-
-
-def unmerge_adapters(model: nn.Module, layers: dict[str, DoRALinear]) -> None:
-    """Put the adapted layers back, bit for bit as they were: subtracting the update would leave rounding behind."""
-    for name, layer in layers.items():
-        model.set_submodule(name, layer)

@@ -14,18 +14,17 @@ ours: above 1 ours is faster. No run is needed.
 """
 
 import gc
-import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from functools import partial
-from importlib import metadata
+from importlib import import_module, metadata
+from multiprocessing import get_context
 from pathlib import Path
 from unittest.mock import patch
 
@@ -42,17 +41,10 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedTokenizerFast
 
 from common.checkpoint import environment, peak_memory_bytes
-from embeddings.config import ROOT, Config, UserError, run_script
-from embeddings.batching import Rows, Tokens, epoch_batches, tokenize_rows
+from embeddings.batching import Rows, epoch_batches, tokenize_rows
+from embeddings.config import Config, UserError, run_script
 from embeddings.dataset import Triplet, load_splits
-from embeddings.model import (
-    Embedder,
-    autocast_dtype,
-    build_model,
-    embed_texts,
-    load_embedder,
-    pick_device,
-)
+from embeddings.model import Embedder, autocast_dtype, build_model, embed_texts, load_embedder, pick_device
 from embeddings.parallel import Processes
 from embeddings.report import table
 from embeddings.tokenizer import load_tokenizer
@@ -60,25 +52,20 @@ from embeddings.train import batch_gradient, clip_gradient, make_optimizer, upda
 
 POOLING_MODES = {"last": "lasttoken", "mean": "mean", "cls": "cls"}  # what its Pooling is called with
 OURS, PLAIN, BY_TOKENS = "ours", "cached, 32 rows at a time", "cached, mini_batch_num_tokens"
-STEP_SIDES = (OURS, PLAIN, BY_TOKENS)
-MEMORY_SIDES = ("ours in chunks", "ours, whole batch", PLAIN)
+WHOLE = "ours, whole batch"
+STEP_SIDES, MEMORY_SIDES = (OURS, PLAIN, BY_TOKENS), (OURS, WHOLE, PLAIN)
 ORDERS = ("like_length", "random")
 TOLERANCE = {None: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}  # of a vector's elements and of a loss
 
 
-def synchronize() -> None:
-    """Wait for the GPU, where there is one: its work goes on after a call has returned."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 def timed(run: Callable[[], object]) -> float:
-    """Seconds."""
+    """Seconds, a GPU's work included: it goes on after a call has returned."""
+    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     synchronize()
-    began = time.perf_counter()
+    start = time.perf_counter()
     run()
     synchronize()
-    return time.perf_counter() - began
+    return time.perf_counter() - start
 
 
 def measure(sides: dict, rounds: int) -> dict:
@@ -100,10 +87,15 @@ def ratio(seconds: dict, side: object) -> float:
     return statistics.median(theirs / ours for ours, theirs in zip(seconds[OURS], seconds[side]))
 
 
-def check_agreement(what: str, off: float, dtype: torch.dtype | None) -> None:
+def print_rates(seconds: dict, count: int, unit: str, names: dict) -> None:
+    rows = [[names[side], f"{count / statistics.median(seconds[side]):.1f}", f"{ratio(seconds, side):.2f}"] for side in names]
+    print("\n".join(table(["side", f"{unit}/s", "ours is faster by"], rows)))
+
+
+def check_agreement(what: str, difference: float, dtype: torch.dtype | None) -> None:
     """Raise RuntimeError unless the two stacks computed the same, but for rounding."""
-    if not off <= TOLERANCE[dtype]:
-        raise RuntimeError(f"{what} are {off:.1e} apart, more than {TOLERANCE[dtype]:.0e}: the sides differ")
+    if not difference <= TOLERANCE[dtype]:
+        raise RuntimeError(f"{what} are {difference:.1e} apart, more than {TOLERANCE[dtype]:.0e}: the sides differ")
 
 
 def wrap(model: Embedder, tokenizer: PreTrainedTokenizerFast, config: Config) -> SentenceTransformer:
@@ -122,9 +114,6 @@ def wrap(model: Embedder, tokenizer: PreTrainedTokenizerFast, config: Config) ->
     return theirs
 
 
-# encode
-
-
 def distinct_texts(triplets: list[Triplet], number: int, seed: int) -> list[str]:
     """So many of the triplets' texts, drawn at random."""
     texts = list(dict.fromkeys(text for row in triplets for text in row[:3] if text is not None))
@@ -137,22 +126,17 @@ def bench_encode(config: Config, triplets: list[Triplet], number: int, rounds: i
     theirs, dtype = wrap(model, tokenizer, config), autocast_dtype(config.amp, pick_device())
     texts = distinct_texts(triplets, number, config.seed)
     vectors = embed_texts(model, tokenizer, texts, config)
-    off = float(np.abs(theirs.encode(texts, show_progress_bar=False).astype(np.float32) - vectors).max())
-    check_agreement("vectors", off, dtype)
+    difference = float(np.abs(theirs.encode(texts, show_progress_bar=False).astype(np.float32) - vectors).max())
+    check_agreement("vectors", difference, dtype)
     sides = {OURS: lambda _: embed_texts(model, tokenizer, texts, config)}
     for size in sizes:
         sides[size] = lambda _, size=size: theirs.encode(texts, batch_size=size, show_progress_bar=False)
     seconds = measure(sides, rounds)
     lengths = [len(ids) for ids in tokenizer(texts, truncation=True, max_length=config.max_length)["input_ids"]]
-    print(f"encode: {len(texts)} texts {spread(lengths)}, {rounds} rounds; vectors at most {off:.1e} apart\n")
-    rows = []
-    for side in sides:
-        name = f"{OURS}, eval_tokens {config.eval_tokens}" if side == OURS else f"encode, batch_size {side}"
-        rows.append([name, f"{len(texts) / statistics.median(seconds[side]):.0f}", f"{ratio(seconds, side):.2f}"])
-    print("\n".join(table(["side", "texts/s", "ours is faster by"], rows)))
-
-
-# step
+    spread = "{:.0f} / {:.0f} / {:.0f} tokens (median, 95 %, longest)".format(*np.percentile(lengths, [50, 95, 100]))
+    print(f"encode: {len(texts)} texts of {spread}, {rounds} rounds; vectors at most {difference:.1e} apart\n")
+    names = {OURS: f"ours, eval_tokens {config.eval_tokens}"} | {size: f"encode, batch_size {size}" for size in sizes}
+    print_rates(seconds, len(texts), "texts", names)
 
 
 def make_batches(rows: Rows, order: str, config: Config) -> list[np.ndarray]:
@@ -164,64 +148,52 @@ def make_batches(rows: Rows, order: str, config: Config) -> list[np.ndarray]:
     return sorted(batches, key=lambda batch: -rows.lengths[batch].sum()) if order == "longest_first" else batches
 
 
-def run_ours(
-    model: Embedder, tokens: Tokens, rows: Rows, batches: list[np.ndarray], pad_token_id: int, config: Config
-) -> Callable[[int], float]:
-    """train.py's step on batch number n, which the returned function takes; its mean loss."""
-    optimizer, scheduler, scaler = make_optimizer(model, config, pick_device())
-    alone = Processes(0, 1, pick_device())
-
-    def step(number: int) -> float:
-        texts = rows.texts[batches[number % len(batches)]]
-        loss = batch_gradient(model, tokens, texts, pad_token_id, scaler, config, max(number, 0), alone)
-        clip_gradient(model, optimizer, scaler, config)
-        update(optimizer, scheduler, scaler)
-        return loss
-
-    return step
-
-
-def run_theirs(
-    side: str, model: Embedder, theirs: SentenceTransformer, triplets: list[Triplet], batches: list, config: Config
-) -> Callable[[int], float]:
-    """The step of SentenceTransformerTrainer: its collator tokenizes the batch's texts, its loss is GradCache too."""
-    optimizer, scheduler, scaler = make_optimizer(model, config, pick_device())
+def theirs_gradient(side: str, theirs: SentenceTransformer, triplets: list[Triplet], config: Config) -> Callable:
+    """As SentenceTransformerTrainer does: its collator tokenizes the batch's texts, its loss is GradCache too."""
     budget = config.chunk_tokens if side == BY_TOKENS else None
     loss_of = CachedMultipleNegativesRankingLoss(theirs, 1 / config.temperature, mini_batch_num_tokens=budget)
     collate = SentenceTransformerDataCollator(theirs.preprocess)
     names = ("anchor", "positive", "negative")[: 2 if triplets[0].negative is None else 3]
 
-    def step(number: int) -> float:
+    def gradient(batch: np.ndarray, number: int, scaler: torch.amp.GradScaler) -> float:
         theirs.train()
-        chosen = [triplets[place]._asdict() for place in batches[number % len(batches)]]
-        batch = collate([{name: row[name] for name in names} for row in chosen])
-        batch = {key: value.to(pick_device()) if isinstance(value, Tensor) else value for key, value in batch.items()}
-        features, labels = SentenceTransformerTrainer.collect_features(None, batch)
-        loss = loss_of(features, labels)
+        inputs = collate([{name: getattr(triplets[place], name) for name in names} for place in batch])
+        inputs = {key: value.to(pick_device()) if isinstance(value, Tensor) else value for key, value in inputs.items()}
+        loss = loss_of(*SentenceTransformerTrainer.collect_features(None, inputs))
         scaler.scale(loss).backward()
-        clip_gradient(model, optimizer, scaler, config)
-        update(optimizer, scheduler, scaler)
         return loss.item()
 
-    return step
+    return gradient
 
 
 def make_steps(
     config: Config, triplets: list[Triplet], sides: tuple[str, ...], order: str
 ) -> tuple[dict[str, Callable[[int], float]], Embedder]:
-    """Each side's step, and the one model that all of them train; an optimizer of its own for each."""
+    """Each side's step on batch number n, and the one model that all of them train; an optimizer for each."""
     tokenizer, device = load_tokenizer(config), pick_device()
     tokens, rows = tokenize_rows(triplets, tokenizer, config)
     batches = make_batches(rows, order, config)
     model = build_model(config, tokenizer, device, autocast_dtype(config.amp, device))
-    theirs, steps = wrap(model, tokenizer, config), {}
-    for side in sides:
-        if side.startswith("ours"):
-            own = replace(config, chunk_tokens=sys.maxsize) if "whole" in side else config
-            steps[side] = run_ours(model, tokens, rows, batches, tokenizer.pad_token_id, own)
-        else:
-            steps[side] = run_theirs(side, model, theirs, triplets, batches, config)
-    return steps, model
+    theirs, alone = wrap(model, tokenizer, config), Processes(0, 1, device)
+
+    def our_gradient(own: Config, batch: np.ndarray, number: int, scaler: torch.amp.GradScaler) -> float:
+        return batch_gradient(model, tokens, rows.texts[batch], tokenizer.pad_token_id, scaler, own, number, alone)
+
+    def make_step(gradient: Callable) -> Callable[[int], float]:
+        optimizer, scheduler, scaler = make_optimizer(model, config, device)
+
+        def step(number: int) -> float:
+            loss = gradient(batches[number % len(batches)], max(number, 0), scaler)
+            clip_gradient(model, optimizer, scaler, config)
+            update(optimizer, scheduler, scaler)
+            return loss
+
+        return step
+
+    gradients = {OURS: partial(our_gradient, config)}
+    gradients[WHOLE] = partial(our_gradient, replace(config, chunk_tokens=sys.maxsize))
+    gradients |= {side: theirs_gradient(side, theirs, triplets, config) for side in sides if side not in gradients}
+    return {side: make_step(gradients[side]) for side in sides}, model
 
 
 def loss_difference(config: Config, triplets: list[Triplet], order: str) -> float:
@@ -236,66 +208,41 @@ def loss_difference(config: Config, triplets: list[Triplet], order: str) -> floa
 
 def bench_step(config: Config, triplets: list[Triplet], rounds: int, order: str) -> None:
     """Print triplets/s of each side."""
-    off = loss_difference(config, triplets, order)
-    check_agreement("losses", off, autocast_dtype(config.amp, pick_device()))
-    steps, _ = make_steps(config, triplets, STEP_SIDES, order)
-    seconds = measure(steps, rounds)
+    difference = loss_difference(config, triplets, order)
+    check_agreement("losses", difference, autocast_dtype(config.amp, pick_device()))
+    seconds = measure(make_steps(config, triplets, STEP_SIDES, order)[0], rounds)
     print(f"step: {order} batches of {config.batch_size} triplets, chunk_tokens {config.chunk_tokens}, {rounds} rounds")
-    print(f"losses without dropout at most {off:.1e} apart\n")
-    rows = [
-        [side, f"{config.batch_size / statistics.median(seconds[side]):.1f}", f"{ratio(seconds, side):.2f}"]
-        for side in steps
-    ]
-    print("\n".join(table(["side", "triplets/s", "ours is faster by"], rows)))
+    print(f"losses without dropout at most {difference:.1e} apart\n")
+    print_rates(seconds, config.batch_size, "triplets", {side: side for side in STEP_SIDES})
 
 
-# memory
-
-
-def reset_peak() -> None:
-    """Begin the peak anew at what is held now, where the system can."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    elif (file := Path("/proc/self/clear_refs")).exists():
-        file.write_text("5", encoding="ascii")
-
-
-def limit_memory() -> None:
-    """On Linux's CPUs: an allocation beyond what is free fails, so that a whole batch does not end other processes."""
-    info = Path("/proc/meminfo")
-    if torch.cuda.is_available() or not info.exists():
-        return
-    import resource  # not on Windows
-
-    free = next(line for line in info.read_text(encoding="ascii").splitlines() if line.startswith("MemAvailable:"))
-    resource.setrlimit(resource.RLIMIT_DATA, (int(free.split()[1]) * 1024, resource.RLIM_INFINITY))
-
-
-def print_peak_memory(side: str, config: Config) -> None:
-    """What peak_memory's process does: a small step, so that libraries and optimizer are there, then the measured."""
-    limit_memory()
+def step_bytes(side: str, config: Config) -> int:
+    """What one step takes above what the process held before, after a small one: libraries and optimizer are there."""
     triplets, device = load_splits(config).train, pick_device()
     make_steps(replace(config, batch_size=2), triplets, (side,), "longest_first")[0][side](0)
     steps, _ = make_steps(config, triplets, (side,), "longest_first")
-    reset_peak()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    elif (peak := Path("/proc/self/clear_refs")).exists():
+        peak.write_text("5", encoding="ascii")
     before = peak_memory_bytes(device.type)
     steps[side](0)
-    print(json.dumps({"before_bytes": before, "peak_memory_bytes": peak_memory_bytes(device.type)}))
+    return peak_memory_bytes(device.type) - before
 
 
 def peak_memory(side: str, config: Config) -> str:
-    """MB of one step above what a fresh process held before it, or that it does not fit. Raises UserError."""
-    flags = [f"--{name}={value}" for name, value in asdict(config).items() if value != ""] + [f"--memory_of={side}"]
-    settings = {"capture_output": True, "text": True, "cwd": ROOT, "env": os.environ | {"PYTHONUTF8": "1"}}
-    result = subprocess.run([sys.executable, __file__, *flags], **settings)
-    if result.returncode == 0:
-        found = json.loads(result.stdout.splitlines()[-1])
-        return f"{(found['peak_memory_bytes'] - found['before_bytes']) / 1e6:.0f}"
-    cause = result.stderr.splitlines()[-1] if result.stderr else f"status {result.returncode}"
-    if "memory" in cause:  # PyTorch's words on a CPU and run_script's of a GPU
+    """MB of one step in a fresh process, or that it does not fit. Raises UserError."""
+    step = import_module("embeddings.bench").step_bytes  # by its module's name, which a new process can import
+    try:
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            return f"{pool.submit(step, side, config).result() / 1e6:.0f}"
+    except BrokenProcessPool:  # killed by the system
         return "does not fit"
-    raise UserError(f"{side} with batch_size {config.batch_size}: {cause}")
+    except RuntimeError as error:  # PyTorch's, of a CPU and of a GPU
+        if "memory" in str(error):
+            return "does not fit"
+        raise
 
 
 def bench_memory(config: Config, sizes: list[int]) -> None:
@@ -309,13 +256,7 @@ def processor() -> str:
     """The processor's name, where Linux tells it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    names = [line.split(": ")[1] for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def spread(lengths: list[int]) -> str:
-    """Of lengths in tokens."""
-    return "of {:.0f} / {:.0f} / {:.0f} tokens (median, 95 %, longest)".format(*np.percentile(lengths, [50, 95, 100]))
+    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), "CPU")
 
 
 def main(
@@ -326,11 +267,7 @@ def main(
     encode_sizes: list[int],
     batches: list[str],
     memory_sizes: list[int],
-    memory_of: str,
 ) -> None:
-    if memory_of:
-        print_peak_memory(memory_of, config)
-        return
     device = pick_device()
     cpu = f"{processor()}, {torch.get_num_threads()} threads"
     info = environment(torch.cuda.get_device_name() if device.type == "cuda" else cpu)
@@ -348,24 +285,13 @@ def main(
 
 
 if __name__ == "__main__":
-    every = ("encode", "step", "memory")
+    every, sizes = ["encode", "step", "memory"], {"nargs": "+", "type": int}
     flags = {
-        "parts": {"nargs": "+", "choices": every, "default": list(every), "help": "what to measure"},
+        "parts": {"nargs": "+", "choices": every, "default": every, "help": "what to measure"},
         "texts": {"type": int, "default": 2000, "help": "encode: texts"},
         "rounds": {"type": int, "default": 5, "help": "encode and step: rounds after the warm-up"},
-        "encode_sizes": {
-            "nargs": "+",
-            "type": int,
-            "default": [32, 8, 16, 64, 128, 256],
-            "help": "encode: batch sizes of theirs, whose default is 32",
-        },
+        "encode_sizes": sizes | {"default": [32, 8, 16, 64, 128, 256], "help": "encode: theirs, whose default is 32"},
         "batches": {"nargs": "+", "choices": ORDERS, "default": list(ORDERS), "help": "step: how triplets are drawn"},
-        "memory_sizes": {"nargs": "+", "type": int, "default": [64, 256, 1024], "help": "memory: batch sizes"},
-        "memory_of": {
-            "choices": ("", *MEMORY_SIDES),
-            "default": "",
-            "metavar": "SIDE",
-            "help": f"only print the peak memory of a step at --batch_size: {'; '.join(MEMORY_SIDES)}",
-        },
+        "memory_sizes": sizes | {"default": [64, 256, 1024], "help": "memory: batch sizes"},
     }
     sys.exit(run_script(main, __doc__, **flags))

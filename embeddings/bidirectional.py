@@ -3,8 +3,11 @@
 T tokens, D hidden
 """
 
+from itertools import pairwise
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 CHECK_TOKENS = 6  # real tokens of the self-check: few enough to lie inside every sliding window in use
@@ -31,68 +34,46 @@ def make_bidirectional(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    layers = getattr(model, "layers", None)
-    if not isinstance(layers, nn.ModuleList) or not len(layers):
-        raise RuntimeError(f"{type(model).__name__} has no list of decoder layers: not a Gemma- or Llama-like model")
-    return layers
-
-
 def check_bidirectional(model: PreTrainedModel) -> None:
     """Raise RuntimeError unless every layer, with padding on either side or none, lets information flow as it should.
 
-    Layer by layer, on the gradient of its output with respect to its own input, so that one bidirectional layer cannot
-    hide a causal one: the first real position must depend on the last real one, and no real position on padding.
-    And the states of the real tokens must be the same with and without padding.
+    And unless the states of the real tokens are the same with and without padding.
     """
-    name, training = type(model).__name__, model.training
+    training = model.training
     model.eval()
-    states = {side: run_layout(model, side, *padding) for side, padding in LAYOUTS.items()}
+    states = {side: check_layers(model, side, *padding) for side, padding in LAYOUTS.items()}
     model.train(training)
     # A leak moves the states by their own size, other kernels for other masks by rounding, which grows over layers.
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.3
-    for side, found in states.items():
-        if (found - states["no"]).norm() > tolerance * states["no"].norm():
-            raise RuntimeError(f"{name}: padding on the {side} changes the states of the real tokens")
+    for side, padded in states.items():
+        if (padded - states["no"]).norm() > tolerance * states["no"].norm():
+            raise RuntimeError(f"{type(model).__name__}: padding on the {side} changes the states of the real tokens")
 
 
 @torch.enable_grad()
-def run_layout(model: PreTrainedModel, side: str, before: int, after: int) -> Tensor:
-    """The final states (CHECK_TOKENS, D) of the real tokens, after the check of each layer's dependencies."""
-    total = before + CHECK_TOKENS + after
-    first, last = before, before + CHECK_TOKENS - 1
-    mask = torch.zeros(1, total, dtype=torch.long, device=model.device)
-    mask[:, first : last + 1] = 1
-    padding = (mask[0] == 0).nonzero().squeeze(1).tolist()
+def check_layers(model: PreTrainedModel, side: str, before: int, after: int) -> Tensor:
+    """The final states (CHECK_TOKENS, D) of the real tokens, after the check of each layer's dependencies.
+
+    Layer by layer, on the gradient of its output with respect to its own input, so that one bidirectional layer cannot
+    hide a causal one: the first real position must depend on the last real one, and no real position on padding.
+    """
+    first, end = before, before + CHECK_TOKENS
+    mask = torch.zeros(1, end + after, dtype=torch.long, device=model.device)
+    mask[:, first:end] = 1
     generator = torch.Generator().manual_seed(0)
-    ids = torch.zeros(1, total, dtype=torch.long)
-    ids[:, first : last + 1] = torch.randint(1, model.config.vocab_size, (1, CHECK_TOKENS), generator=generator)
-    handles, seen = [], []
+    ids = torch.randint(1, model.config.vocab_size, (1, CHECK_TOKENS), generator=generator)
+    ids = F.pad(ids, (before, after)).to(model.device)
+    embeddings = model.get_input_embeddings()(ids).detach().requires_grad_()  # a graph also where all is frozen
+    inputs = {"inputs_embeds": embeddings, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
+    output = model(**inputs, use_cache=False, output_hidden_states=True)
 
-    def cut(module: nn.Module, arguments: tuple) -> tuple:
-        """Start a graph of its own for each layer."""
-        inputs = arguments[0].detach().requires_grad_()
-        seen.append([inputs])
-        return (inputs, *arguments[1:])
-
-    def keep(module: nn.Module, arguments: tuple, output) -> None:
-        seen[-1].append(output[0] if isinstance(output, tuple) else output)
-
-    for layer in decoder_layers(model):
-        handles += [layer.register_forward_pre_hook(cut), layer.register_forward_hook(keep)]
-    try:
-        positions = (mask.cumsum(1) - 1).clamp_min(0)
-        output = model(ids.to(model.device), attention_mask=mask, position_ids=positions, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    for number, (inputs, outputs) in enumerate(seen):
-        direction = torch.randn(outputs.shape[-1], generator=generator).to(outputs)
+    for number, (states, next_states) in enumerate(pairwise(output.hidden_states)):  # (1, T, D) each
         where = f"{type(model).__name__}, layer {number}, {side} padding"
-        (gradient,) = torch.autograd.grad(outputs[0, first] @ direction, inputs, retain_graph=True)
-        if not gradient[0, last].any():
+        projected = next_states[0] @ torch.randn(next_states.shape[-1], generator=generator).to(next_states)  # (T,)
+        (gradient,) = torch.autograd.grad(projected[first], states, retain_graph=True)
+        if not gradient[0, end - 1].any():
             raise RuntimeError(f"{where}: the first position does not see the last: attention is still causal")
-        (gradient,) = torch.autograd.grad((outputs[0, first : last + 1] @ direction).sum(), inputs)
-        if gradient[0, padding].any():
+        (gradient,) = torch.autograd.grad(projected[first:end].sum(), states, retain_graph=True)
+        if gradient[0, mask[0] == 0].any():
             raise RuntimeError(f"{where}: real positions see the padding")
-    return output.last_hidden_state[0, first : last + 1].detach().float()
+    return output.last_hidden_state[0, first:end].detach().float()

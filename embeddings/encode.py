@@ -13,7 +13,7 @@ adapter; then --model names one.
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -32,6 +32,8 @@ from embeddings.model import embed_tokens, load_embedder
 
 BLOCK = 10_000  # lines that are sorted by length, encoded and written together
 
+Encode = Callable[[list[str]], np.ndarray]
+
 
 def read_lines(stream: BinaryIO) -> Iterator[tuple[int, str | ValueError]]:
     """Each line's number, and its text or what is wrong with it."""
@@ -43,25 +45,24 @@ def read_lines(stream: BinaryIO) -> Iterator[tuple[int, str | ValueError]]:
             yield number, ValueError(reason)
 
 
-def all_texts(stream: BinaryIO, name: str, blank: bool) -> list[tuple[int, str]]:
-    """All lines with text, and their numbers. Raises UserError for no UTF-8, and without blank for a blank line."""
-    found = []
+def read_texts(stream: BinaryIO, name: str, skip_blank: bool) -> dict[int, str]:
+    """Line number -> text. Raises UserError for what is not UTF-8, and for a blank line that may not be skipped."""
+    texts = {}
     for number, text in read_lines(stream):
         if isinstance(text, ValueError):
             raise UserError(f"{name}, line {number}: {text}")
         if text:
-            found.append((number, text))
-        elif not blank:
+            texts[number] = text
+        elif not skip_blank:
             raise UserError(f"{name}, line {number} is blank; a .npy has a row for each line: remove it, or use .jsonl")
-    if not found:
+    if not texts:
         raise UserError(f"{name} holds no text")
-    return found
+    return texts
 
 
-def write_jsonl(stream: BinaryIO, name: str, encode, write) -> int:
-    """A JSON line for each line that is not blank, block after block; 1 if one was no UTF-8."""
-    failed = 0
-    lines = read_lines(stream)
+def write_jsonl(stream: BinaryIO, name: str, encode: Encode, write: Callable[[str], object]) -> int:
+    """A JSON line for each line that is not blank, block after block; 1 if one was not UTF-8."""
+    failed, lines = 0, read_lines(stream)
     with tqdm(unit="line", disable=None) as bar:
         while block := list(islice(lines, BLOCK)):
             texts = [text for _, text in block if isinstance(text, str) and text]
@@ -77,7 +78,7 @@ def write_jsonl(stream: BinaryIO, name: str, encode, write) -> int:
     return failed
 
 
-def write_npy(texts: list[str], encode, file: BinaryIO) -> None:
+def write_npy(texts: list[str], encode: Encode, file: BinaryIO) -> None:
     """The array (N, D), block after block."""
     for first in tqdm(range(0, len(texts), BLOCK), unit="block", disable=None):
         vectors = encode(texts[first : first + BLOCK]).astype("<f4")
@@ -89,7 +90,7 @@ def write_npy(texts: list[str], encode, file: BinaryIO) -> None:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[BinaryIO]:
-    """A file that gets its name when it is whole, and is gone after an error. Raises UserError where it has no room."""
+    """A file that gets its name when it is complete, and is gone after an error. Raises UserError on a full disk."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -102,35 +103,41 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
-def print_nearest(query: np.ndarray, lines: list[tuple[int, str]], vectors: np.ndarray, top: int) -> None:
+def print_nearest(query: np.ndarray, lines: dict[int, str], vectors: np.ndarray, top: int) -> None:
     """The top lines by cosine with the query (D,), the nearest first."""
-    cosines = vectors @ query
+    cosines, numbers = vectors @ query, list(lines)
     for place in np.argsort(-cosines, kind="stable")[:top]:
-        number, text = lines[place]
-        print(f"{cosines[place]:.4f} | line {number} | {text}")
+        print(f"{cosines[place]:.4f} | line {numbers[place]} | {lines[numbers[place]]}")
 
 
-def main(config: Config, input: str, output: str, query: str | None, top: int, prompt: str, base: bool) -> int:
+def check_flags(output: str, query: str | None, top: int, prompt: str) -> None:
+    """Raises UserError for flags that do not go together."""
     path = Path(output)
-    if output != "-" and query is not None:
-        raise UserError(f"--output {output}: --query prints its lines on standard output")
     if output != "-" and path.suffix not in (".npy", ".jsonl"):
         raise UserError(f"--output {output}: the name must end in .npy or .jsonl")
     if not path.parent.is_dir():
         raise UserError(f"--output {output}: there is no folder {path.parent}")
-    if query is not None and not query.strip():
+    if query is None:
+        return
+    if output != "-":
+        raise UserError(f"--output {output}: --query prints its lines on standard output")
+    if not query.strip():
         raise UserError("--query is empty")
     try:
-        (query or "").encode()
-    except UnicodeEncodeError as error:  # the command line can hold what is no text
+        query.encode()
+    except UnicodeEncodeError as error:  # a command line is bytes
         raise UserError(f"--query: expected UTF-8, found {error.object[error.start]!a}") from error
-    if query is not None and prompt != "none":
+    if prompt != "none":
         raise UserError(f"--prompt {prompt}: with --query the prompts are query_prompt and, for lines, document_prompt")
     if top < 1:
         raise UserError(f"--top {top} is out of range: at least 1")
+
+
+def main(config: Config, input: str, output: str, query: str | None, top: int, prompt: str, base: bool) -> int:
+    check_flags(output, query, top, prompt)
+    path, failed, cut = Path(output), 0, 0
     prompts = {"none": "", "query": config.query_prompt, "document": config.document_prompt}
     model, tokenizer = load_embedder(config, base)
-    failed, cut = 0, 0
 
     def encode(texts: list[str], kind: str = prompt) -> np.ndarray:
         nonlocal cut
@@ -142,11 +149,11 @@ def main(config: Config, input: str, output: str, query: str | None, top: int, p
 
     with open(sys.stdin.fileno() if input == "-" else input, "rb", closefd=input != "-") as stream:
         if query is not None:
-            lines = all_texts(stream, input, blank=True)
-            vectors = encode([text for _, text in lines], "document")
+            lines = read_texts(stream, input, skip_blank=True)
+            vectors = encode(list(lines.values()), "document")
             print_nearest(encode([query], "query")[0], lines, vectors, top)
         elif path.suffix == ".npy":
-            texts = [text for _, text in all_texts(stream, input, blank=False)]
+            texts = list(read_texts(stream, input, skip_blank=False).values())
             with new_file(path) as file:
                 write_npy(texts, encode, file)
         elif output == "-":

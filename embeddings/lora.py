@@ -49,23 +49,18 @@ def add_adapters(model: PreTrainedModel, targets: str, rank: int, alpha: float, 
     BERT's pooler, which no pooling here uses, stays as it is. Raises RuntimeError where a target is nowhere.
     """
     model.requires_grad_(False)
-    linear = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.split(".")[0] != "pooler"
-    ]
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linear = {name: module for name, module in linear.items() if not name.startswith("pooler.")}
     if not linear:
         raise RuntimeError(f"{type(model).__name__} has no linear layers of torch's own kind")  # GPT-2's are Conv1D
-    wanted = {target.strip() for target in targets.split(",")}
     own_names = {name.rpartition(".")[2] for name in linear}
-    if targets != "all-linear" and (absent := sorted(wanted - own_names)):
-        raise RuntimeError(
-            f"{type(model).__name__} has no linear layer {absent[0]}; --targets takes {', '.join(sorted(own_names))} "
-            "or all-linear"
-        )
-    for name in linear:
-        if targets == "all-linear" or name.rpartition(".")[2] in wanted:
-            model.set_submodule(name, LoRALinear(model.get_submodule(name), rank, alpha, dropout))
+    wanted = own_names if targets == "all-linear" else {target.strip() for target in targets.split(",")}
+    if absent := sorted(wanted - own_names):
+        ways = f"--targets takes {', '.join(sorted(own_names))} or all-linear"
+        raise RuntimeError(f"{type(model).__name__} has no linear layer {absent[0]}; {ways}")
+    for name, module in linear.items():
+        if name.rpartition(".")[2] in wanted:
+            model.set_submodule(name, LoRALinear(module, rank, alpha, dropout))
 
 
 def adapters(model: nn.Module) -> dict[str, LoRALinear]:
@@ -73,18 +68,10 @@ def adapters(model: nn.Module) -> dict[str, LoRALinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
-def merge_adapters(model: nn.Module) -> dict[str, LoRALinear]:
-    """Replace each adapted layer by a plain nn.Linear with W'; what was replaced, for unmerge_adapters."""
-    layers = adapters(model)
-    for name, layer in layers.items():
+def merge_adapters(model: nn.Module) -> None:
+    """Replace each adapted layer by a plain nn.Linear with W'."""
+    for name, layer in adapters(model).items():
         model.set_submodule(name, layer.to_linear())
-    return layers
-
-
-def unmerge_adapters(model: nn.Module, layers: dict[str, LoRALinear]) -> None:
-    """Put the adapted layers back, bit for bit as they were: subtracting the update would leave rounding behind."""
-    for name, layer in layers.items():
-        model.set_submodule(name, layer)
 
 
 def peft_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -112,9 +99,9 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
     """Fill a model's adapters with what save_adapter wrote. Raises ValueError where a key or a shape does not fit."""
     saved, tensors = load_file(folder / "adapter_model.safetensors"), peft_tensors(model)
     for name in sorted(saved.keys() | tensors.keys()):
-        found, expected = (list(side[name].shape) if name in side else "missing" for side in (saved, tensors))
-        if found != expected:
-            raise ValueError(f"adapter_model.safetensors: {name} is {found}, expected {expected}")
+        shape, expected = (list(side[name].shape) if name in side else "missing" for side in (saved, tensors))
+        if shape != expected:
+            raise ValueError(f"adapter_model.safetensors: {name} is {shape}, expected {expected}")
     with torch.no_grad():
         for name, tensor in tensors.items():
             tensor.copy_(saved[name])

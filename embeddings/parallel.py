@@ -49,7 +49,7 @@ def end_processes() -> None:
         dist.destroy_process_group()
 
 
-def from_rank_0(value, processes: Processes):
+def broadcast(value, processes: Processes):
     """A small object of rank 0, in every process; those wait for it here."""
     if processes.world == 1:
         return value
@@ -58,13 +58,13 @@ def from_rank_0(value, processes: Processes):
     return values[0]
 
 
-def wait_for_all(processes: Processes) -> None:
+def barrier(processes: Processes) -> None:
     """Until every process is here."""
     if processes.world > 1:
         dist.barrier()
 
 
-def summed(tensor: Tensor, processes: Processes) -> Tensor:
+def all_reduce(tensor: Tensor, processes: Processes) -> Tensor:
     """A tensor of the CPU, summed over the processes."""
     if processes.world == 1:
         return tensor
@@ -73,7 +73,7 @@ def summed(tensor: Tensor, processes: Processes) -> Tensor:
     return tensor.cpu()
 
 
-def sum_gradients(parameters: Iterable[nn.Parameter], processes: Processes) -> None:
+def all_reduce_gradients(parameters: Iterable[nn.Parameter], processes: Processes) -> None:
     """Sum the parameters' gradients over the processes, in one message.
 
     Not DistributedDataParallel: processes cut their part of a batch into different numbers of chunks, and its forward

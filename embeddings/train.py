@@ -43,11 +43,11 @@ from embeddings.model import (
 from embeddings.parallel import (
     Processes,
     end_processes,
-    from_rank_0,
+    broadcast,
     start_processes,
-    sum_gradients,
-    summed,
-    wait_for_all,
+    all_reduce_gradients,
+    all_reduce,
+    barrier,
 )
 from embeddings.report import print_summary
 from embeddings.tokenizer import load_tokenizer
@@ -101,7 +101,7 @@ def batch_gradient(
 
     model.train()
     scaled = cached_backward(embed, loss, len(chunks))
-    sum_gradients(model.trained_parameters().values(), processes)
+    all_reduce_gradients(model.trained_parameters().values(), processes)
     return scaled.item() / scaler.get_scale()
 
 
@@ -139,7 +139,7 @@ def validate(
     vectors = torch.zeros(2 * len(pairs), model.encoder.config.hidden_size)
     own = np.arange(len(vectors))[processes.rank :: processes.world]
     vectors[own] = embed_tokens(model, tokens, own, pad_token_id, config)
-    return correlation(summed(vectors, processes), pairs)[0]
+    return correlation(all_reduce(vectors, processes), pairs)[0]
 
 
 def refuse_another_machine(run: Run, dtype: torch.dtype | None, world: int) -> None:
@@ -206,7 +206,7 @@ def main(config: Config, check: bool = False) -> int | None:
         texts = rows.texts[batches[0][rank::world]]
         loss = gradient(texts, step=0, processes=processes)
         refuse_non_finite("loss", loss, batches[0], splits.train, step=0)
-        print(f"check passed | loss of one batch {summed(torch.tensor(loss), processes):.4f} | nothing was written")
+        print(f"check passed | loss of one batch {all_reduce(torch.tensor(loss), processes):.4f} | nothing was written")
         end_processes()
         return None
 
@@ -224,9 +224,9 @@ def main(config: Config, check: bool = False) -> int | None:
             else:  # another process finished it meanwhile
                 outcome = "finished"
         except (UserError, RunError, OSError):  # what run_script says in one line
-            from_rank_0("refused", processes)  # the others wait for a word
+            broadcast("refused", processes)  # the others wait for a word
             raise
-    outcome = from_rank_0(outcome, processes)
+    outcome = broadcast(outcome, processes)
     if outcome == "refused":
         return 1
     if outcome == "finished":
@@ -273,7 +273,7 @@ def main(config: Config, check: bool = False) -> int | None:
                     raise UserError(f"epoch {epoch + 1} has no batch without a repeated text: lower batch_size")
             batch = batches[position]
             loss = gradient(rows.texts[batch[rank::world]], step=step, processes=processes)
-            loss, stopped = summed(torch.tensor([loss, stop.number], dtype=torch.float64), processes).tolist()
+            loss, stopped = all_reduce(torch.tensor([loss, stop.number], dtype=torch.float64), processes).tolist()
             refuse_non_finite("loss", loss, batch, splits.train, step)
             grad_norm = clip_gradient(model, optimizer, scaler, config)
             if not scaler.is_enabled():  # the scaler skips such a step by itself
@@ -317,7 +317,7 @@ def main(config: Config, check: bool = False) -> int | None:
                     if better:
                         run.save_best(partial(save_trained, model, config))
                     run.save_last(state, best)
-                wait_for_all(processes)
+                barrier(processes)
             if stopped:
                 bar.write(f"stopped at step {step} of {config.max_steps}: the same command goes on from here")
                 end_processes()

@@ -1,11 +1,13 @@
 """embeddings/bench.py on a corner of the sample: what it compares is the same, and it prints what it says."""
 
 import re
-import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from embeddings import bench
 from embeddings.config import SAMPLE, UserError
@@ -26,7 +28,7 @@ def triplets():
 def test_bench_prints_its_tables(monkeypatch, capsys):
     monkeypatch.setattr(bench, "peak_memory", lambda side, config: str(10 * config.batch_size))  # tested below
     given = {"texts": 12, "rounds": 1, "encode_sizes": [4], "batches": ["random"], "memory_sizes": [4, 8]}
-    bench.main(SMALL, parts=["encode", "step", "memory"], **given, memory_of="")
+    bench.main(SMALL, parts=["encode", "step", "memory"], **given)
     out = capsys.readouterr().out
     for words in ("1 threads", "sentence-transformers ", "amp off", SAMPLE.model, "12 texts of ", "of 6 triplets"):
         assert words in out
@@ -111,24 +113,32 @@ def test_sides_take_turns_and_the_ratio_is_theirs_to_ours(monkeypatch):
 def test_the_peak_of_one_step_grows_with_the_whole_batch():
     """A process each, as bench.py starts them."""
     config = replace(SAMPLE, chunk_tokens=1024, batch_size=48)
-    chunks, whole = (int(bench.peak_memory(side, config)) for side in ("ours in chunks", "ours, whole batch"))
+    chunks, whole = (int(bench.peak_memory(side, config)) for side in (bench.OURS, bench.WHOLE))
     assert 1 < 2 * chunks < whole < 1000  # MB; the process itself holds several hundred
 
 
 @pytest.mark.parametrize(
-    "code, words, answer",
+    "error, answer",
     [
-        (1, "RuntimeError: DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes", "does not fit"),
-        (1, "error: out of GPU memory: lower chunk_tokens", "does not fit"),
-        (1, "error: sample has too few triplets for a batch of 6 without repeats", None),
-        (-11, "", None),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), "does not fit"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "does not fit"),
+        (BrokenProcessPool("A process in the process pool was terminated abruptly"), "does not fit"),
+        (UserError("sample has too few triplets for a batch of 6 without repeats"), None),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), None),
     ],
 )
-def test_a_batch_that_does_not_fit_is_told_from_an_error(code, words, answer, monkeypatch):
-    given = subprocess.CompletedProcess([], code, "", words and f"Traceback\n{words}\n")
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: given)
+def test_a_batch_that_does_not_fit_is_told_from_an_error(error, answer, monkeypatch):
+    class Pool(ThreadPoolExecutor):
+        def __init__(self, *_):
+            super().__init__(1)
+
+    def failing(side, config):
+        raise error
+
+    monkeypatch.setattr(bench, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(bench, "step_bytes", failing)
     if answer:
         assert bench.peak_memory(bench.PLAIN, SMALL) == answer
     else:
-        with pytest.raises(UserError, match=words.removeprefix("error: ") or "batch_size 6: status -11"):
+        with pytest.raises(type(error), match=str(error)):
             bench.peak_memory(bench.PLAIN, SMALL)

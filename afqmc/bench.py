@@ -4,13 +4,12 @@
     python afqmc/bench.py --data_dir ../clue/afqmc                # bf16 where the machine has it
     python afqmc/bench.py --data_dir ../clue/afqmc --amp fp16     # on a GPU
 
-A BERT-base-shaped random model; the sides take turns on the same pairs in one process, a round is an epoch over them
-including their tokenisation in batches (the Trainer gets its pairs tokenised in advance). Peak memory comes from one
-process a side. Medians over the rounds, ratios of ours to each side.
+A BERT-base-shaped random model; the sides take turns on the same pairs in one process. A round of ours is one epoch of
+train.py itself, its batches' tokenisation included (the Trainer gets its pairs tokenised in advance); evaluations and
+saves are not counted. Peak memory comes from one process a side. Medians over the rounds, ratios of ours to each side.
 """
 
 import json
-import math
 import os
 import platform
 import statistics
@@ -18,90 +17,74 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import asdict, replace
-from functools import partial
+from contextlib import redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
 
 if not __package__:  # run as a script: import from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import numpy as np
 import torch
-from torch.utils.data import DataLoader
 from transformers import (
-    AutoModel,
     AutoModelForSequenceClassification,
     BertConfig,
     DataCollatorWithPadding,
-    PreTrainedTokenizerFast,
     Trainer,
     TrainingArguments,
 )
 
-from afqmc.config import Config, UserError, run_script
-from afqmc.dataset import Pair, collate, epoch_batches, load_splits, token_lengths
-from afqmc.eda import table
-from afqmc.model import PairClassifier, autocast_dtype, class_weights, load_tokenizer, pick_device
-from afqmc.train import accumulate_gradients, clip_gradient, make_optimizer, update
-from common.checkpoint import environment, peak_memory_bytes
+from afqmc import dataset, train
+from afqmc.cli import run_script
+from afqmc.config import Config
+from afqmc.dataset import load_splits, read_pairs
+from afqmc.model import find_tokenizer
+from afqmc.report import table
+from common.checkpoint import ROOT, UserError
+from common.checkpoint.environment import autocast_dtype, environment, peak_memory_bytes, pick_device
 from common.seed import seed_everything
 
 SIDES = ("ours", "ours with FGM", "padded to max_length", "Trainer, random", "Trainer, group_by_length")
 
 
-def pad_further(pairs: list[Pair], tokenizer: PreTrainedTokenizerFast, max_length: int) -> dict[str, torch.Tensor]:
-    """collate's batch, padded on to max_length."""
-    batch = tokenizer.pad(collate(pairs, tokenizer, max_length), padding="max_length", max_length=max_length)
-    return dict(batch)
+def run_ours(side: str, config: Config, seed: int, counts: list[int]) -> float:
+    """One epoch of train.py: the seconds of its optimizer steps."""
+    collate = dataset.collate
 
-
-def run_ours(
-    side: str, model: PairClassifier, tokenizer: PreTrainedTokenizerFast, config: Config, pairs: list[Pair], epoch: int
-) -> tuple[float, int, int]:
-    """One epoch of this project's loop: seconds, tokens, tokens with padding."""
-    config = replace(config, fgm_epsilon=1.0 if side == "ours with FGM" else 0.0)
-    k = config.gradient_accumulation_steps
-    steps = math.ceil(math.ceil(len(pairs) / config.batch_size) / k)
-    optimizer, scheduler, scaler = make_optimizer(model, steps, config)
-    weights = class_weights("balanced", [pair.label for pair in pairs]).to(pick_device())
-    lengths = np.minimum(token_lengths(pairs, tokenizer), config.max_length)  # once in a run, not in an epoch
-    tokens = padded = 0
-    synchronize()
-    began = time.perf_counter()
-    make_batch = pad_further if side == "padded to max_length" else collate
-    make_batch = partial(make_batch, tokenizer=tokenizer, max_length=config.max_length)
-    batches = epoch_batches(lengths, config.batch_size, config.seed, epoch)
-    loader = iter(DataLoader(pairs, batch_sampler=batches, collate_fn=make_batch, pin_memory=torch.cuda.is_available()))
-    for step in range(steps):
-        micro_batches = [next(loader) for _ in batches[step * k : (step + 1) * k]]
-        accumulate_gradients(model, micro_batches, weights, scaler, config, step)
-        clip_gradient(model, optimizer, scaler, config)
-        update(optimizer, scheduler, scaler)
-        tokens += sum(int(batch["attention_mask"].sum()) for batch in micro_batches)
-        padded += sum(batch["attention_mask"].numel() for batch in micro_batches)
-    synchronize()
-    return time.perf_counter() - began, tokens, padded
-
-
-def run_trainer(
-    side: str, model, tokenizer: PreTrainedTokenizerFast, config: Config, pairs: list[Pair], epoch: int
-) -> tuple[float, int, int]:
-    """One epoch of transformers.Trainer with the same hyper-parameters: seconds, tokens, tokens with padding."""
-    rows = []
-    for pair in pairs:
-        row = tokenizer(*pair[:2], truncation="longest_first", max_length=config.max_length)
-        rows.append(dict(row) | {"labels": pair.label})
-    pad, counts = DataCollatorWithPadding(tokenizer), [0, 0]
-
-    def collate_and_count(features: list[dict]) -> dict[str, torch.Tensor]:
-        batch = pad(features)
-        counts[0] += int(batch["attention_mask"].sum())
-        counts[1] += batch["attention_mask"].numel()
+    def collate_and_count(pairs, tokenizer, max_length):
+        batch = collate(pairs, tokenizer, max_length)
+        if side == "padded to max_length":
+            batch = dict(tokenizer.pad(batch, padding="max_length", max_length=max_length))
+        count(batch, counts)
         return batch
 
+    with tempfile.TemporaryDirectory() as folder:
+        epsilon = 1.0 if side == "ours with FGM" else 0.0
+        config = config.model_copy(update={"run_dir": folder, "fgm_epsilon": epsilon, "seed": seed})
+        dataset.collate = collate_and_count
+        try:
+            train.main(config)
+        finally:
+            dataset.collate = collate
+        progress = torch.load(Path(folder, "last.pt"), weights_only=True)["state"]["progress"]
+    return progress["train_seconds"]
+
+
+def run_trainer(side: str, config: Config, seed: int, counts: list[int]) -> float:
+    """One epoch of transformers.Trainer with the same hyper-parameters: its seconds."""
+    tokenizer, rows = find_tokenizer(config), []
+    for pair in load_splits(config, tokenizer)["train"].pairs:
+        row = tokenizer(*pair[:2], truncation="longest_first", max_length=config.max_length)
+        rows.append(dict(row) | {"labels": pair.label})
+    pad = DataCollatorWithPadding(tokenizer)
+
+    def collate_and_count(features):
+        batch = pad(features)
+        count(batch, counts)
+        return batch
+
+    seed_everything(seed)
     dtype = autocast_dtype(config.amp, pick_device())
+    model = AutoModelForSequenceClassification.from_config(BertConfig.from_pretrained(config.model))
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder,
@@ -116,40 +99,47 @@ def run_trainer(
             use_cpu=pick_device().type == "cpu",
             optim="adamw_torch_fused",
             train_sampling_strategy="group_by_length" if "group" in side else "random",
-            seed=epoch,
+            seed=seed,
             logging_strategy="no",
             save_strategy="no",
             report_to=[],
             disable_tqdm=True,
         )
         trainer = Trainer(model, arguments, collate_and_count, train_dataset=rows)
-        synchronize()
         began = time.perf_counter()
         trainer.train()
-        synchronize()
-    return time.perf_counter() - began, *counts
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
 
 
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def run(side: str, config: Config, seed: int, counts: list[int]) -> float:
+    """One epoch of a side: its seconds; counts gets its tokens, without and with padding."""
+    return (run_trainer if side.startswith("Trainer") else run_ours)(side, config, seed, counts)
 
 
-def build_side(side: str, tokenizer: PreTrainedTokenizerFast, config: Config, layers: int) -> Callable:
-    """The side's model, in a function (pairs, epoch) -> seconds, tokens, tokens with padding."""
-    seed_everything(config.seed)
-    shape = BertConfig(vocab_size=21128, num_hidden_layers=layers, num_labels=2)  # chinese-macbert-base's
-    if side.startswith("Trainer"):
-        model, run = AutoModelForSequenceClassification.from_config(shape), run_trainer
-    else:
-        model, run = PairClassifier(AutoModel.from_config(shape), config.dropout).to(pick_device()), run_ours
-    return partial(run, side, model, tokenizer, config)
+def count(batch: dict, counts: list[int]) -> None:
+    """Add a training batch's tokens, without and with padding."""
+    if not torch.is_inference_mode_enabled():  # as an evaluation's are
+        counts[0] += int(batch["attention_mask"].sum())
+        counts[1] += batch["attention_mask"].numel()
 
 
-def peak_memory(side: str, config: Config, pairs: int, layers: int) -> float:
-    """Peak memory in GB of a fresh process that runs one epoch of one side over the given number of pairs."""
-    flags = [f"--{name}={value}" for name, value in asdict(config).items() if value != ""]
-    command = [sys.executable, __file__, *flags, f"--pairs={pairs}", f"--layers={layers}", f"--memory_of={side}"]
+def make_round(config: Config, pairs: int, layers: int, folder: Path) -> Config:
+    """The config of a round: a folder with a model of MacBERT's shape and about so many training pairs."""
+    tokenizer = find_tokenizer(config)
+    tokenizer.save_pretrained(folder)
+    BertConfig(vocab_size=21128, num_hidden_layers=layers, num_labels=2).save_pretrained(folder)
+    rows = read_pairs(ROOT / config.data_dir / "train.json")[: round(pairs / (1 - config.validation_fraction))]
+    lines = [json.dumps(dict(zip(("sentence1", "sentence2", "label"), row))) + "\n" for row in rows]
+    (folder / "train.json").write_text("".join(lines), encoding="utf-8")
+    changes = {"model": str(folder), "data_dir": str(folder), "init": "random", "epochs": 1, "max_steps": 0}
+    return config.model_copy(update=changes)
+
+
+def peak_memory(side: str) -> float:
+    """Peak memory in GB of a fresh process that runs one epoch of one side over at most 256 pairs."""
+    command = [sys.executable, *sys.argv, f"--memory_of={side}"]
     result = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"PYTHONUTF8": "1"})
     return json.loads(result.stdout.splitlines()[-1])["peak_memory_bytes"] / 1e9
 
@@ -163,50 +153,47 @@ def processor() -> str:
 
 
 def main(config: Config, pairs: int, rounds: int, layers: int, sides: list[str], memory_of: str) -> None:
-    tokenizer = load_tokenizer(config)
-    chosen = load_splits(config)["train"][:pairs]
     if "ours" not in sides:
         raise UserError("sides must hold ours, which the others are compared with")
-    if memory_of:
-        build_side(memory_of, tokenizer, config, layers)(chosen, epoch=0)
-        print(json.dumps({"peak_memory_bytes": peak_memory_bytes(pick_device().type)}))
-        return
-    device = pick_device()
-    cpu = f"{processor()}, {torch.get_num_threads()} threads"
-    hardware = torch.cuda.get_device_name() if device.type == "cuda" else cpu
-    print(" | ".join(f"{name} {value}" for name, value in environment(hardware).items()))
-    dtype = autocast_dtype(config.amp, device) or "fp32"
-    print(f"{len(chosen)} pairs, {rounds} rounds, {dtype}, batch {config.batch_size}")
-    sides = [side for side in sides if find_spec("accelerate") or not side.startswith("Trainer")]
-    runs = {side: build_side(side, tokenizer, config, layers) for side in sides}
-    for side in sides:  # warm-up: one optimizer step
-        runs[side](chosen[: config.batch_size * config.gradient_accumulation_steps], epoch=0)
-    seconds: dict[str, list[float]] = {side: [] for side in sides}
-    padding = {}
-    for epoch in range(1, rounds + 1):
-        for side in sides:
-            spent, tokens, padded = runs[side](chosen, epoch)
-            seconds[side].append(spent)
-            padding[side] = 1 - tokens / padded
-            print(f"{side}: {len(chosen) / spent:.2f} pairs/s", flush=True)
-    del runs
-    ratio = {side: statistics.median(b / a for a, b in zip(seconds["ours"], seconds[side])) for side in sides}
-    rows = []
-    for side in SIDES:
-        if side not in sides:
-            rows.append([side, *["not run"] * 4])
-            continue
-        speed = len(chosen) / statistics.median(seconds[side])
-        memory = f"{peak_memory(side, config, min(pairs, 256), layers):.2f}"
-        rows.append([side, f"{speed:.2f}", f"{ratio[side]:.2f}", f"{padding[side]:.1%}", memory])
-    print("\n".join(table(["side", "pairs/s", "ours is faster by", "padding", "peak memory, GB"], rows)))
+    device, silent = pick_device(), open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - to the end
+    with tempfile.TemporaryDirectory() as folder:
+        if memory_of:
+            config = make_round(config, min(pairs, 256), layers, Path(folder))
+            with redirect_stdout(silent):
+                run(memory_of, config, config.seed, [0, 0])
+            print(json.dumps({"peak_memory_bytes": peak_memory_bytes(device)}))
+            return
+        config = make_round(config, pairs, layers, Path(folder))
+        cpu = f"{processor()}, {torch.get_num_threads()} threads"
+        print(" | ".join(f"{name} {value}" for name, value in environment(device).items()))
+        print(f"{cpu} | {autocast_dtype(config.amp, device) or 'fp32'} | batch {config.batch_size} | {rounds} rounds")
+
+        # Rounds; the first one warms up
+        sides = [side for side in sides if find_spec("accelerate") or not side.startswith("Trainer")]
+        seconds, counts = {side: [] for side in sides}, {}
+        for number in range(rounds + 1):
+            for side in sides:
+                counts[side] = [0, 0]
+                with redirect_stdout(silent):
+                    spent = run(side, config, config.seed + number, counts[side])
+                if number:
+                    seconds[side].append(spent)
+                    print(f"{side}: {counts[side][0] / spent:.0f} tokens/s", flush=True)
+
+    rows = [[side, *["not run"] * 4] for side in SIDES if side not in sides]
+    for side in sides:
+        speed = counts[side][0] / statistics.median(seconds[side])
+        ratio = statistics.median(theirs / ours for ours, theirs in zip(seconds["ours"], seconds[side]))
+        padding = 1 - counts[side][0] / counts[side][1]
+        rows.append([side, f"{speed:.0f}", f"{ratio:.2f}", f"{padding:.1%}", f"{peak_memory(side):.2f}"])
+    print("\n".join(table(["side", "tokens/s", "ours is faster by", "padding", "peak memory, GB"], rows)))
 
 
 if __name__ == "__main__":
     flags = {
-        "pairs": {"type": int, "default": 512, "help": "training pairs in a round"},
-        "rounds": {"type": int, "default": 3, "help": "rounds after the warm-up"},
-        "layers": {"type": int, "default": 12, "help": "layers of the BERT-base-shaped model"},
+        "pairs": {"type": int, "default": 512, "help": "training pairs in a round (default: 512)"},
+        "rounds": {"type": int, "default": 3, "help": "rounds after the warm-up (default: 3)"},
+        "layers": {"type": int, "default": 12, "help": "layers of the BERT-base-shaped model (default: 12)"},
         "sides": {"nargs": "+", "choices": SIDES, "default": SIDES, "help": "what to run; ours must be among them"},
         "memory_of": {"default": "", "help": f"only print the peak memory of one side: {', '.join(SIDES)}"},
     }

@@ -1,7 +1,9 @@
-"""AFQMC's pairs: JSON lines -> Pair rows -> splits -> batches of token ids.
+"""AFQMC's pairs: JSON lines -> Pair rows -> splits with their lengths -> batches of token ids.
 
 Format (CLUE, arXiv 2004.05986): {"sentence1": "...", "sentence2": "...", "label": "0" or "1"}; test.json has an id
-and no label. Text stays text until a batch is made: one call of the fast tokenizer per batch.
+and no label. Texts are tokenised once for their lengths, and again, a batch in one call, when a batch is made.
+
+N pairs, B batch, T tokens
 """
 
 import hashlib
@@ -14,15 +16,16 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from sklearn.model_selection import train_test_split
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
-from afqmc.config import ROOT, Config, UserError
+from afqmc.config import Config
+from common.checkpoint import ROOT, UserError
+from common.checkpoint.pretrained import check_ids
 from common.seed import epoch_generator
 
 LABELS = ("0", "1")  # 1: the two sentences mean the same
-SORT_WINDOW = 100  # batches among which lengths are sorted: leaves .8 % of padding on AFQMC
+BUCKET = 100  # batches that are sorted by length together: leaves .8 % of padding on AFQMC
 
 
 class Pair(NamedTuple):
@@ -38,6 +41,14 @@ class Pair(NamedTuple):
     def key(self) -> frozenset:
         """The pair without its order: equal for (a, b) and (b, a)."""
         return frozenset((self.sentence1, self.sentence2))
+
+
+class Split(NamedTuple):
+    """Pairs, the tokens (N,) of each before truncation, and the labels (N,)."""
+
+    pairs: list[Pair]
+    lengths: np.ndarray
+    labels: torch.Tensor
 
 
 def parse_pair(line: bytes, number: int, labelled: bool) -> Pair:
@@ -93,6 +104,8 @@ def split_pairs(pairs: list[Pair], fraction: float, seed: int) -> tuple[list[Pai
 
     Raises ValueError when there are too few pairs of a label to have both labels on both sides.
     """
+    from sklearn.model_selection import train_test_split  # a second that --help has no use for
+
     groups: dict[frozenset, list[Pair]] = {}
     for pair in pairs:
         groups.setdefault(pair.key, []).append(pair)
@@ -104,14 +117,8 @@ def split_pairs(pairs: list[Pair], fraction: float, seed: int) -> tuple[list[Pai
     return train, validation
 
 
-def fingerprint(splits: dict[str, list[Pair]]) -> str:
-    """SHA-256 of all pairs and where they are: equal only for the same rows in the same splits."""
-    rows = {name: [pair[:3] for pair in pairs] for name, pairs in splits.items()}
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-
-
-def load_splits(config: Config) -> dict[str, list[Pair]]:
-    """train and validation from train.json, and test from dev.json where that is present."""
+def load_splits(config: Config, tokenizer: PreTrainedTokenizerFast) -> dict[str, Split]:
+    """train and validation from train.json, and test from dev.json where that is present. Raises UserError."""
     folder = ROOT / config.data_dir
     pairs = read_pairs(folder / "train.json")
     try:
@@ -121,23 +128,32 @@ def load_splits(config: Config) -> dict[str, list[Pair]]:
     splits = {"train": train, "validation": validation}
     if (folder / "dev.json").exists():
         splits["test"] = read_pairs(folder / "dev.json")
-    return splits
+    return {name: make_split(pairs, tokenizer) for name, pairs in splits.items()}
 
 
-def repeated_in_test(splits: dict[str, list[Pair]]) -> int:
-    """How many test pairs, in either order, also stand in train.json."""
-    known = {pair.key for pair in splits["train"] + splits["validation"]}
-    return sum(pair.key in known for pair in splits["test"])
-
-
-def token_lengths(pairs: list[Pair], tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
-    """(N,) tokens of each pair with its special tokens, before truncation; 1,000 pairs at a time."""
+def make_split(pairs: list[Pair], tokenizer: PreTrainedTokenizerFast) -> Split:
+    """The pairs, tokenised 1,000 at a time for their lengths. Raises UserError for a token without an embedding."""
     lengths = []
     for start in range(0, len(pairs), 1000):
-        first, second = zip(*(pair[:2] for pair in pairs[start : start + 1000]))
-        encoded = tokenizer(list(first), list(second), verbose=False)  # verbose warns of lengths that will be cut
-        lengths += map(len, encoded["input_ids"])
-    return np.array(lengths, dtype=np.int64)
+        part = pairs[start : start + 1000]
+        first, second = zip(*(pair[:2] for pair in part))
+        ids = tokenizer(list(first), list(second), verbose=False)["input_ids"]  # verbose warns of what will be cut
+        check_ids(ids, tokenizer, lambda row, part=part: f"line {part[row].line}")
+        lengths += map(len, ids)
+    labels = [-1 if pair.label is None else pair.label for pair in pairs]
+    return Split(pairs, np.array(lengths, dtype=np.int64), torch.tensor(labels))
+
+
+def fingerprint(splits: dict[str, Split]) -> str:
+    """SHA-256 of all pairs and where they are: equal only for the same rows in the same splits."""
+    rows = {name: [pair[:3] for pair in split.pairs] for name, split in splits.items()}
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+def repeated_in_test(splits: dict[str, Split]) -> int:
+    """How many test pairs, in either order, also stand in train.json."""
+    known = {pair.key for pair in splits["train"].pairs + splits["validation"].pairs}
+    return sum(pair.key in known for pair in splits["test"].pairs)
 
 
 def collate(pairs: list[Pair], tokenizer: PreTrainedTokenizerFast, max_length: int) -> dict[str, torch.Tensor]:
@@ -158,17 +174,24 @@ def collate(pairs: list[Pair], tokenizer: PreTrainedTokenizerFast, max_length: i
 def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
     """The row indices of each batch of one epoch, a pure function of its arguments.
 
-    Shuffle, sort by length inside windows of SORT_WINDOW batches, cut into batches, shuffle the batches: every row
-    comes once, and the rows of a batch are nearly of one length.
+    Shuffle, sort by length inside buckets of BUCKET batches, cut into batches, shuffle the batches: every row comes
+    once, and the rows of a batch are nearly of one length.
     """
     generator = epoch_generator(seed, epoch)
     order = torch.randperm(len(lengths), generator=generator).numpy()
-    window = batch_size * SORT_WINDOW
-    order = np.concatenate(
-        [part[np.argsort(lengths[part], kind="stable")] for part in np.split(order, range(window, len(order), window))]
-    )
+    size = batch_size * BUCKET
+    buckets = np.split(order, range(size, len(order), size))
+    order = np.concatenate([bucket[np.argsort(lengths[bucket], kind="stable")] for bucket in buckets])
     batches = np.split(order, range(batch_size, len(order), batch_size))
     return [batches[index].tolist() for index in torch.randperm(len(batches), generator=generator)]
+
+
+def epoch_steps(
+    lengths: np.ndarray, batch_size: int, accumulation: int, seed: int, epoch: int
+) -> list[list[list[int]]]:
+    """The micro-batches of each optimizer step of one epoch; the last step may have fewer."""
+    batches = epoch_batches(lengths, batch_size, seed, epoch)
+    return [batches[first : first + accumulation] for first in range(0, len(batches), accumulation)]
 
 
 def sorted_batches(lengths: np.ndarray, batch_size: int) -> list[list[int]]:
@@ -177,7 +200,7 @@ def sorted_batches(lengths: np.ndarray, batch_size: int) -> list[list[int]]:
     return [batch.tolist() for batch in np.split(order, range(batch_size, len(order), batch_size))]
 
 
-def leave_signals_to_the_loop(worker: int) -> None:
+def ignore_signals(worker: int) -> None:
     """Ctrl-C reaches every process of a terminal: a loader worker must live until the loop has saved."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -192,6 +215,6 @@ def make_loader(
         batch_sampler=batches,
         collate_fn=partial(collate, tokenizer=tokenizer, max_length=config.max_length),
         num_workers=config.num_workers,
-        worker_init_fn=leave_signals_to_the_loop,
+        worker_init_fn=ignore_signals,
         pin_memory=torch.cuda.is_available(),
     )

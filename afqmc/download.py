@@ -7,22 +7,21 @@ Weights go to the Hugging Face cache (HF_HOME moves it, HF_ENDPOINT names a mirr
 """
 
 import os
-import shutil
 import sys
-import urllib.request
 import zipfile
-from dataclasses import replace
 from pathlib import Path
 
 if not __package__:  # run as a script: import from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from huggingface_hub import snapshot_download
-from tqdm import tqdm
+from torch.hub import download_url_to_file
 
-from afqmc.config import ROOT, Config, UserError, run_script
+from afqmc.cli import run_script
+from afqmc.config import Config
 from afqmc.dataset import read_pairs
-from afqmc.model import build_model, load_tokenizer
+from afqmc.model import build_model, find_tokenizer
+from common.checkpoint import ROOT, UserError
 
 DATA_URL = "https://storage.googleapis.com/cluebenchmark/tasks/afqmc_public.zip"
 ROWS = {"train.json": 34_334, "dev.json": 4_316, "test.json": 3_861}  # CLUE, arXiv 2004.05986, table 1
@@ -39,26 +38,10 @@ def fetch_weights(config: Config) -> Path:
                 break
     except (OSError, ValueError) as error:  # the hub's own errors are one or the other
         raise UserError(f"model {config.model} could not be fetched: {error}") from error
-    checked = replace(config, init="pretrained")
-    build_model(checked, load_tokenizer(checked))  # raises where a file or a weight is missing
+    pretrained = config.model_copy(update={"init": "pretrained"})
+    find_tokenizer(pretrained)  # both raise where a file or a weight is missing
+    build_model(pretrained)
     return folder
-
-
-def fetch_archive(target: Path) -> None:
-    """Download the data set's zip file to target, with a progress bar."""
-    partial = target.with_name(target.name + ".tmp")
-    try:
-        with urllib.request.urlopen(DATA_URL, timeout=60) as response, open(partial, "wb") as file:
-            size = int(response.headers.get("Content-Length", 0)) or None
-            with tqdm.wrapattr(response, "read", total=size, desc=target.name, disable=None) as stream:
-                shutil.copyfileobj(stream, file)
-        if size and partial.stat().st_size != size:
-            raise UserError(f"{DATA_URL} broke off at {partial.stat().st_size} of {size} bytes: run this again")
-        os.replace(partial, target)
-    except OSError as error:
-        raise UserError(f"{DATA_URL} could not be fetched: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def check_rows(path: Path) -> None:
@@ -77,18 +60,20 @@ def fetch_data(folder: Path) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     archive = folder / "afqmc_public.zip"
-    fetch_archive(archive)
     try:
+        download_url_to_file(DATA_URL, str(archive), progress=sys.stderr.isatty())
         with zipfile.ZipFile(archive) as zipped:
             members = {Path(member).name: member for member in zipped.namelist()}
             for name in missing:
                 (folder / f"{name}.tmp").write_bytes(zipped.read(members[name]))  # read checks the CRC
                 os.replace(folder / f"{name}.tmp", folder / name)
                 check_rows(folder / name)
+    except OSError as error:
+        raise UserError(f"{DATA_URL} could not be fetched: {error}") from error
     except (zipfile.BadZipFile, KeyError) as error:
         raise UserError(f"{DATA_URL} gave a damaged archive: {error}") from error
     finally:
-        archive.unlink()
+        archive.unlink(missing_ok=True)
 
 
 def main(config: Config) -> None:

@@ -19,11 +19,14 @@ from typing import BinaryIO
 if not __package__:  # run as a script: import from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from afqmc.config import Config, UserError, run_path, run_script
-from afqmc.dataset import LABELS, Pair, parse_pair, token_lengths
-from afqmc.evaluate import predict_logits, probabilities, read_threshold, say_precision
-from afqmc.model import load_model, load_tokenizer, pick_device
-from common.checkpoint import best_folder
+from afqmc.cli import run_path, run_script
+from afqmc.config import Config
+from afqmc.dataset import LABELS, Pair, make_split, parse_pair
+from afqmc.evaluate import predict_logits, probabilities, read_threshold
+from afqmc.model import find_tokenizer, load_model
+from common.checkpoint import UserError
+from common.checkpoint.environment import autocast_dtype, pick_device
+from common.checkpoint.run import best_folder, warn_of_precision
 
 
 def read_lines(stream: BinaryIO) -> Iterator[Pair | tuple[int, str]]:
@@ -37,29 +40,34 @@ def read_lines(stream: BinaryIO) -> Iterator[Pair | tuple[int, str]]:
 
 
 def main(config: Config, input: str, threshold: float | None) -> int:
-    folder, device = best_folder(run_path(config)), pick_device()
-    if threshold is None:
-        threshold = read_threshold(folder)
-    elif not 0 <= threshold <= 1:
+    # The model and its threshold
+    path = run_path(config)
+    folder, device = best_folder(path), pick_device()
+    dtype = autocast_dtype(config.amp, device)
+    threshold = read_threshold(folder) if threshold is None else threshold
+    if not 0 <= threshold <= 1:
         raise UserError(f"threshold {threshold} is out of range: from 0 to 1")
-    say_precision(folder.parent, config, device)
-    model, tokenizer = load_model(folder).to(device), load_tokenizer(config, folder)
+    warn_of_precision(path, dtype)
+    model, tokenizer = load_model(folder).to(device), find_tokenizer(config, folder)
+
+    # Answers, a block of lines at a time; lengths are sorted inside a block only
     failed, cut = False, 0
     with open(sys.stdin.fileno() if input == "-" else input, "rb", closefd=input != "-") as stream:
-        rows = read_lines(stream)
-        while block := list(islice(rows, 8 * config.eval_batch_size)):  # sorted by length inside a block only
-            pairs = [row for row in block if isinstance(row, Pair)]
-            found = iter(probabilities(predict_logits(model, pairs, tokenizer, config, device)) if pairs else ())
-            cut += int((token_lengths(pairs, tokenizer) > config.max_length).sum())
+        lines = read_lines(stream)
+        while block := list(islice(lines, 8 * config.eval_batch_size)):
+            split = make_split([row for row in block if isinstance(row, Pair)], tokenizer)
+            cut += int((split.lengths > config.max_length).sum())
+            logits = predict_logits(model, split, tokenizer, config, dtype)
+            probability = iter(probabilities(logits).tolist())
             for row in block:
-                if not isinstance(row, Pair):
+                if isinstance(row, Pair):
+                    p = next(probability)
+                    answer = {"id": row.id} if row.id is not None else {}
+                    answer |= {"label": LABELS[p >= threshold], "probability": round(p, 6)}
+                else:
                     failed = True
                     print(f"error: {input}, line {row[0]}: {row[1]}", file=sys.stderr)
                     answer = {"line": row[0], "error": row[1]}
-                else:
-                    p = float(next(found))
-                    answer = {} if row.id is None else {"id": row.id}
-                    answer |= {"label": LABELS[p >= threshold], "probability": round(p, 6)}
                 print(json.dumps(answer, ensure_ascii=False))
     if cut:
         print(f"{cut} pairs are longer than max_length {config.max_length}: their ends were not read", file=sys.stderr)
@@ -68,7 +76,7 @@ def main(config: Config, input: str, threshold: float | None) -> int:
 
 if __name__ == "__main__":
     flags = {
-        "input": {"default": "-", "help": "JSON-lines file of pairs; -: standard input"},
-        "threshold": {"type": float, "help": "label 1 from this probability; default: the one tuned on validation"},
+        "input": {"default": "-", "help": "JSON-lines file of pairs (default: standard input)"},
+        "threshold": {"type": float, "help": "label 1 from this probability (default: the one tuned on validation)"},
     }
     sys.exit(run_script(main, __doc__, trained=True, **flags))

@@ -1,0 +1,41 @@
+"""The loss of a pair and the weights of the labels.
+
+B batch
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from afqmc.config import Config
+from afqmc.dataset import LABELS
+from common.checkpoint import UserError
+
+
+def class_weights(setting: str, labels: Tensor) -> Tensor | None:
+    """(2,) weights in fp32, None for "off". "balanced": N / (2 N_c) of the training labels, scikit-learn's formula."""
+    if setting == "off":
+        return None
+    if setting != "balanced":
+        return torch.tensor([float(weight) for weight in setting.split(",")])
+    counts = torch.bincount(labels, minlength=len(LABELS))
+    if (counts == 0).any():
+        raise UserError(f"no training pair has label {int(counts.argmin())}: class_weights balanced needs both labels")
+    return len(labels) / (len(LABELS) * counts)
+
+
+def pair_loss(logits: Tensor, labels: Tensor, weights: Tensor | None, config: Config) -> Tensor:
+    """Loss of each pair, (B,), from logits (B, 2) and labels (B,), in fp32: the caller sums and divides.
+
+    Cross-entropy with label smoothing; a pair of label c counts weights[c] times (torch's own weight argument would
+    weigh the smoothed part by the other label's weight); focal multiplies by (1 - p)^gamma, p the probability of the
+    true label (arXiv 1708.02002, eq. 5).
+    """
+    logits = logits.float()
+    loss = F.cross_entropy(logits, labels, reduction="none", label_smoothing=config.label_smoothing)
+    if weights is not None:
+        loss = loss * weights.to(labels.device)[labels]
+    if config.loss == "focal":
+        rest = logits.softmax(dim=1).gather(1, 1 - labels[:, None]).squeeze(1)  # 1 - p without cancellation
+        loss = loss * rest.clamp_min(torch.finfo(rest.dtype).tiny) ** config.focal_gamma
+    return loss

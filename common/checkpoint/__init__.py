@@ -1,0 +1,9 @@
+"""Runs and pretrained models on disk: files.py, environment.py, run.py, pretrained.py, spm.py."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]  # the repository: what relative paths in a config are relative to
+
+
+class UserError(Exception):
+    """Something that the user can mend, said in one line."""

@@ -1,0 +1,207 @@
+"""Pretrained models of this machine: their config, tokenizer and weights, each checked while it loads."""
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers.utils import cached_file
+from transformers.utils.logging import disable_progress_bar, get_verbosity, set_verbosity, set_verbosity_error
+
+from common.checkpoint import ROOT, UserError
+from common.checkpoint.spm import spm_tokenizer
+
+SHIFTED = ("roberta", "xlm-roberta", "camembert", "mpnet")  # their positions begin after the padding's
+
+
+def model_source(model: str, how_to_get: str) -> str:
+    """What from_pretrained takes: an absolute folder, or a name on the hub that this machine's cache has.
+
+    how_to_get: what to do about a name that the cache lacks. Raises UserError.
+    """
+    if (ROOT / model).is_dir():
+        return str(ROOT / model)
+    try:
+        cached = try_to_load_from_cache(model, "config.json")
+    except ValueError:  # not a name that the hub could have: a mistyped path
+        cached = None
+    if isinstance(cached, str):
+        return model
+    if Path(model).is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
+        raise UserError(f"model {model}: there is no such folder here or in {ROOT}")
+    raise UserError(
+        f"model {model} is not on this machine: {how_to_get}, a folder on this machine does as well, "
+        "--sample needs no download"
+    )
+
+
+def load_part(source: str | Path, what: str, load: Callable, **settings):
+    """Call one of transformers' loaders on this machine's files; UserError with the source and the cause."""
+    verbosity = get_verbosity()
+    set_verbosity_error()  # what is missing is looked at here; transformers also reports what nobody uses
+    if not sys.stderr.isatty():
+        disable_progress_bar()
+    try:
+        return load(source, local_files_only=True, **settings)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # no common base: OSError, ValueError, KeyError, SafetensorError, UnpicklingError ...
+        raise UserError(f"the {what} of {source} does not load: {type(error).__name__}: {error}") from error
+    finally:
+        set_verbosity(verbosity)
+
+
+def load_shape(source: str | Path, **changes) -> PreTrainedConfig:
+    """The model's config.json, with changes. Raises UserError."""
+    return load_part(source, "config", AutoConfig.from_pretrained, **changes)
+
+
+def load_tokenizer(
+    source: str | Path, shape: PreTrainedConfig, max_length: int, decoder: bool = False
+) -> PreTrainedTokenizerFast:
+    """The fast tokenizer of a model or a best/ folder, which pads and cuts on the right.
+
+    A cased vocabulary without a word on case (SpanBERT's), which transformers would read as lower case, is loaded as
+    cased, and that is said. decoder: where there is no padding token, EOS fills the masked places. The attribute
+    vocab_limit is the number of the model's embeddings, for check_ids. Raises UserError.
+    """
+    tokenizer = load_part(source, "tokenizer", spm_or_auto_tokenizer)
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # what transformers makes up where there are no files
+        raise UserError(f"{source} holds no tokenizer: tokenizer.json, spm.model or vocab.txt is missing")
+    if not tokenizer.is_fast:
+        raise UserError(f"{source}: needs a fast tokenizer, this one is slow")
+    if lowers_a_cased_vocabulary(tokenizer):
+        if "do_lower_case" not in get_tokenizer_config(source, local_files_only=True):
+            tokenizer = load_part(source, "tokenizer", AutoTokenizer.from_pretrained, do_lower_case=False)
+            print(f"the vocabulary of {source} is cased: text keeps its capitals")
+        if lowers_a_cased_vocabulary(tokenizer):
+            raise UserError(
+                f"{source}: its vocabulary holds capitals but its tokenizer makes text lower case; "
+                'write "do_lower_case": false into its tokenizer_config.json'
+            )
+    if tokenizer.pad_token is None and not decoder:
+        raise UserError(f"{source}: needs a tokenizer with a padding token")
+    if tokenizer.pad_token is None:  # Llama
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    for name in ("local_files_only", "is_local"):  # how it was loaded here, which save_pretrained would write down
+        tokenizer.init_kwargs.pop(name, None)
+    if getattr(shape, "type_vocab_size", 0) < 2:  # the model takes no token types, whatever its tokenizer gives
+        tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
+    tokenizer.padding_side = tokenizer.truncation_side = "right"
+    tokenizer.model_max_length = max_length  # so that pipeline(..., truncation=True) cuts where training did
+    tokenizer.vocab_limit = shape.get_text_config().vocab_size
+    return tokenizer
+
+
+def spm_or_auto_tokenizer(source: str | Path, local_files_only: bool) -> PreTrainedTokenizerFast:
+    """AutoTokenizer's, unless the source has DeBERTa-v3's spm.model and no tokenizer.json (spm.py says why)."""
+    paths = [
+        cached_file(source, name, local_files_only=True, _raise_exceptions_for_missing_entries=False)
+        for name in ("tokenizer.json", "spm.model")
+    ]
+    if paths[0] is None and paths[1] is not None:
+        settings = get_tokenizer_config(source, local_files_only=True)
+        return spm_tokenizer(Path(paths[1]), settings.get("do_lower_case", False))
+    return AutoTokenizer.from_pretrained(source, local_files_only=local_files_only)
+
+
+def lowers_a_cased_vocabulary(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether the tokenizer makes text lower case although over 1 % of its own tokens hold capitals."""
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    if normalizer is None or normalizer.normalize_str("A") == "A":
+        return False
+    tokens = tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys() - set(tokenizer.all_special_tokens)
+    return sum(token != token.lower() for token in tokens) > len(tokens) / 100
+
+
+def check_ids(rows: Sequence[list[int]], tokenizer: PreTrainedTokenizerFast, name: Callable[[int], str]) -> None:
+    """Refuse a token that the model has no embedding for, such as Gemma's <image_soft_token>, where it occurs.
+
+    name: says which text the row of that number is. Raises UserError.
+    """
+    if len(tokenizer) <= tokenizer.vocab_limit:
+        return
+    for number, ids in enumerate(rows):
+        if (highest := max(ids, default=0)) >= tokenizer.vocab_limit:
+            token = tokenizer.convert_ids_to_tokens(highest)
+            raise UserError(f"{name(number)}: token {token!r} is not among the model's embeddings")
+
+
+def check_positions(model: str, shape: PreTrainedConfig, max_length: int) -> None:
+    """Refuse a max_length for which the model has no positions. Raises UserError."""
+    positions = getattr(shape, "max_position_embeddings", None)
+    if positions is None:
+        return
+    if shape.model_type in SHIFTED:
+        positions -= shape.pad_token_id + 1
+    if max_length > positions:
+        raise UserError(f"max_length {max_length} is more than the {positions} positions that {model} has")
+
+
+def new_encoder(source: str | Path, shape: PreTrainedConfig, **options) -> nn.Module:
+    """The architecture of a config with new weights, in fp32. Raises UserError."""
+
+    def build(source, local_files_only):
+        return AutoModel.from_config(shape, dtype=torch.float32, **options)
+
+    return load_part(source, "shape", build)
+
+
+def load_encoder(
+    source: str | Path, dtype: torch.dtype | str = torch.float32, may_lack: str | None = None, **options
+) -> tuple[nn.Module, bool]:
+    """AutoModel with its pretrained weights, every one of them, and whether it lacked those that it may lack.
+
+    dtype: "auto" for that of the files. may_lack: a prefix, such as "pooler.", of weights that then start anew.
+    Raises UserError where any other weight is missing or has another shape.
+    """
+    encoder, info = load_part(
+        source,
+        "pretrained model (--init random, where there is that setting, trains its shape from new weights)",
+        AutoModel.from_pretrained,
+        dtype=dtype,
+        output_loading_info=True,
+        **options,
+    )
+    new = {name for name in info["missing_keys"] if may_lack and name.startswith(may_lack)}
+    if wrong := sorted(info["missing_keys"] - new) + sorted(str(key) for key in info["mismatched_keys"]):
+        raise UserError(f"{source} lacks {len(wrong)} of the model's weights, the first is {wrong[0]}")
+    return encoder, bool(new)
+
+
+def checkpoint_activations(encoder: nn.Module) -> None:
+    """Recompute activations in the backward pass: less memory, about a third slower."""
+    # transformers renamed it within 5.x and warns of the old name
+    enable = getattr(encoder, "activation_checkpointing_enable", None) or encoder.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
+def save_pretrained(
+    folder: Path, weights: dict[str, Tensor], shape: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Write what from_pretrained and pipeline load: weights by their names in AutoModelFor..., config, tokenizer."""
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    shape.save_pretrained(folder)
+    save_tokenizer(folder, tokenizer)
+
+
+def save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.backend_tokenizer.no_truncation()  # the last batch's settings are no part of the tokenizer
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.save_pretrained(folder)
+
+
+def load_weights(model: nn.Module, path: Path) -> nn.Module:
+    """Fill all parameters and buffers of a model from a safetensors file. Raises UserError."""
+    try:
+        model.load_state_dict(load_file(path))
+    except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: names or shapes
+        raise UserError(f"{path} does not load: {error}") from error
+    return model

@@ -1,290 +1,97 @@
-"""Settings of the criterion classifier: edit the defaults here, or give any field as a flag (--help lists them)."""
+"""Settings of the criterion classifier: edit a default here, or give it as a flag (--help explains each)."""
 
-import hashlib
-import json
-import os
-import sys
-from argparse import ArgumentDefaultsHelpFormatter, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
-from typing import ClassVar, Literal, get_args, get_origin
+from typing import Annotated, Literal
 
-import torch
-from transformers import HfArgumentParser
-from transformers.hf_argparser import HfArg
-from transformers.utils.logging import disable_progress_bar
+from pydantic import BaseModel, Field, model_validator
 
-from common.checkpoint import RunError, read_json
-
-ROOT = Path(__file__).resolve().parents[1]  # relative paths in a config are relative to this folder
-ANY_RUN = {"data_dir", "eval_batch_size", "num_workers", "amp"}  # what evaluate.py and predict.py may change
+NUMBER = r"(\d*[1-9]\d*\.?\d*|\d*\.\d*[1-9]\d*)"  # above 0
+Share = Annotated[float, Field(ge=0.05, le=0.45, multiple_of=0.05)]
 
 
-class UserError(Exception):
-    """Something that the user can mend, said in one line."""
-
-
-def check_types(config) -> None:
-    """Make a whole number a float where its field is one. Raises ValueError for a value that is not of its type.
-
-    argparse sees to that on the command line; these are the defaults that a user has edited.
-    """
-    for field in fields(config):
-        value, kind = getattr(config, field.name), field.type
-        if get_origin(kind) is Literal:
-            if value not in get_args(kind):
-                raise ValueError(f"argument --{field.name}: {value!r} is none of {', '.join(get_args(kind))}")
-        elif kind is float and type(value) is int:
-            object.__setattr__(config, field.name, float(value))
-        elif type(value) is not kind:
-            raise ValueError(f"argument --{field.name}: {value!r} is no {kind.__name__}")
-
-
-@dataclass(frozen=True)
-class Config:
-    _argument_group_name: ClassVar[str] = "settings, whose defaults are those of config.py"
+class Config(BaseModel, frozen=True, extra="forbid", strict=True, validate_default=True, allow_inf_nan=False):
     # What is trained on what.
-    model: str = HfArg(default="google/gemma-3-1b-it", help="decoder: a name on the hub or a local folder")
-    data_dir: str = HfArg(default="redsm5_nli/data", help="folder of redsm5_posts.csv and redsm5_annotations.csv")
-    criteria_file: str = HfArg(default="", help="JSON list of your own criteria; empty: DSM-5's nine (criteria.py)")
-    run_dir: str = HfArg(default="", help="folder of the run; empty: redsm5_nli/runs/<model>-<8 hex of the config>")
-    validation_fraction: float = HfArg(default=0.15, help="share of the posts that chooses epoch and thresholds")
-    test_fraction: float = HfArg(default=0.15, help="share of the posts that is only reported; both in steps of .05")
-    split_seed: int = HfArg(default=42, help="seed of the splits; stays while seed varies")
-    folds: int = HfArg(default=0, help="test on one of so many folds (cross_validate.py runs them all); 0: off")
-    fold: int = HfArg(default=0, help="which of the folds is the test split, from 0")
-    max_length: int = HfArg(default=512, help="tokens of post and criterion; a longer post loses its tail")
-    share_post: bool = HfArg(default=False, help="read a post once for all criteria; it then does not see them")
-    # The model.
-    adapter: Literal["dora", "lora"] = HfArg(default="dora", help="lora: without the magnitude, for comparison")
-    rank: int = HfArg(default=16, help="rank of the update")
-    alpha: float = HfArg(default=32.0, help="the update is scaled by alpha / rank")
-    adapter_dropout: float = HfArg(default=0.0, help="on the low-rank term; 0 allows the merged form (see bench.py)")
-    pooler: Literal["mean", "cls", "max", "attention"] = HfArg(default="mean", help="from token states to one vector")
-    dropout: float = HfArg(default=0.1, help="dropout before the classifier")
-    # The loss: 9.7 % of ReDSM5's pairs are positive.
-    class_weights: str = HfArg(default="balanced", help="balanced (N / (2 N_c)), off, or two numbers such as 0.6,5.2")
-    learning_rate: float = HfArg(default=2e-5, help="peak of the schedule; the sample needs far more (README)")
-    weight_decay: float = HfArg(default=0.01, help="AdamW decay, not applied to biases and magnitudes")
-    warmup_ratio: float = HfArg(default=0.1, help="share of the steps with a rising learning rate, then linear decay")
-    max_grad_norm: float = HfArg(default=1.0, help="gradient clipping; 0: off")
-    batch_size: int = HfArg(default=4, help="pairs in a micro-batch; posts with share_post")
-    gradient_accumulation_steps: int = HfArg(default=1, help="micro-batches in an optimizer step")
-    epochs: int = HfArg(default=100, help="passes over the training split; patience ends most runs earlier")
-    max_steps: int = HfArg(default=0, help="end after so many optimizer steps; 0: off")
-    # Choosing and stopping: macro-F1, since accuracy is 90 % for a model that always answers no.
-    metric: Literal["f1_macro", "f1_positive", "auprc", "loss"] = HfArg(default="f1_macro", help="chooses the epoch")
-    patience: int = HfArg(default=20, help="epochs without a better score before the run stops; 0: never")
-    # The machine.
-    seed: int = HfArg(default=42, help="seed of initial weights, batch order and dropout")
-    deterministic: bool = HfArg(default=False, help="ask PyTorch for deterministic algorithms (slower on CUDA)")
-    amp: Literal["auto", "bf16", "fp16", "off"] = HfArg(
-        default="auto", help="type of the frozen decoder; auto: bf16 where the hardware has it; fp16 is refused"
-    )
-    gradient_checkpointing: bool = HfArg(default=True, help="recompute activations: less memory, about 1/3 slower")
-    eval_batch_size: int = HfArg(default=16, help="pairs in a batch without gradients; posts with share_post")
-    num_workers: int = HfArg(default=0, help="loader processes; tokenising a batch takes 1 ms, so none are needed")
-    logging_steps: int = HfArg(default=50, help="optimizer steps between lines")
-    save_steps: int = HfArg(default=200, help="optimizer steps between saves of last.pt, besides each epoch's end")
+    model: str = Field("google/gemma-3-1b-it", min_length=1, description="decoder: a name on the hub or a folder")
+    data_dir: str = Field("redsm5_nli/data", description="folder of redsm5_posts.csv and redsm5_annotations.csv")
+    criteria_file: str = Field("", description="JSON list of your own criteria; empty: DSM-5's nine (criteria.py)")
+    run_dir: str = Field("", description="folder of the run; empty: redsm5_nli/runs/<model>-<8 hex of the config>")
+    validation_fraction: Share = Field(0.15, description="share of the posts that chooses epoch and thresholds")
+    test_fraction: Share = Field(0.15, description="share of the posts that is only reported; both in steps of .05")
+    split_seed: int = Field(42, ge=0, lt=2**32, description="seed of the splits; stays while seed varies")
+    folds: int = Field(0, ge=0, description="test on one of so many folds (cross_validate.py runs them all); 0: off")
+    fold: int = Field(0, ge=0, description="which of the folds is the test split, from 0")
+    max_length: int = Field(512, ge=8, description="tokens of post and criterion; a longer post loses its tail")
+    share_post: bool = Field(False, description="read a post once for all criteria; it then does not see them")
 
-    def __post_init__(self):
-        check_types(self)
-        at_least = {"max_length": 8, "batch_size": 1, "gradient_accumulation_steps": 1, "epochs": 1, "rank": 1}
-        at_least |= {"eval_batch_size": 1, "logging_steps": 1, "save_steps": 1}
-        at_least |= dict.fromkeys(("split_seed", "seed", "max_steps", "patience", "num_workers", "folds", "fold"), 0)
-        at_least |= dict.fromkeys(("alpha", "learning_rate", "weight_decay", "max_grad_norm"), 0)
-        for name, least in at_least.items():
-            if not least <= getattr(self, name) < float("inf"):
-                raise ValueError(f"argument --{name}: {getattr(self, name)} is out of range: at least {least}")
-        for name in ("split_seed", "seed"):
-            if getattr(self, name) >= 2**32:
-                raise ValueError(f"argument --{name}: {getattr(self, name)} is out of range: below 2**32")
-        for name in ("warmup_ratio", "dropout", "adapter_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"argument --{name}: {getattr(self, name)} is out of range: from 0 to below 1")
-        for name in ("validation_fraction", "test_fraction"):
-            value = getattr(self, name)
-            if not 0.05 <= value <= 0.45 or abs(20 * value - round(20 * value)) > 1e-6:
-                raise ValueError(f"argument --{name}: {value} is out of range: from .05 to .45 in steps of .05")
+    # The model.
+    adapter: Literal["dora", "lora"] = Field("dora", description="lora: without the magnitude, for comparison")
+    rank: int = Field(16, ge=1, description="rank of the update")
+    alpha: float = Field(32.0, ge=0, description="the update is scaled by alpha / rank")
+    adapter_dropout: float = Field(0.0, ge=0, lt=1, description="on the low-rank term; 0 allows the merged form")
+    pooler: Literal["mean", "cls", "max", "attention"] = Field("mean", description="from token states to one vector")
+    dropout: float = Field(0.1, ge=0, lt=1, description="dropout before the classifier")
+
+    # The loss. 9.7 % of ReDSM5's pairs are positive.
+    class_weights: str = Field(
+        "balanced",
+        pattern=f"^(balanced|off|{NUMBER},{NUMBER})$",
+        description="balanced (N / (2 N_c)), off, or two numbers above 0, such as 0.6,5.2",
+    )
+
+    # The optimizer.
+    learning_rate: float = Field(2e-5, ge=0, description="peak of the schedule; the sample needs far more (RESULTS.md)")
+    weight_decay: float = Field(0.01, ge=0, description="AdamW decay, not applied to biases and magnitudes")
+    warmup_ratio: float = Field(0.1, ge=0, lt=1, description="share of the steps with a rising rate; it then decays")
+    max_grad_norm: float = Field(1.0, ge=0, description="gradient clipping; 0: off")
+    batch_size: int = Field(4, ge=1, description="pairs in a micro-batch; posts with share_post")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="micro-batches in an optimizer step")
+    epochs: int = Field(100, ge=1, description="passes over the training split; patience ends most runs earlier")
+    max_steps: int = Field(0, ge=0, description="end after so many optimizer steps; 0: off")
+
+    # Choosing and stopping: macro-F1, since accuracy is 90 % for a model that always answers no.
+    metric: Literal["f1_macro", "f1_positive", "auprc", "loss"] = Field("f1_macro", description="chooses the epoch")
+    patience: int = Field(20, ge=0, description="epochs without a better score before the run stops; 0: never")
+
+    # The machine. Gemma 3 overflows fp16, which is why amp does not offer it.
+    seed: int = Field(42, ge=0, lt=2**32, description="seed of initial weights, batch order and dropout")
+    deterministic: bool = Field(False, description="ask PyTorch for deterministic algorithms (slower on CUDA)")
+    amp: Literal["auto", "bf16", "off"] = Field("auto", description="the decoder's type; auto: bf16 where it is fast")
+    gradient_checkpointing: bool = Field(True, description="recompute activations: less memory, about 1/3 slower")
+    eval_batch_size: int = Field(16, ge=1, description="pairs in a batch without gradients; posts with share_post")
+    num_workers: int = Field(0, ge=0, description="loader processes; tokenising a batch takes 1 ms: none are needed")
+    logging_steps: int = Field(50, ge=1, description="optimizer steps between lines")
+    save_steps: int = Field(200, ge=1, description="optimizer steps between saves, besides those of each epoch's end")
+
+    @model_validator(mode="after")
+    def check_fold(self):
         if self.folds == 1 or self.fold >= max(self.folds, 1):
             raise ValueError(f"argument --fold: {self.fold} of --folds {self.folds}: folds is 2 or more")
-        if self.amp == "fp16":
-            raise ValueError("argument --amp: fp16 overflows in Gemma 3: use auto, bf16 or off")
-        if self.class_weights not in ("balanced", "off"):
-            try:
-                negative, positive = (float(weight) for weight in self.class_weights.split(","))
-            except ValueError:
-                negative = positive = 0.0
-            if not (0 < negative < float("inf") and 0 < positive < float("inf")):
-                raise ValueError(
-                    f"argument --class_weights: {self.class_weights!r} is not balanced, off or two numbers above 0, "
-                    "such as 0.6,5.2"
-                )
+        return self
 
 
-def preset(**changes) -> Config:
-    """The defaults with some changes. A default that cannot be ends the script here, in one line."""
-    try:
-        return replace(Config(), **changes)
-    except ValueError as error:
-        sys.exit(f"error: {__file__}: {str(error).removeprefix('argument --')}")
-
-
-# The family's sizes: --preset gemma-3-4b-it. GPU memory is estimated (weights, W' of the adapted layers, checkpointed
-# activations of one micro-batch), not measured: 1b at 4 x 512 tokens 4 GB, 4b at 4 x 512 13 GB, 12b at 2 x 512 32 GB.
-# The multimodal 4b and 12b are loaded whole into main memory before the text part goes to the GPU.
+# The family's sizes. GPU memory is estimated (weights, W' of the adapted layers, checkpointed activations of one
+# micro-batch), not measured: 1b at 4 x 512 tokens 4 GB, 4b at 4 x 512 13 GB, 12b at 2 x 512 32 GB. The multimodal 4b
+# and 12b are loaded whole into main memory before the text part goes to the GPU.
 PRESETS = {
-    "gemma-3-1b-it": preset(),
-    "gemma-3-4b-it": preset(model="google/gemma-3-4b-it"),
-    "gemma-3-12b-it": preset(
-        model="google/gemma-3-12b-it", batch_size=2, gradient_accumulation_steps=2, eval_batch_size=8
-    ),
+    "gemma-3-1b-it": {},
+    "gemma-3-4b-it": {"model": "google/gemma-3-4b-it"},
+    "gemma-3-12b-it": {
+        "model": "google/gemma-3-12b-it",
+        "batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "eval_batch_size": 8,
+    },
+    # Offline: the bundled posts and a Gemma 3 of 0.3 M parameters that was trained on other sentences.
+    "sample": {
+        "model": "redsm5_nli/sample/model",
+        "data_dir": "redsm5_nli/sample",
+        "max_length": 128,
+        "share_post": True,  # a third of the tokens; pairs: --share_post false --batch_size 32 --epochs 10
+        "learning_rate": 3e-3,
+        "batch_size": 8,
+        "epochs": 12,
+        "patience": 0,
+        "amp": "off",
+        "gradient_checkpointing": False,
+        "eval_batch_size": 32,
+    },
 }
-
-# The offline preset: the bundled posts and a Gemma 3 of 0.3 M parameters that was trained on other sentences.
-SAMPLE = preset(
-    model="redsm5_nli/sample/model",
-    data_dir="redsm5_nli/sample",
-    max_length=128,
-    share_post=True,  # a third of the tokens; pairs: --share_post false --batch_size 32 --epochs 10
-    learning_rate=3e-3,
-    batch_size=8,
-    epochs=12,
-    patience=0,
-    amp="off",
-    gradient_checkpointing=False,
-    eval_batch_size=32,
-)
-
-
-class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-    """Shows defaults, and the description as it is written."""
-
-
-class ConfigParser(HfArgumentParser):
-    """argparse with its errors on one line."""
-
-    def error(self, message: str):
-        self.exit(2, f"error: {' '.join(message.split())} (--help lists the flags)\n")
-
-
-def run_config(config: Config) -> dict:
-    """The fields that define a run: all but the folder's own name."""
-    return {name: value for name, value in asdict(config).items() if name != "run_dir"}
-
-
-def run_path(config: Config) -> Path:
-    """Where the run lives: run_dir, or a name made from the config, so that an edited config is a new run."""
-    if config.run_dir:
-        return ROOT / config.run_dir
-    digest = hashlib.sha256(json.dumps(run_config(config), sort_keys=True).encode()).hexdigest()[:8]
-    model = Path(config.model).as_posix().removesuffix("/model").rsplit("/", 1)[-1]
-    return ROOT / "redsm5_nli" / "runs" / f"{model}-{digest}"
-
-
-def portable(path: str | Path, must_exist: bool = False) -> str:
-    """A path of the command line as a config keeps it: relative to the repository inside it, absolute outside.
-
-    A relative path is one of the current folder. Where must_exist finds nothing there, the text stays as it is: a
-    folder of the repository, or a name on the hub.
-    """
-    full = Path(path).expanduser().resolve()
-    if must_exist and not full.exists():
-        return str(path)
-    return full.relative_to(ROOT).as_posix() if full.is_relative_to(ROOT) else str(full)
-
-
-def shown(path: Path) -> str:
-    """A path as the user can type it: relative inside the current folder, else absolute."""
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
-
-
-def saved_config(path: Path) -> dict:
-    """The fields of a run's config.json. Raises RunError where they are not exactly this version's."""
-    saved, expected = read_json(path).get("config"), run_config(Config())
-    if not isinstance(saved, dict):
-        raise RunError(f"{path} is not a run's config")
-    for name in sorted(saved.keys() | expected.keys()):
-        if name not in saved or name not in expected or type(saved[name]) is not type(expected[name]):
-            value = saved.get(name, "missing")
-            raise RunError(f"{path}: {name} is {value!r}, which this version does not write: train again")
-    try:
-        Config(**saved)
-    except ValueError as error:
-        raise RunError(f"{path}: {error}") from error
-    return saved
-
-
-def load_config(
-    argv: list[str] | None = None, description: str = "", trained: bool = False, **flags: dict
-) -> tuple[Config, Namespace]:
-    """The config of a command line, and the values of the script's own flags (name -> add_argument's settings).
-
-    trained: where --run_dir names a run, its saved config gives the defaults, and only what does not define a
-    run (ANY_RUN) may be changed. Exits with status 2 on a wrong flag or value.
-    """
-    texts = {"usage": "%(prog)s [--flag value ...]", "description": description, "formatter_class": HelpFormatter}
-    parser = ConfigParser(Config, allow_abbrev=False, **texts)
-    presets = parser.add_mutually_exclusive_group()
-    presets.add_argument("--sample", action="store_true", help="tiny offline preset")
-    presets.add_argument("--preset", choices=PRESETS, help="settings for another size of decoder (config.py)")
-    for name, settings in flags.items():
-        parser.add_argument(f"--{name}", **settings)
-    given = parser.parse_known_args(argv)[0]
-    saved = {}
-    if given.sample:
-        parser.set_defaults(**asdict(SAMPLE))
-    if given.preset:
-        parser.set_defaults(**asdict(PRESETS[given.preset]))
-    if trained and given.run_dir:
-        folder = ROOT / portable(given.run_dir)
-        if not (folder / "config.json").exists():
-            raise RunError(f"{folder} is no run: --run_dir names what train.py's last line calls results in")
-        saved = saved_config(folder / "config.json")
-        parser.set_defaults(**saved)
-    try:
-        config, arguments, unknown = parser.parse_args_into_dataclasses(
-            argv, return_remaining_strings=True, look_for_args_file=False
-        )
-    except ValueError as error:
-        parser.error(str(error))
-    if unknown:
-        parser.error(f"unknown argument {unknown[0]}")
-    for name in ("model", "data_dir", "criteria_file", "run_dir"):
-        if (value := getattr(config, name)) != parser.get_default(name) or value.startswith("~"):
-            elsewhere = name == "model" or (name in ("data_dir", "criteria_file") and (ROOT / value).exists())
-            config = replace(config, **{name: portable(value, must_exist=elsewhere)})
-    for name, value in saved.items():
-        if name not in ANY_RUN and getattr(config, name) != value:
-            parser.error(f"argument --{name}: {given.run_dir} was trained with {value!r}, which is fixed")
-    return config, arguments
-
-
-def run_script(main: Callable, description: str, trained: bool = False, **flags: dict) -> int:
-    """Parse the command line, call main(config, **flags) and turn what the user can mend into one line on stderr.
-
-    Returns the exit status: main's own, 0 for None, 1 after an error, 130 after Ctrl-C.
-    """
-    for stream in (sys.stdout, sys.stderr):  # a log file gets each line when it is printed, in any locale
-        stream.reconfigure(encoding="utf-8", line_buffering=True)
-    if not sys.stderr.isatty():
-        disable_progress_bar()  # transformers' own; tqdm's are off by themselves
-    try:
-        config, arguments = load_config(None, description, trained, **flags)
-        return main(config, **{name: getattr(arguments, name) for name in flags}) or 0
-    except torch.OutOfMemoryError:
-        message = "out of GPU memory: lower eval_batch_size"
-        if not trained:
-            message += " (in evaluation), or batch_size (and raise gradient_accumulation_steps), or max_length, "
-            message += "or set gradient_checkpointing"
-    except BrokenPipeError:  # the reader of stdout, such as head, has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except (UserError, RunError, OSError) as error:
-        message = " ".join(str(error).split())
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    print(f"error: {message}", file=sys.stderr)
-    return 1

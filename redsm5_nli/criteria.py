@@ -6,7 +6,7 @@ from typing import Annotated, NamedTuple
 
 from pydantic import Field, StringConstraints, TypeAdapter, ValidationError
 
-from redsm5_nli.config import ROOT, UserError
+from common.checkpoint import ROOT, UserError
 
 SPECIAL_CASE = "SPECIAL_CASE"  # ReDSM5's label for what an expert marked but is none of the nine
 

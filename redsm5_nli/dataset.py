@@ -17,8 +17,10 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
+from common.checkpoint import ROOT, UserError
+from common.checkpoint.pretrained import check_ids
 from common.seed import epoch_generator
-from redsm5_nli.config import ROOT, Config, UserError
+from redsm5_nli.config import Config
 from redsm5_nli.criteria import Criterion
 from redsm5_nli.redsm5 import Post, read_posts
 from redsm5_nli.splits import split_posts
@@ -52,15 +54,10 @@ class Collator:
     """
 
     def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerFast,
-        criteria: tuple[Criterion, ...],
-        max_length: int,
-        share_post: bool,
-        vocab_size: int,
+        self, tokenizer: PreTrainedTokenizerFast, criteria: tuple[Criterion, ...], max_length: int, share_post: bool
     ):
         self.tokenizer, self.criteria = tokenizer, criteria
-        self.max_length, self.share_post, self.vocab_size = max_length, share_post, vocab_size
+        self.max_length, self.share_post = max_length, share_post
         texts = [criterion.text for criterion in criteria]
         start = len(tokenizer("")["input_ids"])
         self.segments = [ids[start:] for ids in tokenizer([""] * len(texts), texts)["input_ids"]]
@@ -71,17 +68,11 @@ class Collator:
                 f"criterion {criteria[longest].id} leaves {self.room} tokens of max_length {max_length} for a post"
             )
 
-    def count_tokens(self, post: Post) -> int:
-        """Before cutting. Raises UserError where an id is not among the model's embeddings."""
-        ids = self.tokenizer(post.text, verbose=False)["input_ids"]
-        if (highest := max(ids, default=0)) >= self.vocab_size:
-            token = self.tokenizer.convert_ids_to_tokens(highest)
-            raise UserError(f"post {post.id}: token {token!r} is not among the model's embeddings")
-        return len(ids)
-
     def make_split(self, posts: list[Post]) -> Split:
-        """Each post once with all criteria, or once with each."""
-        tokens = np.array([self.count_tokens(post) for post in posts])  # (P,)
+        """Each post once with all criteria, or once with each. Raises UserError for a token without an embedding."""
+        ids = self.tokenizer([post.text for post in posts], verbose=False)["input_ids"]  # verbose warns of long ones
+        check_ids(ids, self.tokenizer, lambda row: f"post {posts[row].id}")
+        tokens = np.array([len(row) for row in ids])  # (P,)
         added = np.array([len(segment) for segment in self.segments])  # (C,)
         numbers = range(len(self.criteria))
         if self.share_post:
@@ -151,6 +142,14 @@ def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -
     order = np.concatenate([bucket[np.argsort(lengths[bucket], kind="stable")] for bucket in buckets])
     batches = np.split(order, range(batch_size, len(order), batch_size))
     return [batches[index].tolist() for index in torch.randperm(len(batches), generator=generator)]
+
+
+def epoch_steps(
+    lengths: np.ndarray, batch_size: int, accumulation: int, seed: int, epoch: int
+) -> list[list[list[int]]]:
+    """The micro-batches of each optimizer step of one epoch; the last step may have fewer."""
+    batches = epoch_batches(lengths, batch_size, seed, epoch)
+    return [batches[first : first + accumulation] for first in range(0, len(batches), accumulation)]
 
 
 def sorted_batches(lengths: np.ndarray, batch_size: int) -> list[list[int]]:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from transformers import PreTrainedModel
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -193,7 +192,7 @@ class DoRALinear(nn.Module):
 
 
 def add_adapters(
-    model: PreTrainedModel,
+    model: nn.Module,
     rank: int,
     alpha: float,
     dropout: float = 0.0,

@@ -18,13 +18,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common.checkpoint import Run, RunError, begun_in, best_folder, read_json, write_text
-from common.metrics import classification_metrics, per_label_metrics, ranking_metrics
-from redsm5_nli.config import Config, run_path, run_script, saved_config
+from common.checkpoint import UserError
+from common.checkpoint.environment import pick_device
+from common.checkpoint.files import read_json, write_text
+from common.checkpoint.run import Run, best_folder, warn_of_precision
+from redsm5_nli.cli import run_path, run_script
+from redsm5_nli.config import Config
 from redsm5_nli.criteria import Criterion, load_criteria
 from redsm5_nli.dataset import LABELS, Collator, Split, fingerprint, load_splits, make_loader, sorted_batches
 from redsm5_nli.loss import class_weights, pair_loss
-from redsm5_nli.model import Matcher, build_model, load_weights, make_collator, pick_device, weights_dtype
+from redsm5_nli.model import Matcher, build_model, decoder_dtype, find_collator, load_weights
 from redsm5_nli.report import report
 
 
@@ -78,7 +81,9 @@ def tune_thresholds(probability: np.ndarray, labels: np.ndarray, criteria: tuple
 
 
 def score_split(logits: Tensor, labels: np.ndarray, thresholds: dict, weights: Tensor | None) -> dict:
-    """Loss, areas, and for each of three rules (RULES) the scores of all pairs and of each criterion."""
+    """Mean loss, areas, and for each of three rules (RULES) the scores of all pairs and of each criterion."""
+    from common.metrics import classification_metrics, per_label_metrics, ranking_metrics
+
     probability = probabilities(logits)  # (P, C), as labels
     scores = {"loss": pair_loss(logits, torch.from_numpy(labels), weights).mean().item()}
     scores |= ranking_metrics(labels.ravel(), probability.ravel())
@@ -89,6 +94,19 @@ def score_split(logits: Tensor, labels: np.ndarray, thresholds: dict, weights: T
         each = per_label_metrics(labels, predictions, names)
         scores[name] = pairs | {"f1_positive": pairs["per_class"]["yes"]["f1"], "criteria": each}
     return scores
+
+
+def validate(
+    model: Matcher, split: Split, collator: Collator, weights: Tensor | None, config: Config
+) -> tuple[dict, dict]:
+    """Validation scores at .5, which choose the epoch, and the thresholds that are best on these posts."""
+    logits = predict_logits(model, split, collator, config)
+    if not torch.isfinite(logits).all():
+        raise UserError("the validation logits are not finite; best/ is untouched. A lower learning_rate may help")
+    thresholds = tune_thresholds(probabilities(logits), split.labels, collator.criteria)
+    scores = score_split(logits, split.labels, thresholds, weights)
+    at_half = {name: scores["at_half"][name] for name in ("f1_macro", "f1_positive", "accuracy")}
+    return {"loss": scores["loss"], **at_half, "auprc": scores["auprc"]}, thresholds
 
 
 def evaluate_run(
@@ -106,8 +124,7 @@ def evaluate_run(
         scores[name] = score_split(logits, splits[name].labels, thresholds, weights)
         text = predictions_csv(logits, splits[name], collator.criteria, name)
         write_text(run.path / "predictions" / f"{name}_predictions.csv", text)
-    history = [record for record in run.history() if record["event"] == "evaluation"]
-    write_text(run.path / "report.md", report(scores, splits, history, config))
+    write_text(run.path / "report.md", report(scores, splits, run.evaluations(), config))
     return scores
 
 
@@ -123,48 +140,32 @@ def predictions_csv(logits: Tensor, split: Split, criteria: tuple[Criterion, ...
 
 
 def read_thresholds(folder: Path, criteria: tuple[Criterion, ...]) -> dict:
-    """The thresholds that were tuned with the model in a best folder. Raises RunError."""
+    """The thresholds that were tuned with the model in a best folder. Raises UserError."""
     path = folder / "thresholds.json"
     thresholds = read_json(path)
     own = thresholds.get("criteria")
     if not isinstance(own, dict) or list(own) != [criterion.id for criterion in criteria]:
-        raise RunError(f"{path} holds no threshold for each of {', '.join(criterion.id for criterion in criteria)}")
+        raise UserError(f"{path} holds no threshold for each of {', '.join(criterion.id for criterion in criteria)}")
     for name, value in {"global": thresholds.get("global"), **own}.items():
         if not isinstance(value, float) or not 0 <= value <= 1:
-            raise RunError(f"{path}: {name} is {value!r}, expected a number from 0 to 1")
+            raise UserError(f"{path}: {name} is {value!r}, expected a number from 0 to 1")
     return thresholds
-
-
-def check_data(run: Run, splits: dict[str, Split], criteria: tuple[Criterion, ...], config: Config) -> None:
-    """Refuse to go on with, or to score, other rows than a run began with: training rows could become test rows."""
-    if run.environment.get("data_sha256") != fingerprint(splits, criteria):
-        raise RunError(
-            f"{config.data_dir} does not hold the rows that {run.path} was begun with, or its criteria were others: "
-            "bring them back"
-        )
-
-
-def say_precision(path: Path, config: Config, device: torch.device) -> None:
-    """Tell where this machine or --amp computes in another type than the run was trained in."""
-    trained = begun_in(path).get("dtype")
-    if trained != str(now := weights_dtype(config.amp, device)):
-        print(f"trained in {trained}, now in {now}: scores can differ from the run's own", file=sys.stderr)
 
 
 def main(config: Config) -> None:
     path, device = run_path(config), pick_device()
+    dtype = decoder_dtype(config.amp, device)
     best_folder(path)  # before the lock: where there is no run, none is made
     criteria = load_criteria(config.criteria_file)
-    collator = make_collator(config, criteria)
+    collator = find_collator(config, criteria)
     splits, _ = load_splits(config, collator)
-    run = Run(path, saved_config(path / "config.json"), {})
-    check_data(run, splits, criteria, config)
-    say_precision(path, config, device)
+    run = Run(path, None, {"data_sha256": fingerprint(splits, criteria)})
+    warn_of_precision(path, dtype, "dtype")
     if run.results is None:
         print("the run is not finished: this is its best epoch so far", file=sys.stderr)
-    evaluate_run(run, build_model(config, device), splits, collator, config)
-    print((path / "report.md").read_text(encoding="utf-8"))
+    evaluate_run(run, build_model(config, device, dtype), splits, collator, config)
     run.close()
+    print((path / "report.md").read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -24,4 +24,4 @@ def pair_loss(logits: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
     The caller sums and divides: a pair of label y counts weights[y] times, and weights never enter the divisor.
     """
     loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
-    return loss if weights is None else loss * weights[labels]
+    return loss if weights is None else loss * weights.to(labels.device)[labels]

@@ -13,7 +13,7 @@ from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from redsm5_nli.config import UserError
+from common.checkpoint import UserError
 from redsm5_nli.criteria import CRITERIA, SPECIAL_CASE, Criterion
 
 POSTS_FILES = ("redsm5_posts.csv", "redsm5_full_posts.csv")  # names that the files were seen under

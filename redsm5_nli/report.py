@@ -40,7 +40,26 @@ def print_summary(splits: dict[str, Split], kinds: Counter, criteria: tuple[Crit
         print(f"no positive training pair: {', '.join(absent)} (an id is a DSM5_symptom of the annotations)")
 
 
-def report(scores: dict, splits: dict[str, Split], history: list[dict], config: Config) -> str:
+def evaluation_line(epoch: int, scores: dict, better: bool) -> str:
+    """What is printed after an evaluation in training."""
+    return (
+        f"epoch {epoch} | train loss {scores['train_loss']:.4f} | validation loss {scores['loss']:.4f} | "
+        f"f1_macro {scores['f1_macro']:.4f} | f1_positive {scores['f1_positive']:.4f}{' | best' * better}"
+    )
+
+
+def last_line(results: dict, path: str) -> str:
+    """What a finished run prints last, and again when it is started once more."""
+    validation, test = (results[name]["at_half"]["f1_positive"] for name in ("validation", "test"))
+    tuned = results["test"]["at_global"]["f1_positive"]
+    return (
+        f"done | {results['split']} {results['metric']} {results['best']:.4f}, f1_positive {validation:.4f} "
+        f"(epoch {results['epoch']}) | test f1_positive {test:.4f} at .5, {tuned:.4f} at the tuned threshold "
+        f"{results['thresholds']['global']:.4f} | {results['seconds']:.0f} s | results in {path}"
+    )
+
+
+def report(scores: dict, splits: dict[str, Split], evaluations: list[dict], config: Config) -> str:
     """The readable evaluation, in Markdown."""
     cut = ", ".join(f"{name} {n} of {len(splits[name].posts)}" for name, n in scores["posts_cut"].items())
     lines = [
@@ -61,7 +80,7 @@ def report(scores: dict, splits: dict[str, Split], history: list[dict], config: 
     for key, rule in RULES.items():
         lines += [f"## Test, {rule}", "", *criteria_table(scores["test"][key]["criteria"], key, scores["thresholds"])]
     columns = ["epoch", "step", "train_loss", "loss", *COLUMNS, "auprc"]
-    epochs = [[record[column] for column in columns] for record in history]
+    epochs = [[row[column] for column in columns] for row in evaluations]
     return "\n".join([*lines, "## Epochs (validation, threshold .5)", "", *table(columns, epochs)])
 
 

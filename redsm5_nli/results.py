@@ -10,8 +10,11 @@ from pathlib import Path
 if not __package__:  # run as a script: import from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from common.checkpoint import read_json
-from redsm5_nli.config import ROOT, Config, UserError, run_script, shown
+from common.checkpoint import UserError
+from common.checkpoint.files import read_json
+from common.checkpoint.run import read_run
+from redsm5_nli.cli import PROJECT, displayed, run_script
+from redsm5_nli.config import Config
 from redsm5_nli.report import table
 
 SCORES = ("f1_macro", "f1_positive", "auprc")
@@ -19,7 +22,7 @@ SCORES = ("f1_macro", "f1_positive", "auprc")
 
 def read_row(path: Path) -> tuple[dict, dict]:
     """Settings of a run, and its scores at .5: dashes where it is not finished. Raises UserError."""
-    settings = read_json(path / "config.json").get("config")
+    settings = read_run(path)["config"]
     names = [(split, name) for split in ("validation", "test") for name in SCORES]
     if not (path / "results.json").exists():
         return settings, {f"{split} {name}": None for split, name in names} | {"epoch": "unfinished"}
@@ -33,10 +36,10 @@ def read_row(path: Path) -> tuple[dict, dict]:
 
 def main(config: Config, runs: list[str], sort: str) -> None:
     folders = [Path(run) for run in runs]
-    folders = folders or sorted(path.parent for path in (ROOT / "redsm5_nli/runs").glob("**/config.json"))  # folds too
+    folders = folders or sorted(path.parent for path in (PROJECT / "runs").glob("**/config.json"))  # folds too
     if not folders:
         raise UserError("redsm5_nli/runs holds no run: train first, or name run folders with --runs")
-    rows = [(shown(path.resolve()), *read_row(path)) for path in folders]
+    rows = [(displayed(path.resolve()), *read_row(path)) for path in folders]
     column = f"validation {sort}"
     rows.sort(key=lambda row: row[2][column] or -1.0, reverse=True)
     fields = dict.fromkeys(name for _, settings, _ in rows for name in settings)

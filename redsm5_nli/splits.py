@@ -9,7 +9,8 @@ from itertools import compress
 
 import numpy as np
 
-from redsm5_nli.config import Config, UserError
+from common.checkpoint import UserError
+from redsm5_nli.config import Config
 from redsm5_nli.redsm5 import Post
 
 AUTHOR = re.compile(r"s_\d+_")  # posts that share the prefix are probably one author's

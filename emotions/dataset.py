@@ -23,8 +23,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
+from common.checkpoint import ROOT, UserError
+from common.checkpoint.pretrained import check_ids
 from common.seed import epoch_generator
-from emotions.config import ROOT, Config, UserError
+from emotions.config import Config
 from emotions.labels import ALL, EMOTIONS, NUMBERS
 
 FOLDS = 5  # that validation is cut into to cross-fit the thresholds
@@ -128,17 +130,16 @@ def multi_hot(labels: Sequence[tuple[int, ...]]) -> np.ndarray:
     return matrix
 
 
-def token_lengths(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
-    """(N,) tokens of each text with its special tokens, before truncation; 1,000 texts at a time."""
-    lengths = []
-    for start in range(0, len(texts), 1000):
-        lengths += map(len, tokenizer(texts[start : start + 1000], verbose=False)["input_ids"])
-    return np.array(lengths, dtype=np.int64)
-
-
 def make_split(rows: list[Row], tokenizer: PreTrainedTokenizerFast) -> Split:
+    """The rows, tokenised 1,000 at a time for their lengths. Raises UserError for a token without an embedding."""
+    lengths = []
+    for start in range(0, len(rows), 1000):
+        part = rows[start : start + 1000]
+        ids = tokenizer([row.text for row in part], verbose=False)["input_ids"]  # verbose warns of what will be cut
+        check_ids(ids, tokenizer, lambda row, part=part: f"line {part[row].line}")
+        lengths += map(len, ids)
     labels, known = (multi_hot([getattr(row, field) for row in rows]) for field in ("labels", "known"))
-    return Split(rows, labels, known, token_lengths([row.text for row in rows], tokenizer))
+    return Split(rows, labels, known, np.array(lengths, dtype=np.int64))
 
 
 def normalized(text: str) -> str:
@@ -173,7 +174,7 @@ def load_splits(config: Config, tokenizer: PreTrainedTokenizerFast) -> dict[str,
 def repeated_in_test(splits: dict[str, Split]) -> int:
     """How many test texts also stand in validation, whatever their case and punctuation."""
     texts = {normalized(row.text) for row in splits["validation"].rows}
-    return sum(normalized(row.text) in texts for row in splits["test"].rows) if "test" in splits else 0
+    return sum(normalized(row.text) in texts for row in splits["test"].rows)
 
 
 def fingerprint(splits: dict[str, Split]) -> str:
@@ -223,10 +224,10 @@ def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -
 def sorted_batches(lengths: np.ndarray, batch_size: int) -> list[list[int]]:
     """Batches for evaluation: all rows, longest first, so that memory runs out at once or never."""
     order = np.argsort(-lengths, kind="stable")
-    return [batch.tolist() for batch in np.split(order, range(batch_size, len(order), batch_size))]
+    return [order[first : first + batch_size].tolist() for first in range(0, len(order), batch_size)]
 
 
-def leave_signals_to_the_loop(worker: int) -> None:
+def ignore_signals(worker: int) -> None:
     """Ctrl-C reaches every process of a terminal: a loader worker must live until the loop has saved."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -241,6 +242,6 @@ def make_loader(
         batch_size=None,
         collate_fn=partial(collate, split=split, tokenizer=tokenizer, max_length=config.max_length),
         num_workers=config.num_workers,
-        worker_init_fn=leave_signals_to_the_loop,
+        worker_init_fn=ignore_signals,
         pin_memory=torch.cuda.is_available(),
     )

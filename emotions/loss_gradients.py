@@ -7,7 +7,6 @@ Every figure is computed when it is printed: by autograd in fp32, by rounding to
 """
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 if not __package__:  # run as a script: import from the repository root, not from this folder
@@ -16,7 +15,8 @@ if not __package__:  # run as a script: import from the repository root, not fro
 import torch
 from torch import Tensor
 
-from emotions.config import Config, run_script
+from emotions.cli import run_script
+from emotions.config import Config
 from emotions.loss import emotion_loss
 from emotions.report import table
 
@@ -72,7 +72,7 @@ def optimizer_gradient(config: Config, max_norm: float, unscale: bool) -> float:
 
 
 def main(config: Config) -> None:
-    configs = {name: replace(config, label_smoothing=0.0, **fields) for name, fields in LOSSES.items()}
+    configs = {name: config.model_copy(update={"label_smoothing": 0.0, **fields}) for name, fields in LOSSES.items()}
     columns = {name: gradients(settings) for name, settings in configs.items()}
 
     # What vanishes by design: the gradient of ASL's easy negatives. Hard negatives and positives keep theirs.

@@ -2,27 +2,34 @@
 
     torchrun --nproc_per_node 2 emotions/train.py ...            # each process holds the model (DDP)
     torchrun --nproc_per_node 2 emotions/train.py --shard ...    # and a part of gradients and optimizer (ZeRO-2)
+
 """
 
 import faulthandler
 import os
-import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from emotions.config import Config, UserError
-from emotions.model import EmotionClassifier, autocast_dtype, pick_device
+from common.checkpoint import UserError
+from common.checkpoint.environment import pick_device
+from emotions.model import EmotionClassifier
 
 
 class Processes(NamedTuple):
@@ -33,7 +40,7 @@ class Processes(NamedTuple):
     device: torch.device
 
 
-def start_processes(config: Config) -> Processes:
+def start_processes(stall_seconds: int) -> Processes:
     """Join the processes that torchrun started; alone without it. Only rank 0 prints."""
     if "WORLD_SIZE" not in os.environ:
         return Processes(0, 1, pick_device())
@@ -42,7 +49,7 @@ def start_processes(config: Config) -> Processes:
         if device.index >= (count := torch.cuda.device_count()):
             raise UserError(f"more processes than GPUs: this machine has {count}, see --nproc_per_node")
         torch.cuda.set_device(device)
-    with watchdog(config.stall_seconds):
+    with watchdog(stall_seconds):
         store, rank, world = next(dist.rendezvous("env://"))
         # After a restart torchrun's store still holds the addresses of the processes that are gone: names of its own
         # keep this attempt from waiting for them.
@@ -70,6 +77,7 @@ def broadcast(value, processes: Processes):
 
 
 def barrier(processes: Processes) -> None:
+    """Until every process is here."""
     if processes.world > 1:
         dist.barrier()
 
@@ -83,27 +91,41 @@ def all_reduce(tensor: Tensor, processes: Processes) -> Tensor:
     return tensor.cpu()
 
 
-def parallelize(model: EmotionClassifier, config: Config, processes: Processes) -> nn.Module:
+@contextmanager
+def rank_0_first(processes: Processes) -> Iterator[None]:
+    """Rank 0 does what is inside before the others do; where it fails, they end without a word."""
+    if processes.rank and not broadcast(None, processes):
+        sys.exit(1)
+    done = False
+    try:
+        yield
+        done = True
+    finally:
+        if not processes.rank:
+            broadcast(done, processes)
+
+
+def parallelize(
+    model: EmotionClassifier, shard: bool, dtype: torch.dtype | None, processes: Processes
+) -> nn.Module:
     """The module whose backward averages gradients over the processes; the model itself where there is one.
 
     With shard the model's own parameters become this process's parts of them, gathered for the forward pass and kept
     until the backward pass is over.
     """
-    if config.shard:
+    if shard:
         if processes.world == 1:
             raise UserError("shard needs several processes: torchrun --nproc_per_node 2 emotions/train.py --shard")
-        if autocast_dtype(config.amp, processes.device) == torch.float16:
+        if dtype == torch.float16:
             raise UserError("shard and fp16 do not go together here: set amp bf16 or off")
         lists = [module for module in model.encoder.modules() if isinstance(module, nn.ModuleList)]
         for layer in max(lists, key=len):
             fully_shard(layer, reshard_after_forward=False)
         return fully_shard(model, reshard_after_forward=False)
-    if processes.world == 1:
-        return model
-    return DistributedDataParallel(model, device_ids=[processes.device] if processes.device.type == "cuda" else None)
+    return DistributedDataParallel(model) if processes.world > 1 else model
 
 
-def gradient_sync(module: nn.Module, last: bool):
+def gradient_sync(module: nn.Module, last: bool) -> AbstractContextManager:
     """A context for one micro-batch: DDP exchanges gradients in the backward pass of a step's last one only.
 
     A sharded model does so each time: whole gradients, kept from one micro-batch to the next, are what it has no room
@@ -117,21 +139,40 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def training_state(model: EmotionClassifier, optimizer: Optimizer, shard: bool) -> tuple[dict, dict]:
-    """The state of model and optimizer as last.pt keeps it: full tensors on the CPU, of rank 0, where sharded."""
-    if not shard:
-        return model.state_dict(), optimizer.state_dict()
-    return get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+@dataclass
+class ShardedModel:
+    """A sharded model's parameters as a checkpoint keeps them: full tensors on the CPU, in rank 0."""
+
+    model: EmotionClassifier
+
+    def state_dict(self) -> dict:
+        return get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+    def load_state_dict(self, state: dict) -> None:
+        set_model_state_dict(self.model, state, options=StateDictOptions(full_state_dict=True))
 
 
-def load_training_state(model: EmotionClassifier, optimizer: Optimizer, state: tuple[dict, dict], shard: bool) -> None:
-    """Raises RuntimeError, KeyError or ValueError where the state is not this model's."""
-    if not shard:
-        model.load_state_dict(state[0])
-        optimizer.load_state_dict(state[1])
-        return
-    options = StateDictOptions(full_state_dict=True)
-    set_state_dict(model, optimizer, model_state_dict=state[0], optim_state_dict=state[1], options=options)
+@dataclass
+class ShardedOptimizer:
+    """The optimizer of a sharded model likewise."""
+
+    model: EmotionClassifier
+    optimizer: Optimizer
+
+    def state_dict(self) -> dict:
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        return get_optimizer_state_dict(self.model, self.optimizer, options=options)
+
+    def load_state_dict(self, state: dict) -> None:
+        options = StateDictOptions(full_state_dict=True)
+        set_optimizer_state_dict(self.model, self.optimizer, state, options=options)
+
+
+def stateful(model: EmotionClassifier, optimizer: Optimizer, shard: bool) -> dict:
+    """Model and optimizer as what a checkpoint saves and restores."""
+    if shard:
+        return {"model": ShardedModel(model), "optimizer": ShardedOptimizer(model, optimizer)}
+    return {"model": model, "optimizer": optimizer}
 
 
 @contextmanager
@@ -150,13 +191,3 @@ def watchdog(seconds: int) -> Iterator[Callable[[], None]]:
         yield restart
     finally:
         faulthandler.cancel_dump_traceback_later()
-
-
-def require_space(path: Path, tensors: Iterable[Tensor]) -> None:
-    """Raises UserError where the disk of path cannot take the tensors and 16 MB beside what is there already."""
-    needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors) + 2**24
-    if (free := shutil.disk_usage(path).free) < needed:
-        raise UserError(
-            f"{path}: the disk has {free / 1e9:.2f} GB left, a save needs {needed / 1e9:.2f}; best/ and last.pt are "
-            "unchanged: make room and start the same command again"
-        )

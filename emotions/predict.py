@@ -5,7 +5,7 @@
 
 Out: line (the text's number), labels (the emotions whose probability reaches the threshold that was tuned for each on
 validation, the likeliest first; none is an answer too) and the probabilities of all 28. Blank lines are skipped. A
-line that is no UTF-8 is reported on stderr, gives {"line": ..., "error": ...} and makes the exit status 1.
+line that is not UTF-8 is reported on stderr, gives {"line": ..., "error": ...} and makes the exit status 1.
 Lines are answered in blocks of 8 x eval_batch_size, the last block at the end of the input.
 """
 
@@ -20,52 +20,53 @@ if not __package__:  # run as a script: import from the repository root, not fro
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
-import torch
 
-from common.checkpoint import best_folder
-from emotions.config import Config, UserError, run_path, run_script
+from common.checkpoint import UserError
+from common.checkpoint.environment import autocast_dtype, pick_device
+from common.checkpoint.run import best_folder, warn_of_precision
+from emotions.cli import run_path, run_script
+from emotions.config import Config
 from emotions.dataset import Row, decode, make_split
-from emotions.evaluate import answer, predict_logits, probabilities, say_precision
+from emotions.evaluate import answer, predict_logits, probabilities
 from emotions.labels import ALL, EMOTIONS
-from emotions.model import load_model, load_tokenizer, pick_device
-from emotions.parallel import Processes
+from emotions.model import find_tokenizer, load_model
 from emotions.thresholds import read_thresholds
 
 
 def read_lines(stream: BinaryIO) -> Iterator[Row | tuple[int, str]]:
     """A Row for each line that is not blank, or its number and what is wrong with it."""
     for number, line in enumerate(stream, 1):
-        if line.strip():
-            try:
-                text = decode(line)
-            except ValueError as error:
-                yield number, str(error)
-            else:
-                if text:  # other than line.strip, this also takes a lone byte order mark and wide spaces for blank
-                    yield Row(text, (), ALL, "", number)
+        try:
+            if text := decode(line):
+                yield Row(text, (), ALL, "", number)
+        except ValueError as error:
+            yield number, str(error)
 
 
 def main(config: Config, input: str, threshold: float | None) -> int:
-    folder, device = best_folder(run_path(config)), pick_device()
+    # The model and its thresholds
+    path = run_path(config)
+    folder, device = best_folder(path), pick_device()
+    dtype = autocast_dtype(config.amp, device)
     thresholds = read_thresholds(folder).per_label
     if threshold is not None:
         if not 0 <= threshold <= 1:
             raise UserError(f"threshold {threshold} is out of range: from 0 to 1")
         thresholds = np.full(len(EMOTIONS), threshold)
-    say_precision(folder.parent, config, device)
-    model, tokenizer = load_model(folder, config).to(device), load_tokenizer(config, folder)
-    processes = Processes(0, 1, device)
+    warn_of_precision(path, dtype)
+    model, tokenizer = load_model(folder, config).to(device), find_tokenizer(config, folder)
+
+    # Answers, a block of lines at a time; lengths are sorted inside a block only
     failed, cut = False, 0
     with open(sys.stdin.fileno() if input == "-" else input, "rb", closefd=input != "-") as stream:
         lines = read_lines(stream)
-        while block := list(islice(lines, 8 * config.eval_batch_size)):  # sorted by length inside a block only
+        while block := list(islice(lines, 8 * config.eval_batch_size)):
             split = make_split([row for row in block if isinstance(row, Row)], tokenizer)
             cut += int((split.lengths > config.max_length).sum())
-            logits = predict_logits(model, split, tokenizer, config, processes) if len(split) else torch.empty(0, 28)
-            answers = (answer(probability, thresholds) for probability in probabilities(logits))
+            probability = iter(probabilities(predict_logits(model, split, tokenizer, config, dtype)))
             for row in block:
                 if isinstance(row, Row):
-                    found = next(answers)
+                    found = answer(next(probability), thresholds)
                     out = {"line": row.line, "labels": found["predicted"], "probabilities": found["probabilities"]}
                 else:
                     failed = True

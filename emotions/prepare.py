@@ -26,8 +26,10 @@ if not __package__:  # run as a script: import from the repository root, not fro
 
 import numpy as np
 
-from common.checkpoint import write_text
-from emotions.config import ROOT, Config, UserError, run_script, shown
+from common.checkpoint import ROOT, UserError
+from common.checkpoint.files import write_text
+from emotions.cli import displayed, run_script
+from emotions.config import Config
 from emotions.dataset import Row, multi_hot, normalized
 from emotions.labels import ALL, EMOTIONS, NUMBERS
 from emotions.report import table
@@ -351,7 +353,7 @@ def main(config: Config, raw_dir: str, sources: list[str], num_rows: int) -> Non
     text = "\n".join(lines).rstrip() + "\n"
     write_text(folder / "summary.md", text)
     print(text)
-    print(f"written: {', '.join(f'{name}.jsonl' for name in splits)} and summary.md in {shown(folder)}")
+    print(f"written: {', '.join(f'{name}.jsonl' for name in splits)} and summary.md in {displayed(folder)}")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,10 @@
-"""Tables for people: the data as a run sees it, and the readable evaluation."""
-
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
+"""Tables for people: the data before training, a run's scores after it."""
 
 import numpy as np
 
+from emotions.config import Config
+from emotions.dataset import Split, repeated_in_test
 from emotions.labels import EMOTIONS, GROUPINGS
-
-if TYPE_CHECKING:
-    from emotions.config import Config
-    from emotions.dataset import Split
 
 METRICS = (
     *("f1_macro", "precision_macro", "recall_macro", "f1_micro", "precision_micro", "recall_micro"),
@@ -26,11 +20,8 @@ def table(header: list[str], rows: list[list]) -> list[str]:
     return ["| " + " | ".join(row) + " |" for row in cells] + [""]
 
 
-def print_summary(splits: dict[str, Split], repeated: int, config: Config) -> None:
-    """The data as the run sees it: rows, sources, labels, what is cut, each label's rows.
-
-    repeated: how many test texts are also in validation.
-    """
+def print_summary(splits: dict[str, Split], config: Config) -> None:
+    """The tables of what is trained on: rows, sources, labels, lengths in tokens; each label's rows."""
     columns = ["split", "rows", "sources", "labels a row", "without label", "tokens p50", "p95", "max"]
     rows = []
     for name, split in splits.items():
@@ -52,22 +43,42 @@ def print_summary(splits: dict[str, Split], repeated: int, config: Config) -> No
         print(f"no training row knows {', '.join(untaught)}: never predicted")
     if "test" not in splits:
         print("no test.jsonl: no test figure will be reported")
-    elif repeated:
-        print(f"{repeated} of the {len(splits['test'])} test texts are also in validation")
+    elif seen := repeated_in_test(splits):
+        print(f"{seen} of the {len(splits['test'])} test texts are also in validation")
     print("rows dropped: 0 (blank lines are skipped, a bad row ends the run)")
 
 
-def report(scores: dict, splits: dict[str, Split], repeated: int, history: list[dict], config: Config) -> str:
-    """The readable evaluation; its detail is of the test split, or of validation where there is no test.
+def evaluation_line(epoch: int, scores: dict, shared_threshold: float, better: bool) -> str:
+    """What is printed after an evaluation in training."""
+    return (
+        f"epoch {epoch} | train loss {scores['train_loss']:.4f} | validation loss {scores['loss']:.4f} | "
+        f"f1_macro {scores['f1_macro']:.4f} at {shared_threshold:.3f}, {scores['f1_macro_at_half']:.4f} at .5 | "
+        f"map {scores['map']:.4f}{' | best' * better}"
+    )
 
-    repeated: how many test texts are also in validation. history: the evaluations of metrics.jsonl.
+
+def last_line(results: dict, path: str) -> str:
+    """What a finished run prints last, and again when it is started once more."""
+    parts = [f"done | {results['split']} {results['metric']} {results['best']:.4f} (epoch {results['epoch']})"]
+    honest = results["validation"]["cross_fitted"]["at_per_label"]["f1_macro"]
+    parts.append(f"validation f1_macro {honest:.4f} with cross-fitted thresholds")
+    if results["test"]:
+        half, tuned = (results["test"][key]["f1_macro"] for key in ("at_half", "at_per_label"))
+        parts.append(f"test f1_macro {half:.4f} at .5, {tuned:.4f} at the tuned thresholds")
+    return " | ".join([*parts, f"{results['seconds']:.0f} s", f"results in {path}"])
+
+
+def report(scores: dict, splits: dict[str, Split], evaluations: list[dict], config: Config) -> str:
+    """report.md; its detail is of the test split, or of validation where there is no test.
+
+    evaluations: those of metrics.jsonl.
     """
-    detail = "test" if "test" in scores else "validation"
+    detail = "test" if "test" in splits else "validation"
     lines = [f"# {config.model} on {config.data_dir}", ""]
     lines += ["The epoch and all thresholds were chosen on validation, so its rows marked tuned flatter. Those marked"]
     lines += ["cross-fitted (thresholds tuned on four fifths, scored on the last, in turn) owe only the epoch to it."]
     if detail == "test":
-        seen = f"{repeated} of its {len(splits['test'])} texts"
+        seen = f"{repeated_in_test(splits)} of its {len(splits['test'])} texts"
         lines += [f"Nothing was chosen on test; {seen} are also in validation.", ""]
     else:
         lines += ["There is no test split: no test figure.", ""]
@@ -76,9 +87,11 @@ def report(scores: dict, splits: dict[str, Split], repeated: int, history: list[
         if missing := int(absent.sum()):
             lines += [f"{missing} emotions have no positive in {name}: each counts as 0 in f1_macro.", ""]
 
+    # All splits at all thresholds
     columns = ["split", "thresholds", *METRICS, "map", "labels true", "labels predicted"]
     lines += ["## Scores", "", *table(columns, score_rows(scores))]
 
+    # One split in detail, and the epochs
     for name in GROUPINGS:
         groups = scores[detail][name]["at_per_label"]["per_label"]
         rows = [[group, *metrics.values()] for group, metrics in groups.items()]
@@ -96,14 +109,14 @@ def report(scores: dict, splits: dict[str, Split], repeated: int, history: list[
 
     columns = ["epoch", "step", "train_loss", "loss", "map", "f1_macro_at_half", "f1_macro"]
     lines += ["## Epochs (validation; f1_macro at the shared threshold that is best there)", ""]
-    lines += table(columns, [[record[column] for column in columns] for record in history])
+    lines += table(columns, [[record[column] for column in columns] for record in evaluations])
     return "\n".join(lines)
 
 
 def score_rows(scores: dict) -> list[list]:
     """A row for each split and way to set the thresholds."""
     rows, shared = [], f"{scores['thresholds']['shared']:.4f}"
-    for split in [name for name in ("validation", "test") if name in scores]:
+    for split in [name for name in ("validation", "test") if scores[name]]:
         tuned = "tuned" if split == "validation" else "tuned on validation"
         ways = {".5": "at_half", f"{shared}, {tuned}": "at_shared", f"per label, {tuned}": "at_per_label"}
         ways = {title: scores[split][rule] for title, rule in ways.items()}

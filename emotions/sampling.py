@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from common.checkpoint import UserError
 from common.seed import mix
-from emotions.config import Config, UserError, parse_source_weights
+from emotions.config import Config
 from emotions.dataset import Draw, Split, epoch_batches
 
 
@@ -20,13 +21,19 @@ class Step(NamedTuple):
     examples: int
 
 
+def source_weights(setting: str) -> dict[str, float]:
+    """{"isear": 0.5} of "isear=0.5"."""
+    pairs = [part.split("=") for part in setting.split(",") if part]
+    return {source.strip(): float(weight) for source, weight in pairs}
+
+
 def draw_weights(split: Split, config: Config) -> np.ndarray:
     """(N,) how often a row is drawn in an epoch, on average. Raises UserError for a source that no row has.
 
     A source's weight, times (frequency of the row's rarest label) ^ -label_balance; the second factor is scaled so
     that it changes no epoch's size. A row without a label counts like one with the most frequent.
     """
-    by_source = parse_source_weights(config.source_weights)
+    by_source = source_weights(config.source_weights)
     present = {row.source for row in split.rows}
     if absent := sorted(by_source.keys() - present):
         raise UserError(f"source_weights: no training row has source {absent[0]!r}, there are {sorted(present)}")
@@ -109,16 +116,16 @@ def rank_batches(group: list[list[int]], rank: int, world: int) -> list[tuple[li
 
 
 def epoch_steps(
-    split: Split, weights: np.ndarray, config: Config, epoch: int, rank: int = 0, world: int = 1
+    split: Split, weights: np.ndarray, config: Config, epoch: int, accumulation: int, rank: int = 0, world: int = 1
 ) -> list[Step]:
     """The optimizer steps of an epoch as one of world processes sees them; all epochs have equally many."""
     draws = epoch_draws(split, weights, config, epoch)
-    lengths = np.minimum(split.lengths, config.max_length)[[draw.row for draw in draws]]
+    lengths = split.lengths[[draw.row for draw in draws]].clip(max=config.max_length)
     batches = epoch_batches(lengths, config.batch_size, config.seed, epoch)
     batches = [[draws[place] for place in places] for places in batches]
-    steps, per_step = [], config.gradient_accumulation_steps * world
-    for start in range(0, len(batches), per_step):
-        group = batches[start : start + per_step]
+    steps, per_step = [], accumulation * world
+    for first in range(0, len(batches), per_step):
+        group = batches[first : first + per_step]
         examples = sum(1 + (draw.partner is not None) for batch in group for draw in batch)
         steps.append(Step(*map(list, zip(*rank_batches(group, rank, world))), examples))
     return steps

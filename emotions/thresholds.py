@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common.checkpoint import RunError, read_json
+from common.checkpoint import UserError
+from common.checkpoint.files import read_json
 from emotions.dataset import FOLDS
 from emotions.labels import EMOTIONS
 
@@ -100,11 +101,11 @@ def thresholds_json(thresholds: Thresholds) -> dict:
 
 
 def read_thresholds(folder: Path) -> Thresholds:
-    """The thresholds of a best folder, as probabilities. Raises RunError."""
+    """The thresholds of a best folder, as probabilities. Raises UserError."""
     path = folder / "thresholds.json"
     saved = read_json(path)
     per_label = saved.get("per_label")
     values = [saved.get("shared"), *(per_label.get(name) if isinstance(per_label, dict) else None for name in EMOTIONS)]
     if not all(isinstance(value, float) and 0 <= value <= 1 for value in values):
-        raise RunError(f"{path} does not hold a shared threshold and one for each emotion, from 0 to 1")
+        raise UserError(f"{path} does not hold a shared threshold and one for each emotion, from 0 to 1")
     return Thresholds(values[0], np.array(values[1:]))

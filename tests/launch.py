@@ -57,6 +57,32 @@ def run_here(script: str, *flags: object, cwd: Path = ROOT) -> tuple[int, str, s
     return end.value.code, *said
 
 
+def first_gradient(train, config, model=None) -> dict[str, torch.Tensor]:
+    """The gradient that the optimizer of a run gets at its first step, by parameter; the run ends there.
+
+    model: trained instead of the one that the config names.
+    """
+    models = []
+
+    class Taken(Exception):
+        pass
+
+    def build(*arguments):
+        models.append(build_model(*arguments) if model is None else model)
+        return models[-1]
+
+    def take(*_):
+        raise Taken
+
+    build_model = train.build_model
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "build_model", build)
+        patch.setattr(train, "update", take)
+        with pytest.raises(Taken):
+            train.main(config)
+    return {name: p.grad.clone() for name, p in models[0].named_parameters() if p.grad is not None}
+
+
 def listing(folder: Path) -> dict[str, int]:
     """The times of a folder's files, those aside that Python or the user of the checkout makes."""
     files = (path for path in folder.rglob("*") if path.is_file())

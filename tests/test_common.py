@@ -13,18 +13,18 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score, precision_recall_fscore_support
 
-from common import checkpoint
-from common.checkpoint import (
+from common.checkpoint import UserError, environment
+from common.checkpoint.files import write_atomically, write_json
+from common.checkpoint.run import (
+    FORMAT,
     Best,
+    Progress,
     Run,
-    RunError,
     StopSignal,
-    begun_in,
+    TrainedParameters,
     best_folder,
-    peak_memory_bytes,
-    run_results,
-    write_atomically,
-    write_json,
+    read_results,
+    read_run,
 )
 from common.metrics import (
     classification_metrics,
@@ -162,50 +162,152 @@ def test_best_follows_its_direction_and_keeps_the_earlier_of_a_tie():
 
 
 def test_a_score_that_is_no_number_ends_the_run():
-    with pytest.raises(RunError, match="not a number"):
+    with pytest.raises(UserError, match="not a number"):
         Best("max", 3).update(float("nan"), 1, 1)
 
 
 # The run folder
 
 
-def new_run(path: Path) -> Run:
-    return Run(path, CONFIG, {"device": "cpu"})
+SAME = {"data_sha256": "abc", "autocast": "None"}
 
 
-def save(run: Run, value: float, best: Best | None = None) -> None:
-    run.save_last({"step": 1, "weights": torch.tensor([value])}, best or Best("max", 1))
+def new_run(path: Path, **same: object) -> Run:
+    return Run(path, CONFIG, SAME | same, {"device": "cpu"})
+
+
+class Weight:
+    """The least that a checkpoint can hold."""
+
+    def __init__(self, value: float):
+        self.value = torch.tensor([value])
+
+    def state_dict(self) -> dict:
+        return {"value": self.value}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.value = state["value"]
+
+
+def save(run: Run, value: float) -> None:
+    run.save_last({"model": Weight(value)})
+
+
+def restore(run: Run) -> bool:
+    return run.restore({"model": Weight(0.0)})
 
 
 def test_a_run_is_saved_and_resumed(tmp_path):
     run = new_run(tmp_path / "run")
-    best = Best("max", 3)
-    assert run.load_last(best) is None
-    run.log({"event": "step", "step": 1, "norm": float("inf")})
-    best.update(0.5, 1, 1)
-    save(run, 7.0, best)
-    run.log({"step": 2})  # after the save: a resumed run writes this line again
+    state = {"model": Weight(7.0), "best": Best("max", 3), "progress": Progress()}
+    assert not run.restore(state)
+    run.log({"event": "evaluation", "step": 1, "norm": float("inf")})
+    state["best"].update(0.5, 1, 1)
+    state["progress"].start()
+    state["progress"].add_step(3.0, 2, 10, skipped=True)
+    run.save_last(state)
+    run.log({"event": "evaluation", "step": 2})  # after the save: a resumed run writes this line again
     run.close()
 
-    run, best = new_run(tmp_path / "run"), Best("max", 3)
-    assert run.load_last(best)["weights"].item() == 7.0
-    assert (best.score, best.epoch) == (0.5, 1)
-    assert run.history() == [{"event": "step", "step": 1, "norm": None}]
-    assert run_results(run.path, CONFIG) is None
-    run.finish({"best": 0.5})
-    assert run_results(run.path, CONFIG) == {"best": 0.5}
+    run = new_run(tmp_path / "run")
+    again = {"model": Weight(0.0), "best": Best("max", 3), "progress": Progress()}
+    assert run.restore(again) and again["model"].value.item() == 7.0
+    assert again["best"] == state["best"] and again["progress"] == state["progress"]
+    assert run.evaluations() == [{"event": "evaluation", "step": 1, "norm": None}]
+    assert read_results(run.path, CONFIG) is None
+    results = run.finish("f1", again["best"], again["progress"], test=None)
+    assert read_results(run.path, CONFIG) == results
+    assert (results["best"], results["epoch"], results["test"], results["split"]) == (0.5, 1, None, "validation")
+
+
+def test_a_finished_run_is_not_begun_again_and_is_opened_for_evaluation(tmp_path):
+    run, progress = new_run(tmp_path / "run"), Progress()
+    progress.start()
+    progress.add_step(1.0, 1, 1)
+    run.finish("f1", Best("max", 3), progress)
+    with pytest.raises(UserError, match="was finished by another process meanwhile"):
+        new_run(tmp_path / "run")
+    run = Run(tmp_path / "run", None, {"data_sha256": "abc"})
+    assert run.settings == CONFIG and run.results["metric"] == "f1"
     run.close()
+
+
+def test_what_must_be_the_same_is_compared_by_name(tmp_path):
+    new_run(tmp_path / "run").close()
+    with pytest.raises(UserError, match=r"rows.*: data_sha256 was abc, is abd; autocast was None, is bf16\. Bring"):
+        new_run(tmp_path / "run", data_sha256="abd", autocast="bf16")
+    with pytest.raises(UserError, match="data_sha256 was abc, is x"):
+        Run(tmp_path / "run", None, {"data_sha256": "x"})
+    new_run(tmp_path / "run").close()
+
+
+def test_another_versions_run_is_not_resumed_but_its_results_stand(tmp_path):
+    run = new_run(tmp_path / "run")
+    run.close()
+    content = read_run(run.path)
+    assert content["format"] == FORMAT
+    older = {"config": CONFIG | {"gone": 1}, "environment": content["environment"]}
+    write_json(run.path / "config.json", older)
+    with pytest.raises(UserError, match="was begun by another version, which can finish it"):
+        new_run(run.path)
+    write_json(run.path / "results.json", {"best": 0.5})
+    assert read_results(run.path, CONFIG | {"added": 2}) == {"best": 0.5}
+    with pytest.raises(UserError, match=r"learning_rate 0\.1 there, 9 here\. Give"):
+        read_results(run.path, CONFIG | {"learning_rate": 9})
+    Run(run.path, None, {"data_sha256": "abc"}).close()
+
+
+def test_only_the_writing_process_locks_and_writes(tmp_path):
+    run = new_run(tmp_path / "run")
+    other = Run(tmp_path / "run", CONFIG, SAME, writes=False)
+    before = {path.name: path.read_bytes() for path in run.path.iterdir()}
+    other.log({"event": "step"})
+    other.save_best(lambda folder: (folder / "weights").write_text("1", encoding="utf-8"))
+    other.save_last({"model": Weight(1.0)})
+    assert {path.name: path.read_bytes() for path in run.path.iterdir()} == before
+    run.log({"event": "step"})
+    save(run, 3.0)
+    state = {"model": Weight(0.0)}
+    assert other.restore(state) and state["model"].value.item() == 3.0
+    run.close()
+
+
+def test_adapters_alone_are_kept(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1))
+    model[0].requires_grad_(False)
+    trained = TrainedParameters(model)
+    assert trained.state_dict().keys() == {"1.weight", "1.bias"}
+    trained.load_state_dict({"1.weight": torch.ones(1, 3), "1.bias": torch.zeros(1)})
+    assert model[1].weight.tolist() == [[1.0, 1.0, 1.0]]
+    for wrong in ({"1.weight": torch.ones(1, 3)}, {"1.weight": torch.ones(1, 2), "1.bias": torch.zeros(1)}):
+        with pytest.raises(RuntimeError):
+            trained.load_state_dict(wrong)
+
+
+def test_progress_counts_by_hand(monkeypatch):
+    clock = iter([10.0, 12.0, 15.0, 100.0, 101.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    progress = Progress()
+    progress.start()
+    progress.add_step(6.0, 3, 100)  # 2 s
+    assert progress.mean_loss() == 2.0 and progress.examples == 0
+    progress.end_epoch()
+    progress.add_time()  # an evaluation of 3 s
+    progress.start()
+    progress.add_step(1.0, 1, 20, skipped=True)  # 1 s
+    assert (progress.step, progress.epoch, progress.step_in_epoch, progress.skipped_steps) == (2, 1, 1, 1)
+    assert (progress.seconds, progress.train_seconds, progress.tokens_per_second) == (6.0, 3.0, 40.0)
 
 
 def test_another_config_is_refused_with_its_fields(tmp_path):
     new_run(tmp_path / "run").close()
-    with pytest.raises(RunError, match=r"learning_rate 0.1 there, 0.2 here; seed 'absent' there, 1 here\. Give"):
-        Run(tmp_path / "run", {"learning_rate": 0.2, "model": "tiny", "seed": 1}, {})
+    with pytest.raises(UserError, match=r"learning_rate 0.1 there, 0.2 here; seed 'absent' there, 1 here\. Give"):
+        Run(tmp_path / "run", {"learning_rate": 0.2, "model": "tiny", "seed": 1}, SAME)
 
 
 def test_a_foreign_folder_is_refused_and_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine", encoding="utf-8")
-    with pytest.raises(RunError, match=r"thesis\.txt"):
+    with pytest.raises(UserError, match=r"thesis\.txt"):
         new_run(tmp_path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.txt"]
 
@@ -213,7 +315,7 @@ def test_a_foreign_folder_is_refused_and_left_alone(tmp_path):
 @pytest.mark.parametrize("damage", ["truncate", "name", "tensor", "empty", "foreign", "other config"])
 def test_a_bad_checkpoint_is_refused_by_name(tmp_path, damage):
     run = new_run(tmp_path / "run")
-    run.log({"step": 1})
+    run.log({"event": "step", "step": 1})
     save(run, 1.0)
     path = run.path / "last.pt"
     content = path.read_bytes()
@@ -231,8 +333,8 @@ def test_a_bad_checkpoint_is_refused_by_name(tmp_path, damage):
         torch.save({"weights": torch.zeros(1)}, path)
     else:
         torch.save(torch.load(path) | {"config": {"learning_rate": 9}}, path)
-    with pytest.raises(RunError, match=r"last\.pt"):
-        run.load_last(Best("max", 1))
+    with pytest.raises(UserError, match=r"last\.pt"):
+        restore(run)
     run.close()
 
 
@@ -243,19 +345,19 @@ def test_a_pickle_is_never_run(tmp_path):
 
     run = new_run(tmp_path / "run")
     torch.save({"weights": Attack()}, run.path / "last.pt")
-    with pytest.raises(RunError, match=r"last\.pt"):
-        run.load_last(Best("max", 1))
+    with pytest.raises(UserError, match=r"last\.pt"):
+        restore(run)
     assert not (tmp_path / "pwned").exists()
     run.close()
 
 
 def test_lost_metrics_are_named(tmp_path):
     run = new_run(tmp_path / "run")
-    run.log({"step": 1})
+    run.log({"event": "step", "step": 1})
     save(run, 1.0)
     (run.path / "metrics.jsonl").write_bytes(b"")
-    with pytest.raises(RunError, match=r"metrics\.jsonl is shorter"):
-        run.load_last(Best("max", 1))
+    with pytest.raises(UserError, match=r"metrics\.jsonl is shorter"):
+        restore(run)
     run.close()
 
 
@@ -267,7 +369,7 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_no_other(tmp_path):
         temporary.write_text("half", encoding="utf-8")
         raise OSError("No space left on device")
 
-    with pytest.raises(RunError, match="No space left"):
+    with pytest.raises(UserError, match="No space left"):
         write_atomically(path, fail)
     assert path.read_text(encoding="utf-8") == "old"
     assert list(tmp_path.iterdir()) == [path]
@@ -275,7 +377,7 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_no_other(tmp_path):
 
 def test_best_is_swapped_whole_and_survives_a_failure(tmp_path):
     run = new_run(tmp_path / "run")
-    with pytest.raises(RunError, match="no trained model"):
+    with pytest.raises(UserError, match="no trained model"):
         best_folder(run.path)
     run.save_best(lambda folder: (folder / "weights").write_text("1", encoding="utf-8"))
     run.save_best(lambda folder: (folder / "weights").write_text("2", encoding="utf-8"))
@@ -284,7 +386,7 @@ def test_best_is_swapped_whole_and_survives_a_failure(tmp_path):
         (folder / "weights").write_text("half", encoding="utf-8")
         raise OSError("No space left on device")
 
-    with pytest.raises(RunError, match="No space left"):
+    with pytest.raises(UserError, match="No space left"):
         run.save_best(fail)
     assert (best_folder(run.path) / "weights").read_text(encoding="utf-8") == "2"
     assert sorted(entry.name for entry in run.path.iterdir()) == [".lock", "best", "config.json"]
@@ -306,40 +408,42 @@ FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path
 import torch
-from common.checkpoint import Best, Run, RunError
+from common.checkpoint import UserError
+from common.checkpoint.run import Run
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 run = Run(Path(sys.argv[1]), {"a": 1}, {})
 run.log({"step": 1})
-run.save_last({"weights": torch.zeros(10)}, Best("max", 1))
+layer = torch.nn.Linear(1000, 1000)
+run.save_last({"layer": torch.nn.Linear(1, 1)})
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:
-    run.save_last({"weights": torch.ones(1_000_000)}, Best("max", 1))
-except RunError as error:
+    run.save_last({"layer": layer})
+except UserError as error:
     print("refused:", error)
-print(run.load_last(Best("max", 1))["weights"].sum().item(), sorted(p.name for p in run.path.iterdir()))
+print(run.restore({"layer": torch.nn.Linear(1, 1)}), sorted(p.name for p in run.path.iterdir()))
 resource.setrlimit(resource.RLIMIT_FSIZE, (20, 100_000))
 try:
     run.log({"step": 2})
-except RunError as error:
+except UserError as error:
     print("refused:", error)
 """
 
 
-@pytest.mark.skipif(checkpoint.resource is None, reason="file size limits are POSIX")
+@pytest.mark.skipif(environment.resource is None, reason="file size limits are POSIX")
 def test_a_full_disk_costs_no_saved_state(tmp_path):
     command = [sys.executable, "-c", FULL_DISK, str(tmp_path / "run")]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "refused: could not write" in result.stdout
-    assert "0.0 ['.lock', 'config.json', 'last.pt', 'metrics.jsonl']" in result.stdout
+    assert "True ['.lock', 'config.json', 'last.pt', 'metrics.jsonl']" in result.stdout
     assert f"refused: could not write {tmp_path / 'run' / 'metrics.jsonl'} (" in result.stdout
 
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from common.checkpoint import Run
-run = Run(Path(sys.argv[1]), {"learning_rate": 0.1, "model": "tiny"}, {})
+from common.checkpoint.run import Run
+run = Run(Path(sys.argv[1]), {"learning_rate": 0.1, "model": "tiny"}, {"data_sha256": "abc", "autocast": "None"})
 print("held", flush=True)
 time.sleep(600)
 """
@@ -349,39 +453,39 @@ def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path):
     command = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(RunError, match="another process"):
+        with pytest.raises(UserError, match="another process"):
             new_run(tmp_path / "run")
         holder.kill()
     new_run(tmp_path / "run").close()
 
 
-def test_a_file_is_no_run_folder_and_a_half_line_no_history(tmp_path):
+def test_a_file_is_not_a_run_folder_and_a_half_line_not_a_history(tmp_path):
     (tmp_path / "file").write_text("mine", encoding="utf-8")
-    with pytest.raises(RunError, match="is a file, not a run folder"):
+    with pytest.raises(UserError, match="is a file, not a run folder"):
         new_run(tmp_path / "file")
     run = new_run(tmp_path / "run")
     (run.path / "metrics.jsonl").write_text('{"step": 1}\n{"st', encoding="utf-8")
-    with pytest.raises(RunError, match=r"metrics\.jsonl cannot be read"):
-        run.history()
+    with pytest.raises(UserError, match=r"metrics\.jsonl cannot be read"):
+        run.evaluations()
     for line in ("{}", "[1]"):
         (run.path / "metrics.jsonl").write_text(f'{{"event": "step"}}\n{line}\n', encoding="utf-8")
-        with pytest.raises(RunError, match=r"metrics\.jsonl, line 2: no run writes"):
-            run.history()
+        with pytest.raises(UserError, match=r"metrics\.jsonl, line 2: no run writes"):
+            run.evaluations()
     run.close()
 
 
 def test_a_run_tells_what_it_was_begun_in_and_a_file_that_cannot_be_read_is_not_called_damaged(tmp_path):
     run = new_run(tmp_path / "run")
     run.close()
-    assert begun_in(run.path) == run.environment
+    assert read_run(run.path)["environment"] == SAME | {"device": "cpu"}
     (run.path / "last.pt").mkdir()
-    with pytest.raises(RunError, match=r"last\.pt cannot be read: ") as error:
-        run.load_last(Best("max", 0))
+    with pytest.raises(UserError, match=r"last\.pt cannot be read: ") as error:
+        restore(run)
     assert "delete" not in str(error.value)
-    for environment in ({}, {"environment": None}, {"environment": [1]}):
-        write_json(run.path / "config.json", {"config": CONFIG} | environment)
-        with pytest.raises(RunError, match=r"config\.json holds no environment"):
-            begun_in(run.path)
+    for wrong in ({}, {"environment": None}, {"environment": [1]}):
+        write_json(run.path / "config.json", {"config": CONFIG} | wrong)
+        with pytest.raises(UserError, match=r"config\.json is not a run's config"):
+            read_run(run.path)
 
 
 def test_json_of_a_run_is_strict(tmp_path):
@@ -401,21 +505,24 @@ def test_a_signal_is_noted_once_and_handlers_come_back():
 
 
 PEAK = """
-from common.checkpoint import peak_memory_bytes
-before = peak_memory_bytes("cpu")
+import torch
+from common.checkpoint.environment import peak_memory_bytes
+before = peak_memory_bytes(torch.device("cpu"))
 block = bytearray(b"x" * 300_000_000)
-print(before, peak_memory_bytes("cpu"))
+print(before, peak_memory_bytes(torch.device("cpu")))
 """
 
 
-@pytest.mark.skipif(checkpoint.resource is None, reason="Windows has no such count without another package")
+@pytest.mark.skipif(environment.resource is None, reason="Windows has no such count without another package")
 def test_peak_memory_is_this_processs_own():
     ballast = bytearray(b"x" * 1_500_000_000)  # of the process that starts the measured one
     out = subprocess.run([sys.executable, "-c", PEAK], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     before, after = map(int, out.split())
     assert after - before > 290_000_000 and after < len(ballast)
-    own = peak_memory_bytes("cpu")
-    assert peak_memory_bytes("cpu", 10**15) == 10**15 and peak_memory_bytes("cpu", 1) >= own > 1
+    resumed = [Progress(peak_memory_bytes=earlier) for earlier in (10**15, 1)]  # the larger of two processes counts
+    for progress in resumed:
+        progress.note_memory(torch.device("cpu"))
+    assert resumed[0].peak_memory_bytes == 10**15 > resumed[1].peak_memory_bytes > 1
 
 
 def test_correlations_are_those_of_values_and_of_ranks():

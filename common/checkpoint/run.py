@@ -229,14 +229,18 @@ class Run:
         self.settings = read_run(path)["config"] if settings is None else settings
         if not writes:
             return
-        self.results = read_results(path, self.settings)
+        read_results(path, self.settings)  # before anything is written
         path.mkdir(parents=True, exist_ok=True)
         self.lock()
         self.results = read_results(path, self.settings)  # again: another process may have been here before the lock
         if not (path / "config.json").exists():
             content = {"format": FORMAT, "config": self.settings, "environment": {**(info or {}), **same}}
             write_json(path / "config.json", content)
-        self.compare(same, resumes=settings is not None)
+        try:
+            self.compare(same, resumes=settings is not None)
+        except UserError:
+            self.close()
+            raise
         best, old = path / "best", path / "best.old"
         if old.exists() and not best.exists():  # killed between the two renames of a swap
             old.rename(best)

@@ -14,8 +14,10 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from common.checkpoint import UserError
+from common.checkpoint.pretrained import check_ids
 from common.seed import epoch_generator
-from embeddings.config import Config, UserError
+from embeddings.config import Config
 from embeddings.dataset import Triplet
 
 TOKENIZED_TEXTS = 10_000  # at a time
@@ -57,6 +59,7 @@ def tokenize(
     for first in tqdm(firsts, desc="tokenizing", leave=False, disable=None if progress else True):
         block = list(texts[first : first + TOKENIZED_TEXTS])
         input_ids = tokenizer(block, truncation=True, max_length=config.max_length)["input_ids"]
+        check_ids(input_ids, tokenizer, lambda row, block=block: f"the text {block[row][:60]!r}")
         ids = np.fromiter(chain.from_iterable(input_ids), np.int32)
         blocks.append(ids.astype(np.uint16) if ids.max(initial=0) < 2**16 else ids)
         lengths.extend(map(len, input_ids))

@@ -39,6 +39,7 @@ from sentence_transformers.sentence_transformer.losses import CachedMultipleNega
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
 
 from common.checkpoint import environment, peak_memory_bytes
 from embeddings.batching import Rows, epoch_batches, tokenize_rows
@@ -235,7 +236,7 @@ def peak_memory(side: str, config: Config) -> str:
     """MB of one step in a fresh process, or that it does not fit. Raises UserError."""
     step = import_module("embeddings.bench").step_bytes  # by its module's name, which a new process can import
     try:
-        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        with ProcessPoolExecutor(1, get_context("spawn"), disable_progress_bar) as pool:
             return f"{pool.submit(step, side, config).result() / 1e6:.0f}"
     except BrokenProcessPool:  # killed by the system
         return "does not fit"

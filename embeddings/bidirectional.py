@@ -6,15 +6,14 @@ T tokens, D hidden
 from itertools import pairwise
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 
 CHECK_TOKENS = 6  # real tokens of the self-check: few enough to lie inside every sliding window in use
 LAYOUTS = {"no": (0, 0), "left": (3, 0), "right": (0, 3)}  # padding tokens of the self-check, before and after
 
 
-def make_bidirectional(model: PreTrainedModel) -> PreTrainedModel:
+def make_bidirectional(model: nn.Module) -> nn.Module:
     """Let every token of a decoder (Gemma 1, 2, 3, Llama-like) see every real token; checked, and returned.
 
     Sliding layers see |i - j| <= sliding_window. Raises RuntimeError where the built model does not do what it should.
@@ -34,7 +33,7 @@ def make_bidirectional(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def check_bidirectional(model: PreTrainedModel) -> None:
+def check_bidirectional(model: nn.Module) -> None:
     """Raise RuntimeError unless every layer, with padding on either side or none, lets information flow as it should.
 
     And unless the states of the real tokens are the same with and without padding.
@@ -51,7 +50,7 @@ def check_bidirectional(model: PreTrainedModel) -> None:
 
 
 @torch.enable_grad()
-def check_layers(model: PreTrainedModel, side: str, before: int, after: int) -> Tensor:
+def check_layers(model: nn.Module, side: str, before: int, after: int) -> Tensor:
     """The final states (CHECK_TOKENS, D) of the real tokens, after the check of each layer's dependencies.
 
     Layer by layer, on the gradient of its output with respect to its own input, so that one bidirectional layer cannot

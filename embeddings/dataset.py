@@ -13,7 +13,8 @@ from typing import Annotated, NamedTuple, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ValidationError
 
-from embeddings.config import ROOT, Config, UserError
+from common.checkpoint import ROOT, UserError
+from embeddings.config import Config
 
 
 class Triplet(NamedTuple):
@@ -171,6 +172,11 @@ def load_splits(config: Config) -> Splits:
                 "too (its letters do); `python embeddings/prepare.py --nli train.jsonl --sts ...` removes such rows"
             )
     return splits
+
+
+def pair_texts(pairs: list[Pair]) -> list[str]:
+    """All first sentences, then all second ones."""
+    return [pair.sentence1 for pair in pairs] + [pair.sentence2 for pair in pairs]
 
 
 def repeated_in_test(splits: Splits) -> int:

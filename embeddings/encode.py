@@ -25,9 +25,11 @@ if not __package__:  # run as a script: import from the repository root, not fro
 import numpy as np
 from tqdm import tqdm
 
-from common.checkpoint import flush
-from embeddings.config import Config, UserError, run_script
+from common.checkpoint import UserError
+from common.checkpoint.files import flush
 from embeddings.batching import tokenize
+from embeddings.cli import run_script
+from embeddings.config import Config
 from embeddings.model import embed_tokens, load_embedder
 
 BLOCK = 10_000  # lines that are sorted by length, encoded and written together

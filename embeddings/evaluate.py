@@ -18,17 +18,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.checkpoint import Run, RunError, best_folder, write_text
-from common.metrics import correlation_metrics
-from embeddings.config import Config, UserError, run_path, run_script, saved_config
-from embeddings.dataset import Pair, Splits, fingerprint, load_splits
-from embeddings.model import embed_texts, load_embedder
+from common.checkpoint import UserError
+from common.checkpoint.files import write_text
+from common.checkpoint.run import Run, best_folder
+from embeddings.batching import Tokens
+from embeddings.cli import run_path, run_script
+from embeddings.config import Config
+from embeddings.dataset import Pair, Splits, fingerprint, load_splits, pair_texts
+from embeddings.model import Embedder, embed_texts, embed_tokens, load_embedder
+from embeddings.parallel import Processes, all_reduce
 from embeddings.report import report
-
-
-def pair_texts(pairs: list[Pair]) -> list[str]:
-    """All first sentences, then all second ones."""
-    return [pair.sentence1 for pair in pairs] + [pair.sentence2 for pair in pairs]
 
 
 def correlation(vectors: Tensor, pairs: list[Pair]) -> tuple[dict, np.ndarray]:
@@ -36,6 +35,8 @@ def correlation(vectors: Tensor, pairs: list[Pair]) -> tuple[dict, np.ndarray]:
 
     Raises UserError where vectors are not finite or all the same.
     """
+    from common.metrics import correlation_metrics  # scikit-learn takes a second
+
     if not torch.isfinite(vectors).all():
         raise UserError("the vectors are not finite: a lower learning_rate, or amp bf16 or off, may help")
     first, second = vectors.double().chunk(2)
@@ -45,25 +46,29 @@ def correlation(vectors: Tensor, pairs: list[Pair]) -> tuple[dict, np.ndarray]:
     return correlation_metrics([pair.score for pair in pairs], cosines.tolist()), cosines
 
 
-def check_data(run: Run, splits: Splits, config: Config) -> None:
-    """Refuse to go on with, or to score, other rows than a run began with: training rows could become test rows."""
-    if run.environment.get("data_sha256") != fingerprint(splits):
-        raise RunError(f"{config.data_dir} does not hold the rows that {run.path} was begun with: bring them back")
+def validate(
+    model: Embedder, tokens: Tokens, pairs: list[Pair], pad_token_id: int, config: Config, processes: Processes
+) -> dict:
+    """The correlations on sts-dev.csv, which choose the step; each process embeds its share of the texts."""
+    vectors = torch.zeros(2 * len(pairs), model.encoder.config.hidden_size)
+    own = np.arange(len(vectors))[processes.rank :: processes.world]
+    vectors[own] = embed_tokens(model, tokens, own, pad_token_id, config)
+    return correlation(all_reduce(vectors, processes), pairs)[0]
 
 
 def evaluate_run(run: Run, splits: Splits, config: Config) -> dict:
     """Scores of the best model on validation and test; writes predictions/ and report.md into the run."""
     model, tokenizer = load_embedder(config)
     (run.path / "predictions").mkdir(exist_ok=True)
-    scores = {}
-    for name, pairs in (("validation", splits.validation), ("test", splits.test)):
-        if pairs:
+    scores: dict = {"validation": None, "test": None}
+    for name in scores:
+        if pairs := getattr(splits, name):
             vectors = torch.from_numpy(embed_texts(model, tokenizer, pair_texts(pairs), config))
             scores[name], cosines = correlation(vectors, pairs)
             rows = [pair._asdict() | {"cosine": round(float(cosine), 6)} for pair, cosine in zip(pairs, cosines)]
             lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
             write_text(run.path / "predictions" / f"{name}_predictions.jsonl", "".join(lines))
-    write_text(run.path / "report.md", report(scores, splits, run.history(), config))
+    write_text(run.path / "report.md", report(scores, splits, run.evaluations(), config))
     return scores
 
 
@@ -73,16 +78,15 @@ def main(config: Config, sts: list[str], beir: list[str], base: bool) -> None:
 
         print(evaluate_files(config, base, sts, beir))
         return
-    path = run_path(config)
     if base:
         raise UserError("--base goes with --sts or --beir; on sts-dev.csv the base's score is step 0 of report.md")
+    path = run_path(config)
     best_folder(path)  # before the lock: where there is no run, none is made
     splits = load_splits(config)
-    run = Run(path, saved_config(path / "config.json"), {})
-    check_data(run, splits, config)
+    run = Run(path, None, {"data_sha256": fingerprint(splits)})
     evaluate_run(run, splits, config)
-    print((path / "report.md").read_text(encoding="utf-8"))
     run.close()
+    print((path / "report.md").read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
 from mteb.abstasks.task_metadata import TaskMetadata
 from pydantic import BaseModel, Field
 
-from embeddings.config import Config, UserError
+from common.checkpoint import UserError
+from embeddings.config import Config
 from embeddings.dataset import Text, parse_row, read_lines, read_pairs
 from embeddings.mteb_encoder import run_tasks, score_rows, score_table
 
@@ -104,15 +105,13 @@ def read_texts(path: Path, schema: type[Document] | type[Query]) -> dict[str, di
 
 def read_qrels(path: Path, queries: dict, corpus: dict) -> dict[str, dict[str, int]]:
     """Query id -> document id -> relevance. Raises UserError naming file and line, also for an unknown id."""
-    qrels, header = {}, None
-    for number, line in read_lines(path):
+    qrels, lines = {}, read_lines(path)
+    number, header = next(lines, (1, ""))
+    if header.split("\t") != QRELS_HEADER:
+        expected = f"{' '.join(QRELS_HEADER)} with tabs between"
+        raise UserError(f"{path}, line {number}: the header is {header[:60]!r}, expected {expected}")
+    for number, line in lines:
         fields = line.split("\t")
-        if header is None:
-            header = fields
-            if header != QRELS_HEADER:
-                expected = f"{' '.join(QRELS_HEADER)} with tabs between"
-                raise UserError(f"{path}, line {number}: the header is {line[:60]!r}, expected {expected}")
-            continue
         if len(fields) != 3:
             raise UserError(f"{path}, line {number}: {len(fields)} fields, expected 3 with tabs between: {line[:60]!r}")
         query, document, relevance = fields
@@ -148,7 +147,7 @@ def retrieval_task(folder: str) -> LocalRetrieval:
 def evaluate_files(config: Config, base: bool, sts: list[str], beir: list[str]) -> str:
     """A Markdown table of the files' scores: the run's, or with base those of its model without the adapter.
 
-    MAP is trec_eval's over the first 1000 documents. Raises UserError and RunError.
+    MAP is trec_eval's over the first 1000 documents. Raises UserError.
     """
     tasks: list[AbsTask] = [*map(sts_task, sts), *map(retrieval_task, beir)]
     results = run_tasks(config, base, tasks)

@@ -9,9 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 
-from common.checkpoint import write_json
+from common.checkpoint.files import write_json
 
 
 class LoRALinear(nn.Module):
@@ -43,7 +42,7 @@ class LoRALinear(nn.Module):
         return linear
 
 
-def add_adapters(model: PreTrainedModel, targets: str, rank: int, alpha: float, dropout: float = 0.0) -> None:
+def add_adapters(model: nn.Module, targets: str, rank: int, alpha: float, dropout: float = 0.0) -> None:
     """Freeze a model and put an adapter on each nn.Linear whose own name is among targets, or on all (all-linear).
 
     BERT's pooler, which no pooling here uses, stays as it is. Raises RuntimeError where a target is nowhere.

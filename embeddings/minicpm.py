@@ -18,6 +18,7 @@ import json
 import math
 import shutil
 import sys
+from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
 
 if not __package__:  # run as a script: import from the repository root, not from this folder
@@ -30,8 +31,9 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, LlamaConfig, LlamaModel
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from common.checkpoint import flush
-from embeddings.config import ConfigParser, HelpFormatter, UserError, shown
+from common.checkpoint import UserError
+from common.checkpoint.files import flush
+from embeddings.cli import Parser, displayed
 
 SHARD_SIZE = "5GB"  # of one file of weights
 TOKENIZER = ("tokenizer.json", "tokenizer.model")  # one at least
@@ -150,7 +152,7 @@ def main(source: Path, target: Path) -> None:
     """Raises UserError; target is then as it was."""
     minicpm = read_config(source)
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise UserError(f"{shown(target)} exists and is not an empty folder: name another DST")
+        raise UserError(f"{displayed(target)} exists and is not an empty folder: name another DST")
     model = load_llama(source, minicpm)
     fold_scales(model, minicpm.scale_emb, minicpm.scale_depth)
 
@@ -166,17 +168,17 @@ def main(source: Path, target: Path) -> None:
             target.rmdir()  # Windows does not rename to a folder that is there
         temporary.rename(target)
     except SafetensorError as error:  # a full disk
-        raise UserError(f"{shown(target)} could not be written: {error}") from error
+        raise UserError(f"{displayed(target)} could not be written: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     flush(target.parent)
     dtype = str(model.dtype).removeprefix("torch.")
-    print(f"written: a Llama of {model.num_parameters():,} parameters ({dtype}) in {shown(target)}")
+    print(f"written: a Llama of {model.num_parameters():,} parameters ({dtype}) in {displayed(target)}")
 
 
 def run(argv: list[str] | None = None) -> int:
     """Parse the command line and convert; what the user can mend is one line on stderr. Returns the exit status."""
-    parser = ConfigParser(description=__doc__, allow_abbrev=False, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("SRC", type=Path, help="folder of MiniCPM-2B as it was downloaded")
     parser.add_argument("DST", type=Path, help="folder to be made, for --model")
     arguments = parser.parse_args(argv)

@@ -32,9 +32,12 @@ from mteb.types import PromptType
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
-from common.checkpoint import RunError, read_json, write_text
-from embeddings.config import Config, UserError, run_path, shown
-from embeddings.model import Embedder, autocast_dtype, embed_texts, load_embedder
+from common.checkpoint import UserError
+from common.checkpoint.environment import autocast_dtype
+from common.checkpoint.files import read_json, write_text
+from embeddings.cli import displayed, run_path
+from embeddings.config import Config
+from embeddings.model import Embedder, embed_texts, load_embedder
 from embeddings.report import table
 
 LOADED_TEXTS = 1000  # that mteb's loader hands over at a time; embed_texts sorts and batches them anew
@@ -92,13 +95,13 @@ def revision(model: Embedder, tokenizer: PreTrainedTokenizerFast, config: Config
 def results_folder(config: Config, base: bool) -> Path:
     """Where mteb keeps results: in the run's folder, or in one beside it for a base model without a run.
 
-    Raises RunError where there is no run to evaluate.
+    Raises UserError where there is no run to evaluate.
     """
     run = run_path(config)
     if (run / "config.json").exists():
         return run / "mteb"
     if not base:
-        raise RunError(f"{run} holds no run: train first, name a run with --run_dir, or give --base")
+        raise UserError(f"{run} holds no run: train first, name a run with --run_dir, or give --base")
     return run.with_name(f"base-{run.name}") / "mteb"
 
 
@@ -137,7 +140,7 @@ def run_tasks(config: Config, base: bool, tasks: list[AbsTask]) -> ModelResult:
 def score_rows(results: ModelResult, tasks: list[AbsTask], metrics: dict[str, str]) -> list[list]:
     """[task, subset, split, metric, score] of each metric (mteb's name -> the name to print) that a task has.
 
-    Raises RunError for a score that is not finite.
+    Raises UserError for a score that is not finite.
     """
     rows = []
     for task, result in zip(tasks, results.task_results):
@@ -146,7 +149,7 @@ def score_rows(results: ModelResult, tasks: list[AbsTask], metrics: dict[str, st
         part = f"mean of {len(task.metadata.tasks)}" if isinstance(task, AbsTaskAggregate) else subset
         for metric, name in metrics.items():
             if not math.isfinite(scores.get(metric, 0.0)):
-                raise RunError(f"{task.metadata.name}: {metric} is {scores[metric]}: are all vectors alike?")
+                raise UserError(f"{task.metadata.name}: {metric} is {scores[metric]}: are all vectors alike?")
             if metric in scores:
                 rows.append([task.metadata.name, part, split, name, scores[metric]])
     return rows
@@ -181,4 +184,4 @@ def report_tasks(
         lines.append(f"- average of {label}: {value}")
     path = results_folder(config, base) / f"{file}{'-base' * base}.md"
     write_text(path, "\n".join(lines) + "\n")
-    return "\n".join([*lines, "", f"written: {shown(path)}"])
+    return "\n".join([*lines, "", f"written: {displayed(path)}"])

@@ -16,7 +16,8 @@ if not __package__:  # run as a script: import from the repository root, not fro
 
 import mteb
 
-from embeddings.config import Config, run_script
+from embeddings.cli import run_script
+from embeddings.config import Config
 from embeddings.mteb_encoder import report_tasks
 
 ENGLISH = {"STS17": ["en-en"], "STS22": ["en"]}  # of several languages

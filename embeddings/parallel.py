@@ -5,15 +5,17 @@
 
 import os
 import sys
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from embeddings.config import UserError
-from embeddings.model import pick_device
+from common.checkpoint import UserError
+from common.checkpoint.environment import pick_device
+
+Made = TypeVar("Made")
 
 
 class Processes(NamedTuple):
@@ -49,17 +51,27 @@ def end_processes() -> None:
         dist.destroy_process_group()
 
 
-def broadcast(value, processes: Processes):
-    """A small object of rank 0, in every process; those wait for it here."""
-    if processes.world == 1:
-        return value
-    values = [value]
-    dist.broadcast_object_list(values, src=0)
-    return values[0]
+def rank_0_first(make: Callable[[], Made], processes: Processes) -> Made:
+    """make() in rank 0, and then in the others; where it raises there, the others end without a word."""
+    refused = [False]
+    if processes.rank == 0:
+        try:
+            made = make()
+        except (UserError, OSError):
+            refused = [True]
+            raise
+        finally:
+            if processes.world > 1:
+                dist.broadcast_object_list(refused, src=0)
+        return made
+    dist.broadcast_object_list(refused, src=0)
+    if refused[0]:
+        sys.exit(1)
+    return make()
 
 
 def barrier(processes: Processes) -> None:
-    """Until every process is here."""
+    """Wait until every process is here."""
     if processes.world > 1:
         dist.barrier()
 
@@ -73,7 +85,7 @@ def all_reduce(tensor: Tensor, processes: Processes) -> Tensor:
     return tensor.cpu()
 
 
-def all_reduce_gradients(parameters: Iterable[nn.Parameter], processes: Processes) -> None:
+def all_reduce_gradients(parameters: list[nn.Parameter], processes: Processes) -> None:
     """Sum the parameters' gradients over the processes, in one message.
 
     Not DistributedDataParallel: processes cut their part of a batch into different numbers of chunks, and its forward

@@ -30,8 +30,10 @@ if not __package__:  # run as a script: import from the repository root, not fro
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from common.checkpoint import write_atomically, write_text
-from embeddings.config import ROOT, Config, UserError, run_script, shown
+from common.checkpoint import ROOT, UserError
+from common.checkpoint.files import write_atomically, write_text
+from embeddings.cli import displayed, run_script
+from embeddings.config import Config
 from embeddings.dataset import Triplet, decoded_lines, letters, normalize, parse_row, read_lines, read_pairs
 from embeddings.report import table
 
@@ -184,9 +186,9 @@ def group_by_premise(path: Path, pairs: Iterable[Row], counts: Counter) -> list[
             counts["empty text"] += 1
         else:
             premises.setdefault(premise.casefold(), {"first": (number, premise)}).setdefault(label, hypothesis)
-    both = [texts for texts in premises.values() if "entailment" in texts and "contradiction" in texts]
+    both = [each for each in premises.values() if "entailment" in each and "contradiction" in each]
     counts["premises without both hypotheses"] = len(premises) - len(both)
-    return [Triplet(texts["first"][1], texts["entailment"], texts["contradiction"], texts["first"][0]) for texts in both]
+    return [Triplet(each["first"][1], each["entailment"], each["contradiction"], each["first"][0]) for each in both]
 
 
 def filled_triplets(rows: Iterable[Row], counts: Counter) -> list[Triplet]:
@@ -272,12 +274,12 @@ def summary(sources: dict[Path, Source], rows: list[Triplet], in_sts: set) -> li
         columns.append([form, *(None if form in READY and name in of_pairs else counts[name] for name in COUNTS)])
     lines = [TITLE, "", *table(["source", *map(str, sources)], zip(*columns))]
 
-    kept, in_both = (sum(counts[name] for _, _, counts in sources.values()) for name in ("kept", "text of the STS files"))
-    if len(rows) < kept:
-        lines += [f"A pilot: {len(rows)} of the {kept} triplets that were kept.", ""]
+    total = sum((counts for _, _, counts in sources.values()), Counter())
+    if len(rows) < total["kept"]:
+        lines += [f"A pilot: {len(rows)} of the {total['kept']} triplets that were kept.", ""]
     if in_sts:
-        reason = f"{len(in_sts)} texts also stand in the STS files, so {in_both} triplets with them are not trained on"
-        lines += [f"Warning: {reason}.", ""]
+        dropped = f"{total['text of the STS files']} triplets with them are not trained on"
+        lines += [f"Warning: {len(in_sts)} texts also stand in the STS files, so {dropped}.", ""]
 
     lengths = []
     for key, texts in zip(KEYS, list(zip(*rows))[:3]):
@@ -291,14 +293,14 @@ def summary(sources: dict[Path, Source], rows: list[Triplet], in_sts: set) -> li
 def check_folder(folder: Path, sts: Path) -> None:
     """Raises UserError where the folder is the sample, or holds files that this script did not write."""
     if folder.is_relative_to(ROOT / "embeddings/sample"):
-        raise UserError(f"{shown(folder)} is the repository's own sample: give another --data_dir")
+        raise UserError(f"{displayed(folder)} is the repository's own sample: give another --data_dir")
     marker = folder / "summary.md"
     if marker.exists() and marker.read_text(encoding="utf-8", errors="replace").startswith(TITLE):
         return
     own = STS_FILES if folder.resolve() == sts.resolve() else ()  # files put there to be used stay as they are
     for name in ("summary.md", "train.jsonl", *STS_FILES):
         if (folder / name).exists() and name not in own:
-            raise UserError(f"{shown(folder / name)} was not written by prepare.py: give another --data_dir")
+            raise UserError(f"{displayed(folder / name)} was not written by prepare.py: give another --data_dir")
 
 
 def main(config: Config, nli: list[str], sts: str, num_rows: int) -> None:
@@ -322,7 +324,7 @@ def main(config: Config, nli: list[str], sts: str, num_rows: int) -> None:
     for name, content in contents.items():
         write_atomically(folder / name, lambda temporary, content=content: temporary.write_bytes(content))
     print(text)
-    print(f"written: train.jsonl, {', '.join(contents)} and summary.md in {shown(folder)}")
+    print(f"written: train.jsonl, {', '.join(contents)} and summary.md in {displayed(folder)}")
 
 
 if __name__ == "__main__":

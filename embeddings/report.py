@@ -41,8 +41,22 @@ def print_summary(splits: Splits, lengths: np.ndarray, anchors: np.ndarray, conf
     print("rows dropped: 0 (blank lines are skipped, a bad row ends the run)")
 
 
-def report(scores: dict[str, dict], splits: Splits, history: list[dict], config: Config) -> str:
-    """The readable evaluation. scores: of each split; history: the lines of metrics.jsonl."""
+def evaluation_line(step: int, scores: dict, better: bool) -> str:
+    """What is printed after an evaluation in training."""
+    figures = f"validation spearman {scores['spearman']:.4f} | pearson {scores['pearson']:.4f}"
+    return f"step {step} | {figures}{' | best' * better}"
+
+
+def last_line(results: dict, path: str) -> str:
+    """What a finished run prints last, and again when it is started once more."""
+    parts = [f"done | {results['split']} {results['metric']} {results['best']:.4f} (step {results['step']})"]
+    parts.append(f"{results['base']:.4f} without adapter")
+    parts += [f"test spearman {results['test']['spearman']:.4f}"] if results["test"] else []
+    return " | ".join([*parts, f"{results['seconds']:.0f} s", f"results in {path}"])
+
+
+def report(scores: dict[str, dict | None], splits: Splits, evaluations: list[dict], config: Config) -> str:
+    """report.md. scores: of each split; evaluations: those of metrics.jsonl."""
     lines = [f"# {config.model} on {config.data_dir}", ""]
     lines += ["Correlation of the cosine with people's scores. The step was chosen on validation: its row flatters."]
     lines += [f"These are of the model in best/ as it is saved, adapter merged, computed with amp {config.amp}."]
@@ -52,10 +66,9 @@ def report(scores: dict[str, dict], splits: Splits, history: list[dict], config:
     else:
         lines += ["There is no test split: no test figure.", ""]
     columns = ["pairs", "spearman", "pearson"]
-    rows = [[name, *(values[column] for column in columns)] for name, values in scores.items()]
+    rows = [[name, *(values[column] for column in columns)] for name, values in scores.items() if values]
     lines += table(["split", *columns], rows)
     columns = ["step", "epoch", "spearman", "pearson"]
-    evaluations = [record for record in history if record["event"] == "evaluation"]
     lines += ["## Steps (validation, before merging, as the step was chosen; 0: without adapter)", ""]
     lines += table(columns, [[record[column] for column in columns] for record in evaluations])
     return "\n".join(lines)

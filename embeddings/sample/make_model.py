@@ -27,6 +27,9 @@ HERE = Path(__file__).resolve().parent
 SEED, EPOCHS, BATCH_SIZE, LEARNING_RATE = 7, 5, 64, 4e-3
 SPECIAL_TOKENS = ["<pad>", "<bos>", "<eos>"]
 PAD, BOS, EOS = range(3)
+SHAPE = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 3, "max_position_embeddings": 512}
+SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True, "initializer_range": 0.05}
+SHAPE |= {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
 
 
 def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -44,31 +47,13 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="right", **names)
 
 
-def make_config(vocab_size: int) -> LlamaConfig:
-    """Llama's architecture with grouped heads."""
-    return LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=64,
-        intermediate_size=176,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        pad_token_id=PAD,
-        bos_token_id=BOS,
-        eos_token_id=EOS,
-        initializer_range=0.05,
-    )
-
-
 def main(folder: Path = HERE / "model") -> None:
     torch.manual_seed(SEED)
     texts = base_corpus()
     tokenizer = make_tokenizer(texts)
     rows = sorted(([*row, EOS] for row in tokenizer(texts)["input_ids"]), key=len)
     batches = [rows[start : start + BATCH_SIZE] for start in range(0, len(rows), BATCH_SIZE)]
-    model = LlamaForCausalLM(make_config(len(tokenizer)))
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **SHAPE))
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {sum(map(len, rows)):,} tokens")
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
     steps = EPOCHS * len(batches)

@@ -325,7 +325,7 @@ def make_search(rng: random.Random, taken: set[str], held_out: set[tuple]) -> tu
     while len(texts) < DOCUMENTS:
         texts.append(say(rng, draw_meaning(rng, 2)))
     rng.shuffle(texts)
-    documents, relevance = [], []
+    documents, relevance = [], [("query-id", "corpus-id", "score")]
     for number, text in enumerate(texts, 1):
         title = f"{text.words['object']} {'not ' * bool(text.meaning['not'])}{forms(text.words['action'])[2]}"
         note = f" {rng.choice(notes)}" if rng.random() < 0.5 else ""
@@ -416,21 +416,14 @@ def base_corpus(size: int = CORPUS_TEXTS) -> list[str]:
     return texts
 
 
-def make_files() -> dict[str, str]:
-    """The text of each file, by its path in the folder."""
-    rows, _ = make_rows()
-    qrels = [("query-id", "corpus-id", "score"), *rows["beir/qrels/test.tsv"]]
-    tables = {name: rows[name] for name in rows if name.endswith(".csv")} | {"beir/qrels/test.tsv": qrels}
-    files = {name: "".join("\t".join(map(str, row)) + "\n" for row in table) for name, table in tables.items()}
-    for name in rows.keys() - files.keys():
-        files[name] = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows[name])
-    return files
-
-
 def main(folder: Path = HERE) -> None:
-    for name, text in make_files().items():
+    for name, rows in make_rows()[0].items():
+        if name.endswith(".jsonl"):
+            lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+        else:
+            lines = ["\t".join(map(str, row)) for row in rows]
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text, encoding="utf-8", newline="\n")
+        (folder / name).write_text("".join(line + "\n" for line in lines), encoding="utf-8", newline="\n")
 
 
 if __name__ == "__main__":

@@ -169,6 +169,7 @@ def main(config: Config, pairs: int, rounds: int, layers: int, sides: list[str],
         print(f"{cpu} | {autocast_dtype(config.amp, device) or 'fp32'} | batch {config.batch_size} | {rounds} rounds")
 
         # Rounds; the first one warms up
+        pairs = len(load_splits(config, find_tokenizer(config))["train"].pairs)
         sides = [side for side in sides if find_spec("accelerate") or not side.startswith("Trainer")]
         seconds, counts = {side: [] for side in sides}, {}
         for number in range(rounds + 1):
@@ -178,15 +179,15 @@ def main(config: Config, pairs: int, rounds: int, layers: int, sides: list[str],
                     spent = run(side, config, config.seed + number, counts[side])
                 if number:
                     seconds[side].append(spent)
-                    print(f"{side}: {counts[side][0] / spent:.0f} tokens/s", flush=True)
+                    print(f"{side}: {pairs / spent:.2f} pairs/s", flush=True)
 
     rows = [[side, *["not run"] * 4] for side in SIDES if side not in sides]
     for side in sides:
-        speed = counts[side][0] / statistics.median(seconds[side])
+        speed = pairs / statistics.median(seconds[side])
         ratio = statistics.median(theirs / ours for ours, theirs in zip(seconds["ours"], seconds[side]))
         padding = 1 - counts[side][0] / counts[side][1]
-        rows.append([side, f"{speed:.0f}", f"{ratio:.2f}", f"{padding:.1%}", f"{peak_memory(side):.2f}"])
-    print("\n".join(table(["side", "tokens/s", "ours is faster by", "padding", "peak memory, GB"], rows)))
+        rows.append([side, f"{speed:.2f}", f"{ratio:.2f}", f"{padding:.1%}", f"{peak_memory(side):.2f}"])
+    print("\n".join(table(["side", "pairs/s", "ours is faster by", "padding", "peak memory, GB"], rows)))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import numpy as np
 from pydantic import ConfigDict, PositiveInt, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from common.checkpoint import RunError
+from common.checkpoint import UserError
 from evidence_spans.postprocess import Prediction, Span
 
 
@@ -34,16 +34,16 @@ class Decoding:
 
 
 def read_decoding(folder: Path) -> Decoding:
-    """How the model of a best folder turns logits into text. Raises RunError."""
+    """How the model of a best folder turns logits into text. Raises UserError."""
     path = folder / "decoding.json"
     try:
         return TypeAdapter(Decoding).validate_json(path.read_bytes())
     except OSError as error:
-        raise RunError(f"{path} cannot be read: {error}") from error
+        raise UserError(f"{path} cannot be read: {error}") from error
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"])) or "decoding"
-        raise RunError(f"{path}: {name} is {first['input']!r}, which no run writes: {first['msg']}") from error
+        raise UserError(f"{path}: {name} is {first['input']!r}, which no run writes: {first['msg']}") from error
 
 
 def probabilities(prediction: Prediction, with_null: bool) -> list[float]:

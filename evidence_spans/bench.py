@@ -38,26 +38,21 @@ from transformers import (
     TrainingArguments,
 )
 
-from common.checkpoint import best_folder, environment
+from common.checkpoint import UserError
+from common.checkpoint.environment import autocast_dtype, environment, pick_device
+from common.checkpoint.run import best_folder
 from common.metrics import span_metrics
 from common.seed import seed_everything
 from evidence_spans.answers import Decoding, n_best
-from evidence_spans.config import Config, UserError, run_path, run_script
-from evidence_spans.dataset import collate, draw_windows, load_splits, longest_answer, tokenize
+from evidence_spans.cli import run_path, run_script
+from evidence_spans.config import Config
+from evidence_spans.dataset import collate, draw_windows, load_examples, longest_answer, make_split
 from evidence_spans.evaluate import predict
-from evidence_spans.model import (
-    MODEL_INPUTS,
-    autocast_dtype,
-    build_model,
-    load_model,
-    load_tokenizer,
-    model_source,
-    pick_device,
-)
+from evidence_spans.model import MODEL_INPUTS, build_model, find_model, find_tokenizer, load_model
 from evidence_spans.postprocess import best_pairs, merge_windows, window_predictions
 from evidence_spans.report import table
 from evidence_spans.thresholds import answer_texts, tune
-from evidence_spans.train import steps_of_epochs
+from evidence_spans.train import epoch_bounds
 from evidence_spans.windows import Window
 
 # What the search starts from: a text for each window, the windows, start and end logits and context mask, (W, T) each.
@@ -78,9 +73,9 @@ def random_logits(windows: int, length: int) -> Logits:
 def logits_of_run(config: Config, count: int) -> Logits:
     """Those of a run's best model on the first windows of its validation split."""
     folder = best_folder(run_path(config))
-    tokenizer, model = load_tokenizer(config, folder), load_model(folder, config)
-    examples = load_splits(config)[0]["validation"]
-    windows = tokenize(examples, tokenizer, config).windows[:count]
+    tokenizer, model = find_tokenizer(config, folder), load_model(folder, config)
+    examples = load_examples(config)[0]["validation"]
+    windows = make_split(examples, tokenizer, config).windows[:count]
     batch = collate(windows, tokenizer.pad_token_id)
     inputs = {name: batch[name] for name in MODEL_INPUTS if name in batch}
     with torch.inference_mode():
@@ -221,21 +216,22 @@ def bench_trainer(config: Config) -> list[str]:
     """
     if not find_spec("accelerate"):
         raise UserError("the Trainer needs accelerate: pip install accelerate")
-    tokenizer = load_tokenizer(config)
-    splits = {name: tokenize(rows, tokenizer, config) for name, rows in load_splits(config)[0].items()}
-    train = splits["train"]
-    steps = int(steps_of_epochs(train, config)[-1])
+    tokenizer = find_tokenizer(config)
+    splits = {name: make_split(rows, tokenizer, config) for name, rows in load_examples(config)[0].items()}
+    train, dtype = splits["train"], autocast_dtype(config.amp, pick_device())
+    steps = epoch_bounds(train, config.gradient_accumulation_steps, config)[-1]
     steps = min(steps, config.max_steps or steps)
-    theirs = AutoModelForQuestionAnswering.from_pretrained(model_source(config), dtype=torch.float32)
+    theirs = AutoModelForQuestionAnswering.from_pretrained(find_model(config), dtype=torch.float32)
     windows = [train.windows[row] for row in draw_windows(train, config, epoch=0)]
     seconds = train_trainer(theirs, windows, steps, tokenizer, config)
-    model = build_model(config, tokenizer).to(pick_device())
+    model = build_model(config).to(pick_device())
     model.load_state_dict(theirs.state_dict())
-    longest, rows, decoding = longest_answer(train, config), [], None
+    rows, decoding = [], Decoding(longest_answer(train, config), None, None, None, None, {})
     for name in ("validation", "test"):
         examples = splits[name].examples
-        predictions, _ = predict(model, splits[name], tokenizer, config, longest)
-        decoding = decoding or tune(predictions, examples, longest, {}, config)
+        predictions, _ = predict(model, splits[name], tokenizer, decoding.max_answer_length, config, dtype)
+        if name == "validation":
+            decoding = tune(predictions, examples, decoding, config)
         for side, texts in (
             (f"Trainer, {steps} steps, {seconds:.0f} s", answer_texts(examples, predictions, decoding.threshold)),
             ("the whole text", [example.context for example in examples]),
@@ -247,8 +243,7 @@ def bench_trainer(config: Config) -> list[str]:
 
 def main(config: Config, part: str, rounds: int, windows: int, length: int) -> None:
     hardware = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-    info = environment(torch.cuda.get_device_name() if pick_device().type == "cuda" else hardware)
-    print(" | ".join(f"{name} {value}" for name, value in info.items()))
+    print(" | ".join(f"{name} {value}" for name, value in environment(pick_device()).items()), hardware, sep=" | ")
     seed_everything(config.seed)
     if part == "trainer":
         print(f"{config.model}, {autocast_dtype(config.amp, pick_device()) or 'fp32'}, batch {config.batch_size}")

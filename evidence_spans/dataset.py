@@ -16,8 +16,9 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
+from common.checkpoint import ROOT, UserError
 from common.seed import epoch_generator, mix
-from evidence_spans.config import ROOT, Config, UserError
+from evidence_spans.config import Config
 from evidence_spans.formats import Example, Source
 from evidence_spans.redsm5 import read_redsm5
 from evidence_spans.squad import read_squad
@@ -123,7 +124,7 @@ def split_examples(source: Source, config: Config) -> dict[str, list[Example]]:
     return splits
 
 
-def load_splits(config: Config) -> tuple[dict[str, list[Example]], Source]:
+def load_examples(config: Config) -> tuple[dict[str, list[Example]], Source]:
     """The splits of the config's data, and what was read. Raises UserError."""
     source = read_source(config)
     return split_examples(source, config), source
@@ -134,7 +135,7 @@ def fingerprint(splits: dict[str, list[Example]]) -> str:
     return hashlib.sha256(json.dumps(splits).encode()).hexdigest()
 
 
-def tokenize(examples: list[Example], tokenizer: PreTrainedTokenizerFast, config: Config) -> Split:
+def make_split(examples: list[Example], tokenizer: PreTrainedTokenizerFast, config: Config) -> Split:
     """Raises UnfitSettings as make_windows does."""
     windows = make_windows(examples, tokenizer, config)
     owners = np.array([window.example for window in windows])
@@ -164,7 +165,7 @@ def draw_windows(train: Split, config: Config, epoch: int) -> np.ndarray:
     )
 
 
-def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
+def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
     """The row indices of each batch of one epoch, a pure function of its arguments.
 
     Shuffle, sort by length inside buckets of BUCKET batches, cut into batches, shuffle the batches: every row comes
@@ -172,10 +173,19 @@ def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -
     """
     generator = epoch_generator(seed, epoch)
     order = torch.randperm(len(lengths), generator=generator).numpy()
-    buckets = np.split(order, range(batch_size * BUCKET, len(order), batch_size * BUCKET))
+    size = batch_size * BUCKET
+    buckets = np.split(order, range(size, len(order), size))
     order = np.concatenate([bucket[np.argsort(lengths[bucket], kind="stable")] for bucket in buckets])
     batches = np.split(order, range(batch_size, len(order), batch_size))
     return [batches[index].tolist() for index in torch.randperm(len(batches), generator=generator)]
+
+
+def epoch_steps(train: Split, accumulation: int, config: Config, epoch: int) -> list[list[list[int]]]:
+    """The micro-batches of each optimizer step of one epoch, numbers of windows; the last step may have fewer."""
+    drawn = draw_windows(train, config, epoch)
+    batches = epoch_batches(train.lengths[drawn], config.batch_size, config.seed, epoch)
+    batches = [drawn[batch].tolist() for batch in batches]
+    return [batches[first : first + accumulation] for first in range(0, len(batches), accumulation)]
 
 
 def sorted_batches(lengths: np.ndarray, batch_size: int) -> list[list[int]]:
@@ -207,7 +217,7 @@ def collate(windows: list[Window], pad_token_id: int) -> dict[str, torch.Tensor]
     return batch
 
 
-def leave_signals_to_the_loop(worker: int) -> None:
+def ignore_signals(worker: int) -> None:
     """Ctrl-C reaches every process of a terminal: a loader worker must live until the loop has saved."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -216,13 +226,12 @@ def leave_signals_to_the_loop(worker: int) -> None:
 def make_loader(
     windows: list[Window], batches: Iterable[list[int]], tokenizer: PreTrainedTokenizerFast, config: Config
 ) -> DataLoader:
-    """Batches of the rows given, in that order."""
+    """Batches in the given order; pinned where a GPU will take them."""
     return DataLoader(
         windows,
         batch_sampler=batches,
         collate_fn=partial(collate, pad_token_id=tokenizer.pad_token_id),
         num_workers=config.num_workers,
-        worker_init_fn=leave_signals_to_the_loop,
+        worker_init_fn=ignore_signals,
         pin_memory=torch.cuda.is_available(),
-        persistent_workers=config.num_workers > 0,
     )

@@ -8,11 +8,11 @@ With --split only that split is scored, its table printed, and nothing in the ru
 """
 
 import json
+import math
 import sys
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
 
 if not __package__:  # run as a script: import from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -22,8 +22,10 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from common.checkpoint import Run, RunError, begun_in, best_folder, write_json, write_text
-from common.metrics import multi_span_metrics, span_metrics, token_metrics
+from common.checkpoint import UserError
+from common.checkpoint.environment import autocast_dtype, pick_device
+from common.checkpoint.files import write_json, write_text
+from common.checkpoint.run import Run, best_folder, warn_of_precision
 from evidence_spans.answers import (
     Decoding,
     answer,
@@ -33,11 +35,12 @@ from evidence_spans.answers import (
     read_decoding,
     several_answers,
 )
-from evidence_spans.config import Config, UserError, run_path, run_script, saved_config
-from evidence_spans.dataset import Split, fingerprint, load_splits, make_loader, sorted_batches, tokenize
+from evidence_spans.cli import run_path, run_script
+from evidence_spans.config import Config
+from evidence_spans.dataset import Split, fingerprint, load_examples, make_loader, make_split, sorted_batches
 from evidence_spans.formats import Example
 from evidence_spans.loss import span_loss
-from evidence_spans.model import MODEL_INPUTS, SpanModel, autocast_dtype, load_model, load_tokenizer, pick_device
+from evidence_spans.model import MODEL_INPUTS, SpanModel, find_tokenizer, load_model
 from evidence_spans.postprocess import (
     Prediction,
     best_pairs,
@@ -47,17 +50,23 @@ from evidence_spans.postprocess import (
     window_predictions,
 )
 from evidence_spans.report import report, score_table
-from evidence_spans.thresholds import answer_texts
+from evidence_spans.thresholds import answer_texts, tune
+from evidence_spans.windows import UnfitSettings
+
+SPLITS = {"all": ("validation", "test"), "val": ("validation",), "validation": ("validation",), "test": ("test",)}
 
 
 def predict(
-    model: SpanModel, split: Split, tokenizer: PreTrainedTokenizerFast, config: Config, max_answer_length: int
+    model: SpanModel,
+    split: Split,
+    tokenizer: PreTrainedTokenizerFast,
+    max_answer_length: int,
+    config: Config,
+    dtype: torch.dtype | None,
 ) -> tuple[list[Prediction], float]:
     """The n best spans of each example, in their order, and the loss averaged over windows."""
-    device = next(model.parameters()).device
-    dtype = autocast_dtype(config.amp, device)
     batches = sorted_batches(split.lengths, config.eval_batch_size)
-    bar = tqdm(make_loader(split.windows, batches, tokenizer, config), leave=False, disable=None, desc="evaluating")
+    device = next(model.parameters()).device
     sentences_of = {}  # by post
     if config.decode == "sentence":
         sentences_of = {context: sentences(context) for context in {example.context for example in split.examples}}
@@ -65,12 +74,12 @@ def predict(
     model.eval()
     parts: list[Prediction | None] = [None] * len(split.windows)
     loss = 0.0
+    bar = tqdm(make_loader(split.windows, batches, tokenizer, config), leave=False, disable=None, desc="evaluating")
     with torch.inference_mode():
         for rows, batch in zip(batches, bar):
             batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-            inputs = {name: tensor for name, tensor in batch.items() if name in MODEL_INPUTS}
             with torch.autocast(device.type, dtype, enabled=dtype is not None):
-                start, end = model(**inputs)
+                start, end = model(**{name: batch[name] for name in MODEL_INPUTS if name in batch})
             loss += span_loss(start, end, batch).sum().item()
 
             windows = [split.windows[row] for row in rows]
@@ -92,6 +101,8 @@ def score_split(predictions: list[Prediction], examples: list[Example], loss: fl
 
     Where nothing is unanswerable in validation there is no threshold, and an answer is never empty.
     """
+    from common.metrics import multi_span_metrics, span_metrics, token_metrics
+
     golds = [example.texts for example in examples]
     contexts = [example.context for example in examples]
     places = [[list(e.answers)] if e.together else [[span] for span in e.answers] for e in examples]
@@ -116,99 +127,103 @@ def score_split(predictions: list[Prediction], examples: list[Example], loss: fl
     return scores
 
 
-def evaluate(
-    folder: Path, splits: dict[str, Split], tokenizer: PreTrainedTokenizerFast, config: Config, device: torch.device
-) -> tuple[dict, dict[str, list[Prediction]]]:
-    """Scores and predictions of a best folder's model on each split."""
-    model, decoding = load_model(folder, config).to(device), read_decoding(folder)
-    scores, predictions = {"decoding": asdict(decoding)}, {}
-    for name, split in splits.items():
-        predictions[name], loss = predict(model, split, tokenizer, config, decoding.max_answer_length)
-        scores[name] = score_split(predictions[name], split.examples, loss, decoding)
-    return scores, predictions
-
-
-def prediction_lines(
-    split: str, examples: list[Example], predictions: list[Prediction], decoding: Decoding, with_n_best: bool = False
-) -> str:
-    """One JSON line for each example, its gold answers beside the prediction."""
-    lines = []
-    for example, prediction in zip(examples, predictions):
-        row = answer_row(example.id, example.context, prediction, decoding)
-        row |= {"post": example.post, "question": example.question, "gold": example.texts, "split": split}
-        if with_n_best:
-            row["n_best"] = n_best(example.context, prediction, decoding)
-        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    return "".join(lines)
-
-
-def write_report(run: Run, splits: dict[str, Split], scores: dict, predictions: dict, config: Config) -> None:
-    """report.md and predictions/ of a run."""
-    (run.path / "predictions").mkdir(exist_ok=True)
-    for name, split in splits.items():
-        lines = prediction_lines(name, split.examples, predictions[name], Decoding(**scores["decoding"]))
-        write_text(run.path / "predictions" / f"{name}_predictions.jsonl", lines)
-    history = [record for record in run.history() if record["event"] == "evaluation"]
-    write_text(run.path / "report.md", report(scores, history, config))
-
-
-def check_data(run: Run, splits: dict[str, list[Example]], config: Config) -> None:
-    """Refuse to go on with, or to score, other rows than a run began with: training rows could become test rows."""
-    if run.environment.get("data_sha256") != fingerprint(splits):
-        raise RunError(f"{config.data_dir} does not hold the rows that {run.path} was begun with: bring them back")
-
-
-def say_precision(path: Path, config: Config, device: torch.device) -> None:
-    """Tell where this machine or --amp computes in another type than the run was trained in."""
-    trained = begun_in(path).get("autocast")
-    if trained != str(now := autocast_dtype(config.amp, device)):
-        print(f"trained with autocast {trained}, now {now}: scores can differ from the run's own", file=sys.stderr)
-
-
-def main(
+def validate(
+    model: SpanModel,
+    split: Split,
+    tokenizer: PreTrainedTokenizerFast,
+    untuned: Decoding,
     config: Config,
-    split: Literal["all", "val", "validation", "test"] = "all",
-    metrics_output: str = "",
-    predictions_output: str = "",
-) -> None:
-    path, device = run_path(config), pick_device()
+    dtype: torch.dtype | None,
+) -> tuple[dict, Decoding]:
+    """Validation scores at the threshold that is best on these examples, and what was tuned on them."""
+    from common.metrics import span_metrics
+
+    predictions, loss = predict(model, split, tokenizer, untuned.max_answer_length, config, dtype)
+    if not math.isfinite(loss):
+        raise UnfitSettings("the validation loss is not finite; best/ is untouched. A lower learning_rate may help")
+    decoding = tune(predictions, split.examples, untuned, config)
+    texts = answer_texts(split.examples, predictions, decoding.threshold)
+    scores = span_metrics(texts, [example.texts for example in split.examples])
+    at_threshold = {name: scores[name] for name in ("f1", "exact_match", "f1_balanced")}
+    return {"loss": loss, **at_threshold, "f1_has_answer": scores["has_answer"]["f1"]}, decoding
+
+
+def prediction_row(split: str, example: Example, prediction: Prediction, decoding: Decoding) -> dict:
+    """What is said about an example, with its gold answers and the n best."""
+    row = answer_row(example.id, example.context, prediction, decoding)
+    row |= {"post": example.post, "question": example.question, "gold": example.texts, "split": split}
+    return row | {"n_best": n_best(example.context, prediction, decoding)}
+
+
+def evaluate(
+    folder: Path,
+    splits: dict[str, Split],
+    tokenizer: PreTrainedTokenizerFast,
+    config: Config,
+    dtype: torch.dtype | None,
+) -> tuple[dict, list[dict]]:
+    """Scores of a best folder's model on each split, and a row for each example."""
+    model, decoding = load_model(folder, config).to(pick_device()), read_decoding(folder)
+    scores, rows = {"decoding": asdict(decoding)}, []
+    for name, split in splits.items():
+        predictions, loss = predict(model, split, tokenizer, decoding.max_answer_length, config, dtype)
+        scores[name] = score_split(predictions, split.examples, loss, decoding)
+        rows += [prediction_row(name, *pair, decoding) for pair in zip(split.examples, predictions)]
+    return scores, rows
+
+
+def write_lines(path: Path, rows: list[dict]) -> None:
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def evaluate_run(
+    run: Run,
+    splits: dict[str, Split],
+    tokenizer: PreTrainedTokenizerFast,
+    config: Config,
+    dtype: torch.dtype | None,
+) -> tuple[dict, list[dict]]:
+    """As evaluate, of the best model on validation and test; writes predictions/ and report.md into the run."""
+    splits = {name: splits[name] for name in ("validation", "test")}
+    scores, rows = evaluate(best_folder(run.path), splits, tokenizer, config, dtype)
+    (run.path / "predictions").mkdir(exist_ok=True)
+    for name in splits:
+        lines = [{key: row[key] for key in row if key != "n_best"} for row in rows if row["split"] == name]
+        write_lines(run.path / "predictions" / f"{name}_predictions.jsonl", lines)
+    write_text(run.path / "report.md", report(scores, run.evaluations(), config))
+    return scores, rows
+
+
+def main(config: Config, split: str, metrics_output: str, predictions_output: str) -> None:
+    path, names = run_path(config), SPLITS[split]
     for output in filter(None, (metrics_output, predictions_output)):
         if not Path(output).absolute().parent.is_dir():
             raise UserError(f"{output}: there is no such folder")
-    best_folder(path)  # before the lock: where there is no run, none is made
-    examples, _ = load_splits(config)
-    run = Run(path, saved_config(path / "config.json"), {})
-    folder = best_folder(path)  # again: a run that was killed in the middle of a swap is mended when it is opened
-    tokenizer = load_tokenizer(config, folder)
-    check_data(run, examples, config)
-    say_precision(path, config, device)
+    dtype = autocast_dtype(config.amp, pick_device())
+    tokenizer = find_tokenizer(config, best_folder(path))  # before the lock: where there is no run, none is made
+    examples, _ = load_examples(config)
+    run = Run(path, None, {"data_sha256": fingerprint(examples)})
+    warn_of_precision(path, dtype)
     if run.results is None:
         print("the run is not finished: this is its best epoch so far", file=sys.stderr)
 
-    names = {"all": ["validation", "test"], "val": ["validation"]}.get(split, [split])
-    splits = {name: tokenize(examples[name], tokenizer, config) for name in names}
-    scores, predictions = evaluate(folder, splits, tokenizer, config, device)
+    splits = {name: make_split(examples[name], tokenizer, config) for name in names}
     if split == "all":
-        write_report(run, splits, scores, predictions, config)
+        scores, rows = evaluate_run(run, splits, tokenizer, config, dtype)
         print((path / "report.md").read_text(encoding="utf-8"))
     else:
+        scores, rows = evaluate(best_folder(path), splits, tokenizer, config, dtype)
         print("\n".join(score_table(scores, names)))
     run.close()
     if metrics_output:
         write_json(Path(metrics_output), scores)
     if predictions_output:
-        decoding = Decoding(**scores["decoding"])
-        lines = [prediction_lines(name, examples[name], predictions[name], decoding, True) for name in names]
-        write_text(Path(predictions_output), "".join(lines))
+        write_lines(Path(predictions_output), rows)
 
 
 if __name__ == "__main__":
     flags = {
-        "split": {
-            "choices": ["all", "val", "validation", "test"],
-            "default": "all",
-            "help": "which split; all writes the report",
-        },
+        "split": {"choices": SPLITS, "default": "all", "help": "which split; all writes the report"},
         "metrics_output": {"default": "", "help": "JSON file for all scores"},
         "predictions_output": {"default": "", "help": "JSON-lines file for all predictions with their n best"},
     }

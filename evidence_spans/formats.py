@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from evidence_spans.config import UserError
+from common.checkpoint import UserError
 
 
 class Example(NamedTuple):

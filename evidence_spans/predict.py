@@ -18,76 +18,73 @@ import sys
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 if not __package__:  # run as a script: import from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from transformers import PreTrainedTokenizerFast
 
-from common.checkpoint import best_folder
+from common.checkpoint import UserError
+from common.checkpoint.environment import autocast_dtype, pick_device
+from common.checkpoint.run import best_folder, warn_of_precision
 from evidence_spans.answers import Decoding, answer_row, n_best, read_decoding
-from evidence_spans.config import Config, UserError, run_path, run_script
-from evidence_spans.dataset import tokenize
-from evidence_spans.evaluate import predict, say_precision
+from evidence_spans.cli import run_path, run_script
+from evidence_spans.config import Config
+from evidence_spans.dataset import make_split
+from evidence_spans.evaluate import predict
 from evidence_spans.formats import Example
-from evidence_spans.model import load_model, load_tokenizer, pick_device
+from evidence_spans.model import find_tokenizer, load_model
 from evidence_spans.windows import check_questions
 
 BLOCK = 256  # lines that are read, and sorted by length, at a time
 
 
-def check_row(text: object, question: object, id: object) -> dict:
-    """The three as a row. Raises ValueError."""
-    if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"text is {text!r}, expected a non-empty string")
-    if not isinstance(question, str | None):
-        raise ValueError(f"question is {question!r}, expected a string")
-    if not isinstance(id, str | int | None):
-        raise ValueError(f"id is {id!r}, expected a number or a string")
-    if half := re.search("[\ud800-\udfff]", f"{text}{question}{id}"):
-        raise ValueError(f"{half[0]!a} is half of a surrogate pair")
-    return {"text": text, "question": question, "id": id}
+class Row(NamedTuple):
+    """A line of the input: its place and number; its id and by criterion an example for each question, or an error."""
+
+    place: str
+    number: int
+    id: str | int | None
+    examples: dict[str | None, Example]
+    error: str = ""
 
 
-def parse_line(line: bytes) -> dict:
-    """One JSON line as a row. Raises ValueError."""
+def read_lines(text: str | None, question: str | None, input: str) -> Iterator[tuple[str, int, bytes]]:
+    """Place, number and content of each line that is not blank; of --text or standard input, one line is made."""
+    if input:
+        with open(sys.stdin.fileno() if input == "-" else input, "rb", closefd=input != "-") as stream:
+            for number, line in enumerate(stream, 1):
+                if line.strip():
+                    yield f"{input}, line {number}", number, line
+    else:
+        if text is None:
+            text = sys.stdin.buffer.read().decode("utf-8-sig", "surrogateescape")
+        yield "the text", 1, json.dumps({"text": text, "question": question}).encode()
+
+
+def parse_line(line: bytes) -> tuple[str, str, str | int | None]:
+    """text, question ("" where it is not given) and id of one JSON line. Raises ValueError."""
     try:
         row = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"expected a JSON object in UTF-8, found {line[:40]!r} ({error})") from error
     if not isinstance(row, dict):
         raise ValueError(f"expected a JSON object, found {line[:40]!r}")
-    return check_row(row.get("text", row.get("context")), row.get("question"), row.get("id"))
+    text, question, name = row.get("text", row.get("context")), row.get("question"), row.get("id")
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"text is {text!r}, expected a non-empty string")
+    if not isinstance(question, str | None):
+        raise ValueError(f"question is {question!r}, expected a string")
+    if not isinstance(name, str | int | None):
+        raise ValueError(f"id is {name!r}, expected a number or a string")
+    if half := re.search("[\ud800-\udfff]", f"{text}{question}{name}"):
+        raise ValueError(f"expected UTF-8, found {half[0]!a}, half of a surrogate pair")
+    return text, (question or "").strip(), name
 
 
-def read_lines(path: str) -> Iterator[dict]:
-    """The rows of a JSON-lines file, - being standard input; a bad line is a row with an error."""
-    with open(sys.stdin.fileno() if path == "-" else path, "rb", closefd=path != "-") as stream:
-        for number, line in enumerate(stream, 1):
-            if line.strip():
-                place = {"place": f"{path}, line {number}", "line": number}
-                try:
-                    yield place | parse_line(line)
-                except ValueError as error:
-                    yield place | {"error": str(error)}
-
-
-def read_one(text: str | None, question: str | None) -> dict:
-    """The row of a command line, whose text may be all of standard input. Raises UserError."""
-    try:
-        text = sys.stdin.buffer.read().decode("utf-8-sig") if text is None else text
-        if not text.strip():
-            raise UserError("the text is empty: --text, --input or standard input gives one")
-        return {"place": "the text"} | check_row(text, question, None)
-    except UnicodeDecodeError as error:
-        raise UserError(f"standard input: expected UTF-8, found byte {error.object[error.start]:#x}") from error
-    except ValueError as error:
-        raise UserError(f"the text or the question: {error}") from error
-
-
-def questions_of(row: dict, decoding: Decoding, config: Config) -> dict[str | None, str]:
-    """What to ask about a row: criterion -> question, or None -> the question given. Raises ValueError for none."""
-    given = (row["question"] or "").strip()
+def questions_of(given: str, decoding: Decoding, config: Config) -> dict[str | None, str]:
+    """What to ask: criterion -> question, or None -> the question given. Raises ValueError where there is nothing."""
     if config.question_form == "empty" and given:
         raise ValueError("this run was trained without questions: leave them out")
     if given in decoding.questions:
@@ -101,16 +98,18 @@ def questions_of(row: dict, decoding: Decoding, config: Config) -> dict[str | No
     raise ValueError("there is no question: --question, or the key of that name, asks one")
 
 
-def make_examples(
-    row: dict, decoding: Decoding, tokenizer: PreTrainedTokenizerFast, config: Config
-) -> dict[str | None, Example]:
-    """By criterion one unlabelled example for each question of a row. Raises ValueError or UserError."""
-    questions = questions_of(row, decoding, config)
-    check_questions(dict.fromkeys(questions.values(), row["place"]), tokenizer, config)
-    return {
-        criterion: Example(row["place"], "", question, row["text"], (), "unannotated", together=False)
-        for criterion, question in questions.items()
-    }
+def make_row(
+    place: str, number: int, line: bytes, decoding: Decoding, tokenizer: PreTrainedTokenizerFast, config: Config
+) -> Row:
+    """What a line asks; its text has no labels."""
+    try:
+        text, given, name = parse_line(line)
+        questions = questions_of(given, decoding, config)
+        check_questions(dict.fromkeys(questions.values(), place), tokenizer, config)
+    except (ValueError, UserError) as error:
+        return Row(place, number, None, {}, str(error).removeprefix(f"{place}: "))
+    examples = {key: Example(place, "", asked, text, (), "unannotated", False) for key, asked in questions.items()}
+    return Row(place, number, name, examples)
 
 
 def highlighted(text: str, spans: list[dict], colour: bool) -> str:
@@ -147,38 +146,32 @@ def main(
         raise UserError("--several is for --highlight; the JSON lines hold all spans under answers")
     if input and (text is not None or question is not None):
         raise UserError("--input holds texts and questions: give it, or --text and --question")
-    folder, device = best_folder(run_path(config)), pick_device()
-    decoding, tokenizer = read_decoding(folder), load_tokenizer(config, folder)
-    say_precision(folder.parent, config, device)
+
+    # The model and its thresholds
+    path = run_path(config)
+    folder, device = best_folder(path), pick_device()
+    dtype = autocast_dtype(config.amp, device)
+    decoding, tokenizer = read_decoding(folder), find_tokenizer(config, folder)
+    warn_of_precision(path, dtype)
     model = load_model(folder, config).to(device)
 
-    rows, failed = read_lines(input) if input else iter([read_one(text, question)]), False
-    while block := list(islice(rows, BLOCK)):
-        # Ask: each row has examples by criterion, or an error
-        for row in block:
-            row["examples"] = {}
-            try:
-                if "error" not in row:
-                    row["examples"] = make_examples(row, decoding, tokenizer, config)
-            except (ValueError, UserError) as error:
-                row["error"] = str(error).removeprefix(f"{row['place']}: ")
-        examples = [example for row in block for example in row["examples"].values()]
-        predictions = []
-        if examples:
-            split = tokenize(examples, tokenizer, config)
-            predictions, _ = predict(model, split, tokenizer, config, decoding.max_answer_length)
-
-        # Answer, in the order of the rows
-        remaining = iter(predictions)
-        for row in block:
-            if "error" in row:
+    # Answer, a block of lines at a time; lengths are sorted inside a block only
+    lines, failed = read_lines(text, question, input), False
+    while block := list(islice(lines, BLOCK)):
+        rows = [make_row(*line, decoding, tokenizer, config) for line in block]
+        predictions = iter(())
+        if examples := [example for row in rows for example in row.examples.values()]:
+            split = make_split(examples, tokenizer, config)
+            predictions = iter(predict(model, split, tokenizer, decoding.max_answer_length, config, dtype)[0])
+        for row in rows:
+            if row.error:
                 failed = True
-                print(f"error: {row['place']}: {row['error']}", file=sys.stderr)
+                print(f"error: {row.place}: {row.error}", file=sys.stderr)
                 if input:
-                    print(json.dumps({"line": row["line"], "error": row["error"]}, ensure_ascii=False))
-            for criterion, example in row["examples"].items():
-                prediction = next(remaining)
-                answer = answer_row(row["id"], example.context, prediction, decoding)
+                    print(json.dumps({"line": row.number, "error": row.error}, ensure_ascii=False))
+            for criterion, example in row.examples.items():
+                prediction = next(predictions)
+                answer = answer_row(row.id, example.context, prediction, decoding)
                 answer |= {"criterion": criterion, "question": example.question}
                 if highlight:
                     print_highlighted(answer, example.context, several)

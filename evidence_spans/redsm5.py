@@ -13,7 +13,8 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from evidence_spans.config import Config, UserError
+from common.checkpoint import UserError
+from evidence_spans.config import Config
 from evidence_spans.formats import Example, Source, read_text
 
 OTHER_NAMES = {"symptom_label": "DSM5_symptom"}  # of columns, in redsm5_annotations_long.csv

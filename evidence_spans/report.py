@@ -41,6 +41,27 @@ def print_summary(splits: dict[str, Split], source: Source) -> None:
         print(f"not found in their posts: {file}, lines {', '.join(lines[:20])}{more} (not_found.jsonl in the run)")
 
 
+def evaluation_line(scores: dict, better: bool) -> str:
+    """What is printed after an evaluation in training."""
+    return (
+        f"epoch {scores['epoch']:g} | train loss {scores['train_loss']:.4f} | validation loss {scores['loss']:.4f} | "
+        f"f1 {scores['f1']:.4f} | exact match {scores['exact_match']:.4f} | "
+        f"f1 with answer {scores['f1_has_answer']:.4f}{' | best' * better}"
+    )
+
+
+def last_line(results: dict, path: str) -> str:
+    """What a finished run prints last, and again when it is started once more."""
+    parts = [f"done | {results['split']} {results['metric']} {results['best']:.4f} (epoch {results['epoch']:g})"]
+    for split in ("validation", "test"):
+        scores = results[split]["at_threshold"]
+        line = f"{split} f1 {scores['f1']:.4f}, exact match {scores['exact_match']:.4f}"
+        if scores["no_answer"]["rows"]:
+            line += f", f1 of those with an answer {scores['has_answer']['f1']:.4f}"
+        parts.append(line)
+    return " | ".join([*parts, f"{results['seconds']:.0f} s", f"results in {path}"])
+
+
 def score_table(scores: dict, names: list[str]) -> list[str]:
     """One row for each split and rule."""
     threshold = scores["decoding"]["threshold"]

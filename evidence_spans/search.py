@@ -5,19 +5,15 @@
 
 Trials are drawn from space() below, which you may edit. All of them train for one epoch of their own schedule, the best
 third goes on to three epochs, the best third of those to nine, until the last are through; then the best is trained
-anew, whole, in winner/. The folder is --run_dir, or the name that a run of this config would have, with -search.
+anew, whole, in winner/, the only run that scores test. The folder is --run_dir, or the name that a run of this config
+would have, with -search. Its metrics.jsonl has a line for each trial and rung; trial-00/ ... are the trials' runs.
 
-    study.json     what is searched            trial-00/ ...  each trial's run
-    trials.jsonl   one line a trial and rung   winner/        the run of the best, the only one that scores test
-
-Splits, their seed, the metric and the random seed are the config's: they are never searched. No trial scores test.
+Splits, their seed, the metric and the random seed are the config's: they are never searched.
 """
 
 import json
 import math
 import sys
-import time
-from dataclasses import replace
 from pathlib import Path
 
 if not __package__:  # run as a script: import from the repository root, not from this folder
@@ -26,17 +22,20 @@ if not __package__:  # run as a script: import from the repository root, not fro
 import numpy as np
 import torch
 
-from common.checkpoint import read_json, write_json, write_text
+from common.checkpoint import UserError
+from common.checkpoint.environment import autocast_dtype, pick_device
+from common.checkpoint.run import Run
 from evidence_spans import train
-from evidence_spans.config import Config, UnfitSettings, UserError, run_config, run_path, run_script, shown
-from evidence_spans.dataset import fingerprint, load_splits
-from evidence_spans.model import autocast_dtype, pick_device
+from evidence_spans.cli import displayed, run_path, run_script, run_settings
+from evidence_spans.config import Config
+from evidence_spans.dataset import fingerprint, load_examples
 from evidence_spans.report import table
+from evidence_spans.windows import UnfitSettings
 
 
 def space(config: Config) -> dict:
     """What is drawn for each trial: a list of values, or a distribution of scipy."""
-    from scipy.stats import loguniform, randint, uniform  # slow to import
+    from scipy.stats import loguniform, randint, uniform
 
     return {
         "learning_rate": loguniform(config.learning_rate / 3, config.learning_rate * 3),
@@ -59,36 +58,21 @@ def draw_trials(config: Config, trials: int, search_seed: int) -> list[dict]:
     return drawn
 
 
-def open_study(folder: Path, study: dict) -> dict[tuple[int, int], dict]:
-    """The lines of trials.jsonl so far, by trial and rung. Raises UserError for another study's folder."""
-    if (folder / "study.json").exists():
-        saved, study = read_json(folder / "study.json"), json.loads(json.dumps(study))
-        if differing := [name for name in saved if study.get(name) != saved[name]]:
-            raise UserError(f"{folder} holds another search ({', '.join(differing)} differ). Give another --run_dir")
-    elif folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} is not empty and no search. Give another --run_dir")
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "study.json", study)
-    path = folder / "trials.jsonl"
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    text = text[: text.rfind("\n") + 1]  # without a line that a kill cut short
-    write_text(path, text)
-    return {(line["trial"], line["rung"]): line for line in map(json.loads, text.splitlines())}
+def trial_config(config: Config, run_dir: Path, settings: dict) -> Config:
+    return Config(**config.model_dump() | settings | {"run_dir": str(run_dir)})
 
 
-def run_trial(config: Config, epochs: int, metric: str) -> dict | int:
+def run_trial(config: Config, epochs: int) -> dict | int:
     """Train up to so many epochs: the best validation score, or why there is none; an exit status if stopped."""
-    began = time.perf_counter()
     try:
         if status := train.main(config, pause_after=min(epochs, config.epochs)):
             return status
     except (UnfitSettings, torch.OutOfMemoryError) as error:  # of this trial; any other error ends the search
         message = "out of GPU memory" if isinstance(error, torch.OutOfMemoryError) else " ".join(str(error).split())
-        return {"score": None, "error": message, "seconds": time.perf_counter() - began}
+        return {"score": None, "error": message}
     lines = (run_path(config) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    scores = [record[metric] for record in map(json.loads, lines) if record["event"] == "evaluation"]
-    return {"score": max(scores), "error": None, "seconds": time.perf_counter() - began}
+    scores = [record[config.metric] for record in map(json.loads, lines) if record["event"] == "evaluation"]
+    return {"score": max(scores), "error": None}
 
 
 def ranked(outcomes: dict[int, dict]) -> list[int]:
@@ -100,16 +84,12 @@ def ranked(outcomes: dict[int, dict]) -> list[int]:
 def results_table(drawn: list[dict], outcomes: dict[int, dict]) -> list[str]:
     """Each trial's settings, how far it went and its score, the best first."""
     order = ranked(outcomes)
-    last_rung = max(outcome["rung"] for outcome in outcomes.values())
     rows = []
     for trial in [*order, *sorted(outcomes.keys() - set(order))]:
         outcome, settings = outcomes[trial], drawn[trial]
-        finished = outcome["rung"] >= min(last_rung, settings["epochs"])
-        end = "failed" if outcome["error"] else "finished" if finished else "stopped"
         values = [f"{value:g}" for value in settings.values()]
-        epochs = min(outcome["rung"], settings["epochs"])
-        rows.append([trial, *values, epochs, end, outcome["score"], f"{outcome['seconds']:.0f}"])
-    return table(["trial", *drawn[0], "epochs trained", "end", "validation score", "seconds"], rows)
+        rows.append([trial, *values, min(outcome["rung"], settings["epochs"]), outcome["error"] or outcome["score"]])
+    return table(["trial", *drawn[0], "epochs trained", "validation score"], rows)
 
 
 def main(config: Config, trials: int, eta: int, search_seed: int) -> int | None:
@@ -120,10 +100,15 @@ def main(config: Config, trials: int, eta: int, search_seed: int) -> int | None:
     folder = run_path(config) if config.run_dir else run_path(config).with_name(run_path(config).name + "-search")
     drawn = draw_trials(config, trials, search_seed)
     train.main(config, check=True)  # what is wrong for every trial ends the search here
-    study = {"config": run_config(config), "trials": trials, "eta": eta, "search_seed": search_seed, "drawn": drawn}
-    study |= {"data_sha256": fingerprint(load_splits(config)[0])}
-    study |= {"autocast": str(autocast_dtype(config.amp, pick_device()))}
-    known = open_study(folder, study)
+
+    # Resume: the folder is a run whose evaluations are the trials' outcomes, one at each rung
+    study = {"trials": trials, "eta": eta, "search_seed": search_seed}
+    dtype = autocast_dtype(config.amp, pick_device())
+    same = {"data_sha256": fingerprint(load_examples(config)[0]), "autocast": str(dtype)}
+    run = Run(folder, run_settings(config) | study, same)
+    run.restore({})  # cuts off what a kill left of a line
+    lines = [line for line in run.evaluations() if line["settings"] == drawn[line["trial"]]]
+    known = {(line["trial"], line["rung"]): line for line in lines}
 
     # Successive halving; a rung is named by the epochs that it trains up to
     outcomes: dict[int, dict] = {}
@@ -133,35 +118,34 @@ def main(config: Config, trials: int, eta: int, search_seed: int) -> int | None:
             if (trial, rung) not in known:
                 changes = ", ".join(f"{name} {value:g}" for name, value in drawn[trial].items())
                 print(f"trial {trial} up to epoch {rung}: {changes}")
-                trial_config = replace(config, run_dir=str(folder / f"trial-{trial:02d}"), **drawn[trial])
-                outcome = run_trial(trial_config, rung, config.metric)
+                outcome = run_trial(trial_config(config, folder / f"trial-{trial:02d}", drawn[trial]), rung)
                 if isinstance(outcome, int):
+                    run.close()
                     return outcome
-                known[trial, rung] = {"trial": trial, "rung": rung, **outcome, **drawn[trial]}
-                with open(folder / "trials.jsonl", "a", encoding="utf-8", newline="\n") as file:
-                    file.write(json.dumps(known[trial, rung]) + "\n")
-            earlier = outcomes.get(trial, {"seconds": 0.0})["seconds"]
-            outcomes[trial] = known[trial, rung] | {"seconds": known[trial, rung]["seconds"] + earlier}
+                known[trial, rung] = {"trial": trial, "rung": rung, "settings": drawn[trial], **outcome}
+                run.log({"event": "evaluation", **known[trial, rung]})
+                run.save_last({})
+            outcomes[trial] = known[trial, rung]
         alive = ranked({trial: outcomes[trial] for trial in alive})
         if all(drawn[trial]["epochs"] <= rung for trial in alive):
             break
         alive = alive[: math.ceil(len(alive) / eta)]
         rung *= eta
+    run.close()
 
     # The winner
     print("\n".join(results_table(drawn, outcomes)[:-1]))
     if not alive:
         raise UserError(f"no trial has a score; the first: {outcomes[0]['error']}")
     print(f"best: trial {alive[0]}, trained anew and whole, and only now scored on test")
-    return train.main(replace(config, run_dir=str(folder / "winner"), **drawn[alive[0]])) or print(
-        f"search in {shown(folder)}"
-    )
+    status = train.main(trial_config(config, folder / "winner", drawn[alive[0]]))
+    return status or print(f"search in {displayed(folder)}")
 
 
 if __name__ == "__main__":
     flags = {
-        "trials": {"type": int, "default": 27, "help": "settings that are drawn"},
-        "eta": {"type": int, "default": 3, "help": "one trial in eta goes on, for eta times the epochs"},
-        "search_seed": {"type": int, "default": 0, "help": "seed of the draw"},
+        "trials": {"type": int, "default": 27, "help": "settings that are drawn (default: 27)"},
+        "eta": {"type": int, "default": 3, "help": "one trial in eta goes on, for eta times the epochs (default: 3)"},
+        "search_seed": {"type": int, "default": 0, "help": "seed of the draw (default: 0)"},
     }
     sys.exit(run_script(main, __doc__, **flags))

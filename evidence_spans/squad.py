@@ -9,7 +9,8 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from evidence_spans.config import Config, UserError
+from common.checkpoint import UserError
+from evidence_spans.config import Config
 from evidence_spans.formats import Example, Source, read_text
 
 

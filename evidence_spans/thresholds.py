@@ -4,10 +4,10 @@ N examples, K distinct cuts
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from common.metrics import answer_scores, normalize_answer
 from evidence_spans.answers import Decoding, answer, non_overlapping
 from evidence_spans.config import Config
 from evidence_spans.formats import Example
@@ -20,14 +20,10 @@ def answer_texts(examples: list[Example], predictions: list[Prediction], thresho
     return [example.context[span.start : span.end] if span else "" for example, span in zip(examples, spans)]
 
 
-def tune(
-    predictions: list[Prediction],
-    examples: list[Example],
-    max_answer_length: int,
-    questions: dict[str, str],
-    config: Config,
-) -> Decoding:
-    """The thresholds that are best on these examples, and the probability of no answer fitted to them."""
+def tune(predictions: list[Prediction], examples: list[Example], untuned: Decoding, config: Config) -> Decoding:
+    """With the thresholds that are best on these examples, and the probability of no answer fitted to them."""
+    from common.metrics import answer_scores  # scikit-learn, which --help has no use for
+
     golds = [example.texts for example in examples]
     unanswerable = np.array([not gold for gold in golds])
     differences = np.array([prediction.difference for prediction in predictions])
@@ -41,11 +37,14 @@ def tune(
             weights = np.where(unanswerable, 1 / unanswerable.sum(), 1 / max((~unanswerable).sum(), 1))
         threshold = tune_threshold(differences, weights * if_answered, weights * unanswerable)
     span_threshold = tune_several(predictions, examples) if any(example.together for example in examples) else None
-    return Decoding(max_answer_length, threshold, span_threshold, *calibrate(differences, unanswerable), questions)
+    slope, intercept = calibrate(differences, unanswerable)
+    return replace(untuned, threshold=threshold, span_threshold=span_threshold, slope=slope, intercept=intercept)
 
 
 def tune_several(predictions: list[Prediction], examples: list[Example]) -> float:
     """The span threshold with the best multi_span_metrics: texts that are equal there count once here too."""
+    from common.metrics import normalize_answer
+
     spans, wanted = [], 0
     for example, prediction in zip(examples, predictions):
         golds = {tuple(normalize_answer(text)) for text in example.texts}
@@ -63,7 +62,7 @@ def calibrate(differences: np.ndarray, unanswerable: np.ndarray) -> tuple[float,
     known = np.isfinite(differences)
     if len(np.unique(unanswerable[known])) < 2:
         return None, None
-    from sklearn.linear_model import LogisticRegression  # slow to import: no part of --help
+    from sklearn.linear_model import LogisticRegression
 
     fitted = LogisticRegression(C=1e3).fit(differences[known, None], unanswerable[known])
     return float(fitted.coef_[0, 0]), float(fitted.intercept_[0])

@@ -9,8 +9,14 @@ from typing import NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from evidence_spans.config import Config, UnfitSettings
+from common.checkpoint import UserError
+from common.checkpoint.pretrained import check_ids
+from evidence_spans.config import Config
 from evidence_spans.formats import Example
+
+
+class UnfitSettings(UserError):
+    """These settings cannot be trained, others could: a lower learning rate, a longer window."""
 
 
 class Window(NamedTuple):
@@ -52,6 +58,7 @@ def make_windows(examples: list[Example], tokenizer: PreTrainedTokenizerFast, co
             return_offsets_mapping=True,
         )
         owners = encoded["overflow_to_sample_mapping"]
+        check_ids(encoded["input_ids"], tokenizer, lambda row, o=owners, b=block: f"example {b[o[row]].id}")
         for number, owner in enumerate(owners):
             ids = np.array(encoded["input_ids"][number], dtype=np.int32)
             types = np.array(encoded["token_type_ids"][number], np.int8) if "token_type_ids" in encoded else None

@@ -8,13 +8,16 @@ import random
 import shutil
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenizer
 
-from common.checkpoint import RunError
+from common.checkpoint import ROOT, UserError
+from common.checkpoint.pretrained import lowers_a_cased_vocabulary
 from common.metrics import (
     answer_scores,
     multi_span_metrics,
@@ -34,33 +37,24 @@ from evidence_spans.answers import (
     read_decoding,
     several_answers,
 )
-from evidence_spans.config import ROOT, UnfitSettings, UserError
-from evidence_spans.config import SAMPLE as PRESET
+from evidence_spans.config import PRESETS, Config
 from evidence_spans.dataset import (
     collate,
     draw_examples,
     draw_windows,
+    epoch_steps,
     group_keys,
-    load_splits,
+    load_examples,
     longest_answer,
     make_loader,
+    make_split,
     read_source,
     split_examples,
-    tokenize,
 )
 from evidence_spans.evaluate import predict, score_split
 from evidence_spans.formats import Example, Source
 from evidence_spans.loss import span_loss
-from evidence_spans.model import (
-    MODEL_INPUTS,
-    SUPPORTED,
-    SpanModel,
-    build_model,
-    load_model,
-    load_tokenizer,
-    lowers_a_cased_vocabulary,
-    save_model,
-)
+from evidence_spans.model import MODEL_INPUTS, SUPPORTED, SpanModel, build_model, find_tokenizer, load_model, save_model
 from evidence_spans.postprocess import (
     Prediction,
     Span,
@@ -75,21 +69,27 @@ from evidence_spans.predict import highlighted
 from evidence_spans.redsm5 import CRITERIA, find_spans
 from evidence_spans.sample import make_model, make_sample
 from evidence_spans.thresholds import calibrate, tune, tune_span_threshold, tune_threshold
-from evidence_spans.train import accumulate_gradients, evaluation_steps, make_optimizer, steps_of_epochs
-from evidence_spans.windows import Window, make_windows, token_spans, without_blanks
+from evidence_spans.train import epoch_bounds, evaluation_steps, make_optimizer
+from evidence_spans.windows import UnfitSettings, Window, make_windows, token_spans, without_blanks
 
-SAMPLE = replace(PRESET, init="random")  # most tests make their own tiny weights
+
+def sample(**changes) -> Config:
+    return Config(**PRESETS["sample"] | {"init": "random"} | changes)  # most tests make their own tiny weights
+
+
+SAMPLE = sample()
+UNTUNED = Decoding(9, None, None, None, None, {})
 HEADER = "post_id,sentence_id,sentence_text,DSM5_symptom,status,explanation"
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return load_tokenizer(SAMPLE)
+    return find_tokenizer(SAMPLE)
 
 
 @pytest.fixture(scope="module")
 def splits():
-    return load_splits(SAMPLE)[0]
+    return load_examples(SAMPLE)[0]
 
 
 def write_redsm5(folder, posts: dict[str, str], rows: list[tuple]) -> None:
@@ -181,7 +181,7 @@ def test_all_spans_of_a_pair_are_one_example_and_nothing_is_dropped_in_silence(t
         ("s_3_1", "Odd.", "SPECIAL_CASE", 1),
     ]
     write_redsm5(tmp_path, posts, rows)
-    source = read_source(replace(SAMPLE, data_dir=str(tmp_path)))
+    source = read_source(sample(data_dir=str(tmp_path)))
     found = {e.id: e for e in source.examples}
     assert len(found) == len(source.examples) == 4 * 9 - 1 and "s_2_1:FATIGUE" not in found
     assert found["s_1_1:DEPRESSED_MOOD"].texts == ["I weep.", "I weep a lot."]
@@ -199,9 +199,9 @@ def test_all_spans_of_a_pair_are_one_example_and_nothing_is_dropped_in_silence(t
         "evidence not found in its post": 2,
         "pairs left out since their evidence was not found": 1,
     }
-    names = read_source(replace(SAMPLE, data_dir=str(tmp_path), question_form="name"))
+    names = read_source(sample(data_dir=str(tmp_path), question_form="name"))
     assert {e.question for e in names.examples} == {name for name, _ in CRITERIA.values()}
-    empty = read_source(replace(SAMPLE, data_dir=str(tmp_path), question_form="empty")).examples
+    empty = read_source(sample(data_dir=str(tmp_path), question_form="empty")).examples
     assert {e.id: (e.question, e.texts, e.kind) for e in empty} == {
         "s_1_1": ("", ["I weep.", "I lie awake.", "I weep a lot."], "answered"),
         "s_1_2": ("", [], "rejected"),
@@ -249,7 +249,7 @@ def test_a_malformed_table_is_named_with_line_and_value(posts, annotations, word
     if annotations:
         (tmp_path / "redsm5_annotations.csv").write_text(annotations, encoding="utf-8")
     with pytest.raises(UserError) as error:
-        read_source(replace(SAMPLE, data_dir=str(tmp_path)))
+        read_source(sample(data_dir=str(tmp_path)))
     assert "\n" not in str(error.value) and all(word in str(error.value) for word in words), error.value
 
 
@@ -267,7 +267,7 @@ def test_squad_answers_questions_and_files_are_read_as_they_are(tmp_path):
     )
     write_json(tmp_path / "train-v2.0.json", train_rows)
     write_json(tmp_path / "dev-v2.0.json", squad(("rome  BURNS.", [("d", "What?", [("BURNS", 6)])])))
-    config = replace(SAMPLE, data_dir=str(tmp_path))
+    config = sample(data_dir=str(tmp_path))
     source = read_source(config)
     assert [(e.id, e.question, e.texts, e.kind, e.together) for e in source.examples] == [
         ("a", "Where?", ["Paris", "it"], "answered", False),
@@ -275,7 +275,7 @@ def test_squad_answers_questions_and_files_are_read_as_they_are(tmp_path):
         ("c", "Where?", ["Rome"], "answered", False),
     ]
     assert [e.id for e in source.test] == ["d"] and source.questions == {}
-    empty = read_source(replace(config, question_form="empty"))
+    empty = read_source(config.model_copy(update=dict(question_form="empty")))
     assert [(e.question, e.texts, e.together) for e in empty.examples] == [
         ("", ["Paris", "it"], True),
         ("", ["Rome"], True),
@@ -283,7 +283,7 @@ def test_squad_answers_questions_and_files_are_read_as_they_are(tmp_path):
     with pytest.raises(UserError, match="cannot be split"):  # and the text of c is left out: it is the test's
         split_examples(source, config)
     assert source.counts["left out, their text is in test"] == 1
-    one_file = read_source(replace(SAMPLE, data_dir=str(tmp_path / "train-v2.0.json")))
+    one_file = read_source(sample(data_dir=str(tmp_path / "train-v2.0.json")))
     assert one_file.examples == source.examples and not one_file.test
     write_json(tmp_path / "train-v2.0.json", {"data": [{"paragraphs": []}]})
     with pytest.raises(UserError, match="holds no question"):
@@ -315,22 +315,22 @@ def test_malformed_squad_is_named_with_its_place(part, change, words, tmp_path):
     (parts | {"answer": first["answers"][0]})[part].update(change)
     write_json(tmp_path / "x.json", data)
     with pytest.raises(UserError) as error:
-        read_source(replace(SAMPLE, data_dir=str(tmp_path)))
+        read_source(sample(data_dir=str(tmp_path)))
     assert "x.json" in str(error.value) and all(word in str(error.value) for word in words), error.value
 
 
 def test_what_a_path_holds_must_be_one_thing(tmp_path):
-    config = replace(SAMPLE, data_dir=str(tmp_path))
+    config = sample(data_dir=str(tmp_path))
     with pytest.raises(UserError, match="holds neither redsm5_posts"):
         read_source(config)
     with pytest.raises(UserError, match="nowhere does not exist: --data_dir names"):
-        read_source(replace(config, data_dir=str(tmp_path / "nowhere")))
+        read_source(config.model_copy(update=dict(data_dir=str(tmp_path / "nowhere"))))
     (tmp_path / "a.json").write_text("[1", encoding="utf-8")
     with pytest.raises(UserError, match=r"a.json is not JSON: .*line 1 column"):
         read_source(config)
     write_json(tmp_path / "a.json", squad(("Rome.", [("a", "Where?", [("Rome", 0)])])))
     with pytest.raises(UserError, match="have no names"):
-        read_source(replace(config, question_form="name"))
+        read_source(config.model_copy(update=dict(question_form="name")))
     (tmp_path / "a.json").rename(tmp_path / "dev.json")
     with pytest.raises(UserError, match="but no training file"):
         read_source(config)
@@ -353,7 +353,7 @@ def make_posts(n: int, generator: random.Random) -> list[Example]:
 
 
 def splits_of(examples: list[Example], **changes) -> dict[str, str]:
-    found = split_examples(Source(examples, [], Counter(), [], {}), replace(SAMPLE, **changes))
+    found = split_examples(Source(examples, [], Counter(), [], {}), sample(**changes))
     return {e.id: name for name, some in found.items() for e in some}
 
 
@@ -432,7 +432,7 @@ def reference_windows(e: Example, tokenizer, max_length: int, stride: int) -> li
 def test_windows_equal_a_search_over_characters(tokenizer, splits):
     longest = sorted(splits["train"], key=lambda e: (-len(e.answers), -len(e.context)))[:60]
     longest += sorted(splits["train"], key=lambda e: -len(e.context))[:18]
-    config = replace(SAMPLE, max_length=64, doc_stride=20)
+    config = sample(max_length=64, doc_stride=20)
     windows = make_windows(longest, tokenizer, config)
     expected = [(n, *window) for n, e in enumerate(longest) for window in reference_windows(e, tokenizer, 64, 20)]
     assert len(windows) == len(expected) > 2 * len(longest)
@@ -454,7 +454,7 @@ def test_windows_equal_a_search_over_characters(tokenizer, splits):
 
 def test_a_span_cut_by_a_windows_edge_is_no_label_there(tokenizer):
     e = example("I am at the station in the old town with my sister every day", "the old town", question="")
-    windows = make_windows([e], tokenizer, replace(SAMPLE, max_length=8, doc_stride=3))
+    windows = make_windows([e], tokenizer, sample(max_length=8, doc_stride=3))
     texts = [tokenizer.decode(w.input_ids[w.first : -1]) for w in windows]
     labelled = [bool(w.labels) for w in windows]
     assert labelled == ["the old town" in text for text in texts] and 0 < sum(labelled) < len(windows) - 1
@@ -469,8 +469,8 @@ def test_a_span_cut_by_a_windows_edge_is_no_label_there(tokenizer):
 def test_a_question_that_leaves_no_room_is_named(tokenizer):
     e = example("one two", question=" ".join(["so"] * 30), name="q7")
     with pytest.raises(UserError, match=r"example q7: max_length 40 less 33 tokens .* doc_stride 7"):
-        make_windows([e], tokenizer, replace(SAMPLE, max_length=40, doc_stride=7))
-    assert make_windows([e], tokenizer, replace(SAMPLE, max_length=40, doc_stride=6))
+        make_windows([e], tokenizer, sample(max_length=40, doc_stride=7))
+    assert make_windows([e], tokenizer, sample(max_length=40, doc_stride=6))
 
 
 def test_padding_is_masked_and_the_context_mask_is_the_context(tokenizer, splits):
@@ -487,7 +487,7 @@ def test_padding_is_masked_and_the_context_mask_is_the_context(tokenizer, splits
 def test_loader_processes_give_the_same_batches(tokenizer, splits):
     windows = make_windows(splits["train"][:6], tokenizer, SAMPLE)
     alone, beside = (
-        list(make_loader(windows, [[0, 1], [2]], tokenizer, replace(SAMPLE, num_workers=n))) for n in (0, 1)
+        list(make_loader(windows, [[0, 1], [2]], tokenizer, sample(num_workers=n))) for n in (0, 1)
     )
     assert len(alone) == len(beside) == 2
     for one, other in zip(alone, beside):
@@ -510,29 +510,29 @@ def cased_folder(tmp_path):
 
 
 def test_a_cased_vocabulary_is_never_lower_cased_in_silence(cased_folder, capsys, tmp_path):
-    config = replace(SAMPLE, model=str(cased_folder))
+    config = sample(model=str(cased_folder))
     assert AutoTokenizer.from_pretrained(cased_folder).tokenize("The Paris") == ["the", "paris"]  # the trap
-    tokenizer = load_tokenizer(config)
+    tokenizer = find_tokenizer(config)
     assert tokenizer.tokenize("The Paris") == ["The", "Paris"]
     assert "is cased: text keeps its capitals" in capsys.readouterr().out
     saved = tmp_path / "saved"
     saved.mkdir()
-    save_model(build_model(config, tokenizer), tokenizer, {}, saved)
-    assert load_tokenizer(config, saved).tokenize("The Paris") == ["The", "Paris"] and not capsys.readouterr().out
+    save_model(build_model(config), tokenizer, UNTUNED, saved)
+    assert find_tokenizer(config, saved).tokenize("The Paris") == ["The", "Paris"] and not capsys.readouterr().out
     write_json(cased_folder / "tokenizer_config.json", {"do_lower_case": True})
     with pytest.raises(UserError, match='holds capitals but its tokenizer makes text lower case; write "do_lower'):
-        load_tokenizer(config)
+        find_tokenizer(config)
     vocabulary = (cased_folder / "vocab.txt").read_text(encoding="utf-8").lower().split("\n")
     uncased = dict.fromkeys(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *vocabulary[5:]])
     (cased_folder / "vocab.txt").write_text("\n".join(uncased), encoding="utf-8")
-    tokenizer = load_tokenizer(config)
+    tokenizer = find_tokenizer(config)
     assert not lowers_a_cased_vocabulary(tokenizer) and tokenizer.tokenize("The Paris") == ["the", "paris"]
 
 
 def test_tokenizers_that_cannot_do_it_are_refused(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="holds no tokenizer"):
         shutil.copy(ROOT / "evidence_spans/sample/model/config.json", tmp_path)
-        load_tokenizer(replace(SAMPLE, model=str(tmp_path)))
+        find_tokenizer(sample(model=str(tmp_path)))
     from transformers import PythonBackend
 
     class Slow(PythonBackend):
@@ -545,7 +545,7 @@ def test_tokenizers_that_cannot_do_it_are_refused(tmp_path, monkeypatch):
 
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: object.__new__(Slow))
     with pytest.raises(UserError, match="needs a fast tokenizer"):
-        load_tokenizer(SAMPLE)
+        find_tokenizer(SAMPLE)
 
 
 # Model and loss
@@ -572,14 +572,14 @@ def test_the_best_model_loads_in_transformers_and_gives_the_same_logits(model_ty
     (base / "model.safetensors").unlink(missing_ok=True)
     model_config.vocab_size = len(tokenizer)
     model_config.save_pretrained(base)
-    config = replace(SAMPLE, model=str(base), init="random", max_length=30, doc_stride=4, dropout=0.5)
-    own = load_tokenizer(config)
+    config = sample(model=str(base), init="random", max_length=30, doc_stride=4, dropout=0.5)
+    own = find_tokenizer(config)
     torch.manual_seed(0)
-    model = build_model(config, own).eval()
+    model = build_model(config).eval()
     windows = make_windows([example("I weep. I lie awake.", "I weep."), example("Tea!")], own, config)
     folder = tmp_path / "best"
     folder.mkdir()
-    save_model(model, own, {}, folder)
+    save_model(model, own, UNTUNED, folder)
     saved = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     assert saved["truncation"] is None and saved["padding"] is None  # the windows' settings are no part of it
     theirs, info = AutoModelForQuestionAnswering.from_pretrained(folder, output_loading_info=True)
@@ -596,14 +596,22 @@ def test_the_best_model_loads_in_transformers_and_gives_the_same_logits(model_ty
     assert torch.equal(again[0][real], start[real]) and start[real].std() > 0.01
 
 
+def take_step(model: SpanModel, batch: dict, seed: int = 0) -> None:
+    """The gradient of the mean loss of a batch, in training mode."""
+    torch.manual_seed(seed)
+    model.train()
+    logits = model(**{name: batch[name] for name in MODEL_INPUTS if name in batch})
+    span_loss(*logits, batch).mean().backward()
+
+
 def tiny_model(tokenizer, **changes) -> SpanModel:
     torch.manual_seed(0)
-    return build_model(replace(SAMPLE, init="random", **changes), tokenizer)
+    return build_model(sample(**changes))
 
 
 def test_the_loss_is_transformers_own_where_every_token_may_answer_and_there_is_one_answer(tokenizer, tmp_path):
     model = tiny_model(tokenizer).eval()
-    save_model(model, tokenizer, {}, tmp_path)
+    save_model(model, tokenizer, UNTUNED, tmp_path)
     theirs = AutoModelForQuestionAnswering.from_pretrained(tmp_path).eval()
     rows = [example("I weep. I lie awake.", "I lie awake."), example("Tea and no answer!")]
     windows = make_windows(rows, tokenizer, SAMPLE)
@@ -660,8 +668,7 @@ def test_compiling_leaves_the_names_alone_and_checkpointing_the_gradients(tokeni
     windows = make_windows(splits["train"][:8], tokenizer, SAMPLE)
     gradients = []
     for model in (plain, tiny_model(tokenizer, gradient_checkpointing=True)):
-        scaler = torch.amp.GradScaler("cpu", enabled=False)
-        accumulate_gradients(model, [collate(windows, 0)], scaler, SAMPLE, step=3)
+        take_step(model, collate(windows, 0))
         gradients.append([p.grad for p in model.parameters()])
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients))
 
@@ -669,28 +676,28 @@ def test_compiling_leaves_the_names_alone_and_checkpointing_the_gradients(tokeni
 def test_what_a_model_lacks_is_said(tmp_path, tokenizer):
     base = tmp_path / "base"
     shutil.copytree(ROOT / "evidence_spans/sample/model", base)
-    config = replace(SAMPLE, model=str(base))
+    config = sample(model=str(base))
     shape = json.loads((base / "config.json").read_text(encoding="utf-8"))
     write_json(base / "config.json", shape | {"vocab_size": 50})
-    with pytest.raises(UserError, match="tokens do not fit 50 embeddings"):
-        build_model(config, tokenizer)
+    with pytest.raises(UserError, match=r"example e: token 'Why' is not among the model's embeddings"):
+        make_windows([example("Tea!")], find_tokenizer(config), config)
     write_json(base / "config.json", shape | {"model_type": "modernbert"})
     with pytest.raises(UserError, match=r"is a modernbert model; supported are bert, .*distilbert"):
-        build_model(config, tokenizer)
+        build_model(config)
     write_json(base / "config.json", shape)
-    with pytest.raises(UserError, match=r"max_length 999 is more than the 256 positions .* give --max_length 256"):
-        build_model(replace(config, max_length=999), tokenizer)
+    with pytest.raises(UserError, match=r"max_length 999 is more than the 256 positions that .* has"):
+        build_model(config.model_copy(update=dict(max_length=999)))
     (base / "model.safetensors").unlink(missing_ok=True)
-    with pytest.raises(UserError, match="--init random would train its shape"):
-        build_model(replace(config, init="pretrained"), tokenizer)
+    with pytest.raises(UserError, match="--init random, where there is that setting, trains its shape"):
+        build_model(config.model_copy(update=dict(init="pretrained")))
     torch.manual_seed(0)
-    model = build_model(replace(config, init="random"), tokenizer)
+    model = build_model(config.model_copy(update=dict(init="random")))
     del model.bert.encoder.layer[1].output.dense.bias
     folder = tmp_path / "broken"
     folder.mkdir()
-    save_model(model, tokenizer, {}, folder)
-    with pytest.raises(UserError, match=r"lacks 1 of the encoder's weights, .*layer.1.output.dense.bias"):
-        build_model(replace(config, model=str(folder), init="pretrained"), tokenizer)
+    save_model(model, tokenizer, UNTUNED, folder)
+    with pytest.raises(UserError, match=r"lacks 1 of the model's weights, .*layer.1.output.dense.bias"):
+        build_model(config.model_copy(update=dict(model=str(folder), init="pretrained")))
     with pytest.raises(UserError, match="does not load"):
         load_model(folder, config)
 
@@ -700,33 +707,33 @@ def test_what_a_model_lacks_is_said(tmp_path, tokenizer):
 
 def test_one_batch_overfits_and_its_answers_come_out(tokenizer, splits):
     examples = [e for e in splits["train"] if e.answers][:6] + [e for e in splits["train"] if not e.answers][:4]
-    config = replace(SAMPLE, init="random", learning_rate=3e-3, warmup_ratio=0.0, dropout=0.0)
-    split = tokenize(examples, tokenizer, config)
+    config = sample(init="random", learning_rate=3e-3, warmup_ratio=0.0, dropout=0.0)
+    split = make_split(examples, tokenizer, config)
     model = tiny_model(tokenizer, dropout=0.0)
-    optimizer, _, scaler = make_optimizer(model, 100, config)
+    optimizer, _ = make_optimizer(model, 100, config)
     for step in range(80):
-        accumulate_gradients(model, [collate(split.windows, 0)], scaler, config, step)
+        take_step(model, collate(split.windows, 0), seed=step)
         optimizer.step()
         optimizer.zero_grad()
-    predictions, loss = predict(model, split, tokenizer, config, 30)
-    decoding = tune(predictions, examples, 30, {}, config)
+    predictions, loss = predict(model, split, tokenizer, 30, config, None)
+    decoding = tune(predictions, examples, UNTUNED, config)
     scores = score_split(predictions, examples, loss, decoding)["at_threshold"]
     assert loss < 0.1 and scores["has_answer"]["exact_match"] == scores["no_answer"]["exact_match"] == 1
 
 
 def test_steps_are_counted_by_epoch_and_evaluations_are_spread_evenly(tokenizer, splits):
-    split = tokenize(splits["train"], tokenizer, SAMPLE)
-    config = replace(SAMPLE, epochs=3, batch_size=7, gradient_accumulation_steps=2)
-    ends = steps_of_epochs(split, config)
-    for epoch, (first, end) in enumerate(zip([0, *ends], ends)):
-        rows = train.epoch_rows(split, config, epoch)
-        assert end - first == math.ceil(len(rows) / 2)
-        numbers = sorted(row for batch in rows for row in batch)
+    split = make_split(splits["train"], tokenizer, SAMPLE)
+    config = sample(epochs=3, batch_size=7, gradient_accumulation_steps=2)
+    bounds = epoch_bounds(split, 2, config)
+    for epoch, (first, end) in enumerate(pairwise(bounds)):
+        steps = epoch_steps(split, 2, config, epoch)
+        assert end - first == len(steps) and {len(step) for step in steps[:-1]} == {2}
+        numbers = sorted(row for step in steps for batch in step for row in batch)
         assert numbers == draw_windows(split, config, epoch).tolist()  # each once, none dropped
-    assert evaluation_steps(np.array([10, 21, 30]), 30, config) == {10, 21, 30}
-    config = replace(config, evaluations_per_epoch=3)
-    assert evaluation_steps(np.array([9, 20, 30]), 25, config) == {3, 6, 9, 13, 16, 20, 23, 25}
-    assert evaluation_steps(np.array([2]), 2, config) == {1, 2}
+    assert evaluation_steps([0, 10, 21, 30], 30, config) == {10, 21, 30}
+    config = config.model_copy(update=dict(evaluations_per_epoch=3))
+    assert evaluation_steps([0, 9, 20, 30], 25, config) == {3, 6, 9, 13, 16, 20, 23, 25}
+    assert evaluation_steps([0, 2], 2, config) == {1, 2}
 
 
 # From logits to text
@@ -772,7 +779,7 @@ def test_the_sliding_maximum_looks_ahead(width):
 def test_windows_merge_into_the_best_distinct_spans_of_the_whole_text(tokenizer):
     """Against brute force over all windows, with random logits; a span in two windows counts once, with its best."""
     text = " ".join(f"w{n}" for n in range(40))
-    config = replace(SAMPLE, max_length=40, doc_stride=20)
+    config = sample(max_length=40, doc_stride=20)
     windows = make_windows([example(text, question="")], tokenizer, config)
     batch = collate(windows, 0)
     torch.manual_seed(3)
@@ -828,9 +835,9 @@ def test_an_example_without_any_span_is_a_no_answer_and_does_not_crash(tokenizer
     assert several_answers(nothing, decoding) == [] and no_answer_probability(nothing, decoding) == 1.0
     control = example("\u200b\u200b", question="Why?")  # the tokenizer drops every character
     model = tiny_model(tokenizer)
-    predictions, loss = predict(model, tokenize([control], tokenizer, SAMPLE), tokenizer, SAMPLE, 10)
+    predictions, loss = predict(model, make_split([control], tokenizer, SAMPLE), tokenizer, 10, SAMPLE, None)
     assert predictions[0].spans == [] and math.isfinite(loss)
-    tuned = tune(predictions, [control], 10, {}, SAMPLE)
+    tuned = tune(predictions, [control], UNTUNED, SAMPLE)
     assert score_split(predictions, [control], loss, tuned)["at_threshold"]["f1"] == 1.0
 
 
@@ -875,7 +882,7 @@ def f1_below(t: float, spans: list[tuple[float, bool]], wanted: int) -> float:
 def test_without_a_no_answer_example_there_is_no_threshold_and_no_calibration():
     rows = [example("I weep.", "I weep.", name=str(n)) for n in range(3)]
     predictions = [made(float(n), Span(0, 7, 0.0)) for n in range(3)]
-    decoding = tune(predictions, rows, 5, {}, SAMPLE)
+    decoding = tune(predictions, rows, UNTUNED, SAMPLE)
     assert decoding.threshold is None and decoding.slope is None
     scores = score_split(predictions, rows, 0.0, decoding)
     assert scores["at_threshold"]["f1"] == 1 and "at_zero" not in scores and "no_answer_brier" not in scores
@@ -896,7 +903,7 @@ def test_the_threshold_is_tuned_for_the_metric(metric):
         texts = ["" if d > t else "one two three"[:end] for d, end in zip(differences, ends)]
         return span_metrics(texts, [e.texts for e in rows])[metric]
 
-    decoding = tune(predictions, rows, 5, {}, replace(SAMPLE, metric=metric))
+    decoding = tune(predictions, rows, UNTUNED, sample(metric=metric))
     assert score(decoding.threshold) == pytest.approx(max(score(t) for t in (-100, 100, *differences)))
     scores = score_split(predictions, rows, 0.0, decoding)["at_threshold"]
     assert scores[metric] == pytest.approx(score(decoding.threshold))
@@ -944,7 +951,7 @@ def test_sentences_end_where_readers_say(text, found):
 
 def test_sentence_decoding_takes_the_best_whole_sentence(tokenizer, splits):
     rows = [e for e in splits["train"] if e.answers][:20]
-    config = replace(SAMPLE, max_length=64, doc_stride=24, decode="sentence")
+    config = sample(max_length=64, doc_stride=24, decode="sentence")
     windows = make_windows(rows, tokenizer, config)
     batch = collate(windows, 0)
     torch.manual_seed(0)
@@ -965,7 +972,8 @@ def test_sentence_decoding_takes_the_best_whole_sentence(tokenizer, splits):
         assert [pair[1:] for pair in found] == [pair[1:] for pair in expected]
         assert [pair[0] for pair in found] == pytest.approx([pair[0] for pair in expected], abs=1e-6)
     assert whole > len(windows)
-    predictions, _ = predict(tiny_model(tokenizer), tokenize(rows, tokenizer, config), tokenizer, config, 10)
+    split = make_split(rows, tokenizer, config)
+    predictions, _ = predict(tiny_model(tokenizer), split, tokenizer, 10, config, None)
     for e, prediction in zip(rows, predictions):
         assert prediction.spans and {s[:2] for s in prediction.spans} <= set(sentences(e.context))
 
@@ -1034,7 +1042,7 @@ def test_scores_of_several_spans_are_those_of_the_several_answers():
         made(0.0, Span(0, 7, 5.0), Span(13, 25, 4.0), Span(8, 12, -9.0)),
         made(0.0, Span(0, 4, -7.0)),
     ]
-    decoding = tune(predictions, rows, 9, {}, SAMPLE)
+    decoding = tune(predictions, rows, UNTUNED, SAMPLE)
     scores = score_split(predictions, rows, 0.0, decoding)
     assert scores["several"]["all"]["f1"] == scores["several"]["tokens"]["f1"] == 1.0
     assert scores["several"]["posts_with_several"] == {"precision": 1.0, "recall": 1.0, "f1": 1.0, "rows": 1}
@@ -1042,10 +1050,10 @@ def test_scores_of_several_spans_are_those_of_the_several_answers():
 
 
 def test_the_longest_training_answer_is_the_limit(tokenizer, splits):
-    split = tokenize(splits["train"], tokenizer, SAMPLE)
+    split = make_split(splits["train"], tokenizer, SAMPLE)
     expected = max(b - a + 1 for w in split.windows for a, b in w.labels)
     assert longest_answer(split, SAMPLE) == expected > 12
-    assert longest_answer(split, replace(SAMPLE, max_answer_length=3)) == 3
+    assert longest_answer(split, sample(max_answer_length=3)) == 3
 
 
 # predict.py and search.py
@@ -1067,12 +1075,10 @@ def small(few_posts, tmp_path):
     """A quick run's config: 120 posts, one example each."""
     few_posts(tmp_path, 120)
     changes = {"data_dir": str(tmp_path), "question_form": "empty", "epochs": 2, "logging_steps": 1}
-    return replace(PRESET, **changes, run_dir=str(tmp_path / "run"))
+    return sample(init="pretrained", **changes, run_dir=str(tmp_path / "run"))
 
 
 def records(config) -> list[dict]:
-    from pathlib import Path
-
     text = (Path(config.run_dir) / "metrics.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
 
@@ -1087,38 +1093,45 @@ def test_a_run_lists_what_it_did_not_find_and_refuses_other_data_and_another_pre
     assert not (tmp_path / "run/results.json").exists()
     assert sum(record["event"] == "evaluation" for record in records(small)) == 1
     monkeypatch.setattr(train, "autocast_dtype", lambda amp, device: torch.bfloat16)
-    with pytest.raises(UserError, match=r"was begun with autocast None, amp off means torch.bfloat16"):
+    with pytest.raises(UserError, match=r"autocast was None, is torch.bfloat16"):
         train.main(small)
     monkeypatch.undo()
     posts = (tmp_path / "redsm5_posts.csv").read_text(encoding="utf-8")
     (tmp_path / "redsm5_posts.csv").write_text(posts.replace("I ", "We ", 1), encoding="utf-8")
-    with pytest.raises(RunError, match="does not hold the rows"):
+    with pytest.raises(UserError, match=r"begun with other rows, .*: data_sha256 was"):
         train.main(small)
 
 
 def test_patience_counts_evaluations_and_a_bad_loss_names_its_examples(small, tmp_path, monkeypatch):
-    config = replace(small, epochs=9, patience=2, evaluations_per_epoch=2, learning_rate=0.0)
+    config = small.model_copy(update=dict(epochs=9, patience=2, evaluations_per_epoch=2, learning_rate=0.0))
     train.main(config)
     assert sum(record["event"] == "evaluation" for record in records(config)) == 3  # the first and two no better
-    config = replace(config, run_dir=str(tmp_path / "other"))
+    config = config.model_copy(update=dict(run_dir=str(tmp_path / "other")))
     monkeypatch.setattr(train, "span_loss", lambda start, end, batch: start[:, 0] * math.nan)
     with pytest.raises(UserError, match=r"the loss is nan at step 1, in the batch of examples s_\d+_\d+, ") as error:
         train.main(config)
     named = str(error.value).split("examples ")[1].split(";")[0].split(", ")
-    split = tokenize(load_splits(config)[0]["train"], load_tokenizer(config), config)
-    rows = train.epoch_rows(split, config, 0)[0]
+    split = make_split(load_examples(config)[0]["train"], find_tokenizer(config), config)
+    rows = epoch_steps(split, 1, config, 0)[0][0]
     assert named == list(dict.fromkeys(split.examples[split.owners[row]].id for row in rows))
 
 
-def test_the_gradient_is_clipped_and_the_head_computes_in_fp32(tokenizer, splits):
-    windows = make_windows(splits["train"][:6], tokenizer, SAMPLE)
-    model = tiny_model(tokenizer)
-    optimizer, _, scaler = make_optimizer(model, 10, SAMPLE)
-    accumulate_gradients(model, [collate(windows, 0)], scaler, SAMPLE, 0)
-    before = train.clip_gradient(model, optimizer, scaler, replace(SAMPLE, max_grad_norm=0.0))
-    assert train.clip_gradient(model, optimizer, scaler, replace(SAMPLE, max_grad_norm=before / 3)) == before
-    norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item()
-    assert norm == pytest.approx(before / 3, rel=1e-4)
+def test_the_gradient_is_clipped(small, tmp_path):
+    """After one step AdamW's exp_avg is a tenth of the gradient."""
+    norms = []
+    for number, limit in enumerate((0.0, 0.5)):
+        changes = {"max_steps": 1, "max_grad_norm": limit, "run_dir": str(tmp_path / f"run{number}")}
+        config = small.model_copy(update=changes)
+        train.main(config)
+        moments = torch.load(tmp_path / f"run{number}/last.pt")["state"]["optimizer"]["state"].values()
+        norms.append(10 * torch.cat([moment["exp_avg"].flatten() for moment in moments]).norm().item())
+        before = next(record["grad_norm"] for record in records(config) if record["event"] == "step")
+        assert before == pytest.approx(norms[0], rel=1e-4)
+    assert norms[0] > 1 and norms[1] == pytest.approx(0.5, rel=1e-4)
+
+
+def test_the_head_computes_in_fp32_after_dropout(tokenizer, splits):
+    windows, model = make_windows(splits["train"][:6], tokenizer, SAMPLE), tiny_model(tokenizer)
     batch = {name: tensor for name, tensor in collate(windows, 0).items() if name in MODEL_INPUTS}
     seen = []
     model.qa_outputs.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0].dtype, output.dtype)))
@@ -1138,7 +1151,7 @@ def test_a_context_that_is_cut_keeps_its_labels_at_both_ends(tokenizer):
     """Characters that the tokenizer drops at a text's ends do not cut an answer there; a window's own ends do."""
     text = "\u200bI am tired. I sleep and I eat and I walk in the old town. I am sad.\u200b"
     e = Example("e", "p", "", text, ((0, 11), (60, len(text))), "answered", True)
-    windows = make_windows([e], tokenizer, replace(SAMPLE, max_length=12, doc_stride=2))
+    windows = make_windows([e], tokenizer, sample(max_length=12, doc_stride=2))
     assert len(windows) > 2 and windows[0].labels and windows[-1].labels
     assert [w.is_first for w in windows] == [True] + [False] * (len(windows) - 1)
     assert [w.is_last for w in windows] == [False] * (len(windows) - 1) + [True]
@@ -1155,7 +1168,7 @@ def test_windows_know_their_example_beyond_the_first_thousand(tokenizer):
 
 def test_a_repeated_sentence_is_evidence_in_all_its_places(tmp_path):
     write_redsm5(tmp_path, {"a": "  I weep. Tea. I weep."}, [("a", "I weep.", "DEPRESSED_MOOD", 1)])
-    found = [e for e in read_source(replace(SAMPLE, data_dir=str(tmp_path))).examples if e.answers]
+    found = [e for e in read_source(sample(data_dir=str(tmp_path))).examples if e.answers]
     assert [e.answers for e in found] == [((2, 9), (15, 22))]  # blanks at the text's start count
 
 
@@ -1165,23 +1178,23 @@ def test_no_text_of_the_test_file_is_trained_on(tmp_path):
     again = [(text.upper(), [(f"t{n}", "What?", [("TEXT", 0)])]) for n, text in enumerate(texts[:5])]
     write_json(tmp_path / "Train.json", squad(*rows))
     write_json(tmp_path / "Dev-v2.json", squad(*again))
-    found, source = load_splits(replace(SAMPLE, data_dir=str(tmp_path)))
+    found, source = load_examples(sample(data_dir=str(tmp_path)))
     assert len(found["test"]) == 5 and source.counts["left out, their text is in test"] == 5
     trained = {e.context for name in ("train", "validation") for e in found[name]}
     assert trained == set(texts[5:]) and source.counts["in Dev-v2.json (test)"] == 5
     write_json(tmp_path / "valid.json", squad(*rows[:1]))
     with pytest.raises(UserError, match=r"valid.json: of several files each is named train\*"):
-        read_source(replace(SAMPLE, data_dir=str(tmp_path)))
+        read_source(sample(data_dir=str(tmp_path)))
 
 
 def test_a_path_that_is_a_table_and_text_that_is_none_are_refused(tmp_path):
     write_redsm5(tmp_path, {"a": "I weep."}, [])
     with pytest.raises(UserError, match="names the folder of ReDSM5's two CSV files"):
-        read_source(replace(SAMPLE, data_dir=str(tmp_path / "redsm5_posts.csv")))
+        read_source(sample(data_dir=str(tmp_path / "redsm5_posts.csv")))
     text = '{"data": [{"paragraphs": [{"context": "a \\ud800", "qas": []}]}]}'
     (tmp_path / "x.json").write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match="context holds half of a surrogate pair"):
-        read_source(replace(SAMPLE, data_dir=str(tmp_path / "x.json")))
+        read_source(sample(data_dir=str(tmp_path / "x.json")))
 
 
 def test_answer_rows_tell_the_answer_its_probability_and_every_span():
@@ -1205,7 +1218,7 @@ def test_answer_rows_tell_the_answer_its_probability_and_every_span():
 def test_alternatives_are_not_wanted_all_at_once_and_equal_texts_count_once():
     rows = [example("one two. Tea.", "one two.", "Tea.", name="a")._replace(together=False)]
     predictions = [made(0.0, Span(0, 8, 5.0), Span(9, 13, -9.0))]
-    decoding = tune(predictions, rows, 9, {}, SAMPLE)
+    decoding = tune(predictions, rows, UNTUNED, SAMPLE)
     assert decoding.span_threshold is None
     scores = score_split(predictions, rows, 0.0, decoding)
     assert "several" not in scores and scores["at_threshold"]["tokens"]["f1"] == 1.0
@@ -1213,7 +1226,7 @@ def test_alternatives_are_not_wanted_all_at_once_and_equal_texts_count_once():
     predictions = [made(10.0, Span(0, 7, 5.0), Span(13, 20, 4.0), Span(8, 12, -9.0))]
     other = example("I lie awake. Tea.", "I lie awake.", name="c")
     predictions.append(made(10.0, Span(0, 12, 2.0), Span(13, 17, -9.0)))
-    decoding = tune(predictions, [twice, other], 9, {}, SAMPLE)
+    decoding = tune(predictions, [twice, other], UNTUNED, SAMPLE)
     assert decoding.span_threshold == 13.5  # between 8, the last right one, and 19
     assert score_split(predictions, [twice, other], 0.0, decoding)["several"]["tokens"]["f1"] == 1.0
 
@@ -1227,7 +1240,7 @@ def test_a_damaged_decoding_is_refused(change, tmp_path):
     write_json(tmp_path / "decoding.json", decoding | {"questions": {}})
     assert read_decoding(tmp_path).max_answer_length == 9
     write_json(tmp_path / "decoding.json", decoding | {"questions": {}} | change)
-    with pytest.raises(RunError, match="no run writes"):
+    with pytest.raises(UserError, match="no run writes"):
         read_decoding(tmp_path)
 
 
@@ -1239,7 +1252,7 @@ def test_a_trial_that_cannot_be_trained_is_recorded_and_others_end_the_search(sm
             raise error
 
         monkeypatch.setattr(train, "main", raising)
-        return search.run_trial(small, 1, "f1")
+        return search.run_trial(small, 1)
 
     assert fail(UnfitSettings("the loss is nan"))["error"] == "the loss is nan"
     assert fail(torch.OutOfMemoryError())["error"] == "out of GPU memory"
@@ -1248,7 +1261,7 @@ def test_a_trial_that_cannot_be_trained_is_recorded_and_others_end_the_search(sm
     drawn = search.draw_trials(small, 40, 0)
     assert drawn == search.draw_trials(small, 40, 0) != search.draw_trials(small, 40, 1)
     for settings in drawn:
-        replace(small, **settings)  # in range
+        Config(**small.model_dump() | settings)  # in range
         assert small.learning_rate / 3 <= settings["learning_rate"] <= small.learning_rate * 3
     assert {settings["doc_stride"] for settings in drawn} == {small.doc_stride // 2, small.doc_stride}
     outcomes = {n: {"score": s, "error": None} for n, s in enumerate((0.2, 0.9, None, 0.9))}
@@ -1258,10 +1271,10 @@ def test_a_trial_that_cannot_be_trained_is_recorded_and_others_end_the_search(sm
 def test_sentence_decoding_and_prediction_without_questions(small, tmp_path, capsys):
     from evidence_spans.predict import main as predict_main
 
-    config = replace(small, decode="sentence", epochs=1)
+    config = small.model_copy(update=dict(decode="sentence", epochs=1))
     train.main(config)
     rows = (tmp_path / "run/predictions/test_predictions.jsonl").read_text(encoding="utf-8").splitlines()
-    contexts = {e.id: e.context for e in load_splits(config)[0]["test"]}
+    contexts = {e.id: e.context for e in load_examples(config)[0]["test"]}
     for row in map(json.loads, rows):
         assert not row["answer"] or (row["start"], row["end"]) in sentences(contexts[row["id"]])
     capsys.readouterr()
@@ -1277,5 +1290,5 @@ def test_sentence_decoding_and_prediction_without_questions(small, tmp_path, cap
     assert capsys.readouterr().out.startswith("# ")
     with pytest.raises(UserError, match="--several is for --highlight"):
         predict_main(config, text, **(settings | {"several": True}))
-    with pytest.raises(UserError, match="half of a surrogate pair"):
-        predict_main(config, "abc\udcff", **settings)
+    assert predict_main(config, "abc\udcff", **settings) == 1
+    assert "expected UTF-8, found '\\udcff', half of a surrogate pair" in capsys.readouterr().err

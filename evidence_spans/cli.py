@@ -1,0 +1,154 @@
+"""The command line of every script here: flags -> Config, where a run lies, what went wrong -> one line."""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import get_args
+
+import torch
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from common.checkpoint import ROOT, UserError
+from common.checkpoint.run import FORMAT, read_run
+from evidence_spans.config import PRESETS, Config
+
+PROJECT = Path(__file__).resolve().parent
+PATHS = ("model", "data_dir", "run_dir")
+NOT_OF_A_RUN = {"run_dir"}  # settings that do not define a run
+FREE = {"run_dir", "data_dir", "eval_batch_size", "num_workers", "amp", "compile_model"}  # others may be given to a run
+LIMITS = {"Ge": "at least", "Gt": "above", "Le": "at most", "Lt": "below"}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with its errors on one line."""
+
+    def error(self, message: str):
+        self.exit(2, f"error: {' '.join(message.split())} (--help lists the flags)\n")
+
+
+def boolean(text: str) -> bool | str:
+    return {"true": True, "false": False}.get(text.lower(), text)  # pydantic refuses a text
+
+
+def flag(field: FieldInfo) -> dict:
+    """What argparse takes for a setting: its type, meaning, range and default."""
+    kinds = [(LIMITS.get(type(limit).__name__), limit) for limit in field.metadata]
+    notes = [f"{word} {getattr(limit, type(limit).__name__.lower())}" for word, limit in kinds if word]
+    notes.append(f"default: {field.default!r}")
+    settings = {"help": f"{field.description} ({', '.join(notes)})".replace("%", "%%"), "default": argparse.SUPPRESS}
+    if choices := get_args(field.annotation):
+        return settings | {"choices": choices}
+    if field.annotation is bool:
+        return settings | {"type": boolean, "nargs": "?", "const": True, "metavar": "true|false"}
+    return settings | {"type": field.annotation, "metavar": field.annotation.__name__}
+
+
+def first_error(error: ValidationError, given: dict, origin: Path) -> str:
+    """The first wrong setting: its flag, or the file that its value is from; the value, and what it takes."""
+    problem = error.errors()[0]
+    if not problem["loc"]:  # settings that do not go together
+        return problem["msg"].removeprefix("Value error, ")
+    name, message = problem["loc"][0], problem["msg"]
+    if problem["type"] == "string_pattern_mismatch":
+        message = f"Input should be {Config.model_fields[name].description}"
+    return f"{f'argument --{name}' if name in given else f'{origin}: {name}'}: {problem['input']!r}: {message}"
+
+
+def repository_path(text: str, or_as_it_is: bool = False) -> str:
+    """A path as a config keeps it: relative to the repository inside it, else absolute.
+
+    or_as_it_is: where nothing is there, the text stays: a model in the repository, or its name on the hub.
+    """
+    full = Path(text).expanduser().resolve()
+    if or_as_it_is and not full.exists():
+        return text
+    return full.relative_to(ROOT).as_posix() if full.is_relative_to(ROOT) else str(full)
+
+
+def displayed(path: Path) -> str:
+    """A path as the user can type it: relative inside the current folder, else absolute."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def run_settings(config: Config) -> dict:
+    """The settings that define a run."""
+    return config.model_dump(exclude=NOT_OF_A_RUN)
+
+
+def run_path(config: Config) -> Path:
+    """Where the run lies: run_dir, or a name made from the config, so that an edited config is a new run."""
+    if config.run_dir:
+        return ROOT / config.run_dir
+    digest = hashlib.sha256(json.dumps(run_settings(config), sort_keys=True).encode()).hexdigest()[:8]
+    model = Path(config.model).as_posix().removesuffix("/model").rsplit("/", 1)[-1]
+    return PROJECT / "runs" / f"{model}-{digest}"
+
+
+def parse(argv: list[str] | None, description: str = "", trained: bool = False, **flags: dict) -> tuple[Config, dict]:
+    """The config of a command line, and the values of the script's own flags (name -> what add_argument takes).
+
+    trained: where --run_dir names a run, its settings are the defaults, and only FREE ones may be others; those of
+    another version that are none here are left out. Exits with status 2 on a wrong flag or value.
+    """
+    parser = Parser(usage="%(prog)s [--flag value ...]", description=description, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--preset", choices=PRESETS, help="other defaults, at the end of config.py")
+    parser.add_argument("--sample", dest="preset", action="store_const", const="sample", help="--preset sample")
+    for name, settings in flags.items():
+        parser.add_argument(f"--{name}", **settings)
+    group = parser.add_argument_group("settings, whose defaults are those of config.py")
+    for name, field in Config.model_fields.items():
+        group.add_argument(f"--{name}", **flag(field))
+    given = vars(parser.parse_args(argv))
+    preset, own = given.pop("preset"), {name: given.pop(name) for name in flags}
+
+    defaults, origin = PRESETS[preset] if preset else {}, PROJECT / "config.py"
+    if is_run := trained and bool(given.get("run_dir")):
+        origin = ROOT / repository_path(given["run_dir"]) / "config.json"
+        if not origin.exists():
+            raise UserError(f"{origin.parent} is not a run: --run_dir names what train.py's last line calls results in")
+        run = read_run(origin.parent)
+        if run["format"] == FORMAT and (other := run["config"].keys() ^ Config.model_fields.keys() - NOT_OF_A_RUN):
+            raise UserError(f"{origin}: {min(other)} is missing, or not a setting: this is not how the run was saved")
+        defaults = {name: value for name, value in run["config"].items() if name in Config.model_fields}
+    try:
+        config = Config(**defaults | given)
+    except ValidationError as error:
+        parser.error(first_error(error, given, origin))
+    for name in PATHS:
+        if (text := getattr(config, name)) and (name in given or text.startswith("~")):
+            config = config.model_copy(update={name: repository_path(text, or_as_it_is=name == "model")})
+    for name in given.keys() - FREE if is_run else ():
+        if (value := defaults.get(name, Config.model_fields[name].default)) != getattr(config, name):
+            parser.error(f"argument --{name}: {given['run_dir']} was trained with {value!r}, which is fixed")
+    return config, own
+
+
+def run_script(main: Callable, description: str, trained: bool = False, **flags: dict) -> int:
+    """Parse the command line, call main(config, **flags) and turn what the user can mend into one line on stderr.
+
+    Returns the exit status: main's own, 0 for None, 1 after an error, 130 after Ctrl-C.
+    """
+    for stream in (sys.stdout, sys.stderr):  # a log file gets each line when it is printed, in any locale
+        stream.reconfigure(encoding="utf-8", line_buffering=True)
+    try:
+        config, own = parse(None, description, trained, **flags)
+        return main(config, **own) or 0
+    except BrokenPipeError:  # the reader of stdout, such as head, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except torch.OutOfMemoryError:
+        message = "out of GPU memory: lower batch_size (and raise gradient_accumulation_steps), eval_batch_size or "
+        message += "max_length, or set gradient_checkpointing"
+    except (UserError, OSError) as error:
+        message = " ".join(str(error).split())
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    print(f"error: {message}", file=sys.stderr)
+    return 1

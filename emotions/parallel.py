@@ -1,8 +1,7 @@
-"""Several processes as one: what torchrun starts, gradients that are shared, whole states, runs that hang.
+"""Several processes as one: what torchrun starts, gradients that are averaged, runs that hang.
 
     torchrun --nproc_per_node 2 emotions/train.py ...            # each process holds the model (DDP)
     torchrun --nproc_per_node 2 emotions/train.py --shard ...    # and a part of gradients and optimizer (ZeRO-2)
-
 """
 
 import faulthandler
@@ -10,20 +9,11 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -108,20 +98,15 @@ def rank_0_first(processes: Processes) -> Iterator[None]:
 def parallelize(
     model: EmotionClassifier, shard: bool, dtype: torch.dtype | None, processes: Processes
 ) -> nn.Module:
-    """The module whose backward averages gradients over the processes; the model itself where there is one.
-
-    With shard the model's own parameters become this process's parts of them, gathered for the forward pass and kept
-    until the backward pass is over.
-    """
+    """The module whose backward averages gradients over the processes; the model itself where there is one."""
     if shard:
         if processes.world == 1:
             raise UserError("shard needs several processes: torchrun --nproc_per_node 2 emotions/train.py --shard")
         if dtype == torch.float16:
             raise UserError("shard and fp16 do not go together here: set amp bf16 or off")
-        lists = [module for module in model.encoder.modules() if isinstance(module, nn.ModuleList)]
-        for layer in max(lists, key=len):
-            fully_shard(layer, reshard_after_forward=False)
-        return fully_shard(model, reshard_after_forward=False)
+        from emotions.sharding import shard_parameters  # a second that --help has no use for
+
+        return shard_parameters(model)
     return DistributedDataParallel(model) if processes.world > 1 else model
 
 
@@ -139,38 +124,11 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-@dataclass
-class ShardedModel:
-    """A sharded model's parameters as a checkpoint keeps them: full tensors on the CPU, in rank 0."""
-
-    model: EmotionClassifier
-
-    def state_dict(self) -> dict:
-        return get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-
-    def load_state_dict(self, state: dict) -> None:
-        set_model_state_dict(self.model, state, options=StateDictOptions(full_state_dict=True))
-
-
-@dataclass
-class ShardedOptimizer:
-    """The optimizer of a sharded model likewise."""
-
-    model: EmotionClassifier
-    optimizer: Optimizer
-
-    def state_dict(self) -> dict:
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        return get_optimizer_state_dict(self.model, self.optimizer, options=options)
-
-    def load_state_dict(self, state: dict) -> None:
-        options = StateDictOptions(full_state_dict=True)
-        set_optimizer_state_dict(self.model, self.optimizer, state, options=options)
-
-
 def stateful(model: EmotionClassifier, optimizer: Optimizer, shard: bool) -> dict:
     """Model and optimizer as what a checkpoint saves and restores."""
     if shard:
+        from emotions.sharding import ShardedModel, ShardedOptimizer
+
         return {"model": ShardedModel(model), "optimizer": ShardedOptimizer(model, optimizer)}
     return {"model": model, "optimizer": optimizer}
 

@@ -2,15 +2,15 @@
 
 import csv
 import json
-from dataclasses import replace
 
 import pytest
 
+from common.checkpoint import UserError
 from emotions import dataset, prepare
-from emotions.config import SAMPLE, UserError
+from emotions.config import PRESETS, Config
 from emotions.dataset import load_splits, normalized, read_rows
 from emotions.labels import ALL, EMOTIONS, NUMBERS
-from emotions.model import load_tokenizer
+from emotions.model import find_tokenizer
 
 EC_NAMES = ("anger", "anticipation", "disgust", "fear", "joy", "love", "optimism", "pessimism", "sadness", "surprise")
 EC_HEADER = "\t".join(("ID", "Tweet", *EC_NAMES, "trust"))
@@ -18,6 +18,12 @@ ISEAR_HEADER = "|".join((*(f"F{i}" for i in range(36)), "Field1", "Field3", "Fie
 MELD_HEADER = ["Sr No.", "Utterance", "Speaker", "Emotion", "Sentiment", "Dialogue_ID", "Utterance_ID"]
 MELD_SHORT = "Utterance,Emotion,Dialogue_ID,Utterance_ID\r\n"
 GOEMOTIONS, EC, ISEAR, MELD = prepare.SOURCES
+
+
+def sample(**changes) -> Config:
+    return Config(**PRESETS["sample"] | changes)
+
+
 EIGHT = ["anger", "disgust", "fear", "joy", "love", "optimism", "sadness", "surprise"]
 
 
@@ -65,7 +71,7 @@ def run(raw, tmp_path, capsys):
     """Prepare the folder's data with all sources, or some; the written rows by split, and what was printed."""
 
     def prepared(sources=tuple(prepare.SOURCES), num_rows=0, raw_dir=str(raw), **settings):
-        config = replace(SAMPLE, data_dir=str(tmp_path / "out"), **settings)
+        config = sample(data_dir=str(tmp_path / "out"), **settings)
         prepare.main(config, raw_dir, list(sources), num_rows)
         return {path.stem: read_rows(path) for path in (tmp_path / "out").glob("*.jsonl")}, capsys.readouterr().out
 
@@ -235,7 +241,7 @@ def test_a_text_that_is_scored_is_trained_on_from_no_source(raw, run, tmp_path, 
     ):
         assert line in out.splitlines()
     monkeypatch.setattr(dataset, "FOLDS", 2)  # two rows of validation will do here
-    splits = load_splits(replace(SAMPLE, data_dir=str(tmp_path / "out")), load_tokenizer(SAMPLE))
+    splits = load_splits(sample(data_dir=str(tmp_path / "out")), find_tokenizer(sample()))
     assert splits.keys() == {"train", "validation", "test"}
 
 

@@ -4,10 +4,11 @@ import math
 from pathlib import Path
 
 import numpy as np
-from pydantic import ConfigDict, PositiveInt, TypeAdapter, ValidationError
+from pydantic import ConfigDict, PositiveInt, ValidationError
 from pydantic.dataclasses import dataclass
 
 from common.checkpoint import UserError
+from common.checkpoint.files import read_json
 from evidence_spans.postprocess import Prediction, Span
 
 
@@ -37,13 +38,11 @@ def read_decoding(folder: Path) -> Decoding:
     """How the model of a best folder turns logits into text. Raises UserError."""
     path = folder / "decoding.json"
     try:
-        return TypeAdapter(Decoding).validate_json(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
+        return Decoding(**read_json(path))
     except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(map(str, first["loc"])) or "decoding"
-        raise UserError(f"{path}: {name} is {first['input']!r}, which no run writes: {first['msg']}") from error
+        problem = error.errors()[0]
+        name = ".".join(map(str, problem["loc"]))
+        raise UserError(f"{path}: {name} is {problem['input']!r}, which no run writes: {problem['msg']}") from error
 
 
 def probabilities(prediction: Prediction, with_null: bool) -> list[float]:

@@ -5,7 +5,6 @@ B batch, W windows of a split, T tokens of the longest window
 
 import hashlib
 import json
-import re
 import signal
 from collections.abc import Iterable
 from functools import partial
@@ -21,10 +20,10 @@ from common.seed import epoch_generator, mix
 from evidence_spans.config import Config
 from evidence_spans.formats import Example, Source
 from evidence_spans.redsm5 import read_redsm5
+from evidence_spans.splits import split_examples
 from evidence_spans.squad import read_squad
 from evidence_spans.windows import Window, make_windows
 
-AUTHOR = re.compile(r"s_\d+_")  # posts that share the prefix are probably one author's
 BUCKET = 100  # batches among which lengths are sorted
 
 
@@ -69,59 +68,6 @@ def read_source(config: Config) -> Source:
         if not file.name.lower().startswith("train"):
             raise UserError(f"{file}: of several files each is named train*, or dev* or test* for the test split")
     return read_squad(others, test, config)
-
-
-def group_keys(posts: dict[str, str]) -> dict[str, str]:
-    """Post id -> the name of its group: posts of one author prefix or one text are linked, and links chain.
-
-    Texts are equal up to case and white space. The name is the smallest author prefix of the group, so that posts of
-    its authors and of others can be added without moving it; only a copy of one of its texts under another author,
-    which would have to be in two splits otherwise, can.
-    """
-    authors = {post: match[0] if (match := AUTHOR.match(post)) else post for post in posts}
-    smaller = {author: author for author in authors.values()}  # union-find: another author of the group, or itself
-
-    def group(author: str) -> str:
-        while smaller[author] != author:
-            author = smaller[author]
-        return author
-
-    first_author: dict[str, str] = {}
-    for post, text in posts.items():
-        other = first_author.setdefault(" ".join(text.split()).casefold(), authors[post])
-        low, high = sorted((group(authors[post]), group(other)))
-        smaller[high] = low
-    return {post: group(author) for post, author in authors.items()}
-
-
-def split_of(group: str, config: Config, has_test: bool) -> str:
-    """The split of a group, by a hash that no other group has a part in."""
-    digest = hashlib.sha256(f"{config.split_seed}\n{group}".encode()).digest()
-    share = int.from_bytes(digest[:8]) / 2**64
-    if share < config.validation_fraction:
-        return "validation"
-    return "test" if not has_test and share < config.validation_fraction + config.test_fraction else "train"
-
-
-def split_examples(source: Source, config: Config) -> dict[str, list[Example]]:
-    """train, validation and test; no post, author or text stands in two of them. Raises UserError for an empty one.
-
-    Where test has a file of its own, it is that; what of the others shares a group with it is left out of them.
-    """
-    groups = group_keys({example.post: example.context for example in source.examples + source.test})
-    tested = {groups[example.post] for example in source.test}
-    splits: dict[str, list[Example]] = {"train": [], "validation": [], "test": list(source.test)}
-    for example in source.examples:
-        group = groups[example.post]
-        if group in tested:
-            source.counts["left out, their text is in test"] += 1
-        else:
-            splits[split_of(group, config, bool(source.test))].append(example)
-    for name, examples in splits.items():
-        if not any(example.answers for example in examples):
-            what = f"the {len(groups)} posts of {config.data_dir}"
-            raise UserError(f"{what} cannot be split: {name} would hold no answer")
-    return splits
 
 
 def load_examples(config: Config) -> tuple[dict[str, list[Example]], Source]:

@@ -67,10 +67,6 @@ def predict(
     """The n best spans of each example, in their order, and the loss averaged over windows."""
     batches = sorted_batches(split.lengths, config.eval_batch_size)
     device = next(model.parameters()).device
-    sentences_of = {}  # by post
-    if config.decode == "sentence":
-        sentences_of = {context: sentences(context) for context in {example.context for example in split.examples}}
-
     model.eval()
     parts: list[Prediction | None] = [None] * len(split.windows)
     loss = 0.0
@@ -84,7 +80,7 @@ def predict(
 
             windows = [split.windows[row] for row in rows]
             if config.decode == "sentence":
-                spans = [sentences_of[split.examples[window.example].context] for window in windows]
+                spans = [sentences(split.examples[window.example].context) for window in windows]
                 pairs = sentence_pairs(start, end, windows, spans, config.n_best_size)
             else:
                 pairs = best_pairs(start, end, batch["context_mask"], config.n_best_size, max_answer_length)
@@ -155,23 +151,6 @@ def prediction_row(split: str, example: Example, prediction: Prediction, decodin
     return row | {"n_best": n_best(example.context, prediction, decoding)}
 
 
-def evaluate(
-    folder: Path,
-    splits: dict[str, Split],
-    tokenizer: PreTrainedTokenizerFast,
-    config: Config,
-    dtype: torch.dtype | None,
-) -> tuple[dict, list[dict]]:
-    """Scores of a best folder's model on each split, and a row for each example."""
-    model, decoding = load_model(folder, config).to(pick_device()), read_decoding(folder)
-    scores, rows = {"decoding": asdict(decoding)}, []
-    for name, split in splits.items():
-        predictions, loss = predict(model, split, tokenizer, decoding.max_answer_length, config, dtype)
-        scores[name] = score_split(predictions, split.examples, loss, decoding)
-        rows += [prediction_row(name, *pair, decoding) for pair in zip(split.examples, predictions)]
-    return scores, rows
-
-
 def write_lines(path: Path, rows: list[dict]) -> None:
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
@@ -182,15 +161,26 @@ def evaluate_run(
     tokenizer: PreTrainedTokenizerFast,
     config: Config,
     dtype: torch.dtype | None,
+    write: bool = True,
 ) -> tuple[dict, list[dict]]:
-    """As evaluate, of the best model on validation and test; writes predictions/ and report.md into the run."""
-    splits = {name: splits[name] for name in ("validation", "test")}
-    scores, rows = evaluate(best_folder(run.path), splits, tokenizer, config, dtype)
-    (run.path / "predictions").mkdir(exist_ok=True)
-    for name in splits:
-        lines = [{key: row[key] for key in row if key != "n_best"} for row in rows if row["split"] == name]
-        write_lines(run.path / "predictions" / f"{name}_predictions.jsonl", lines)
-    write_text(run.path / "report.md", report(scores, run.evaluations(), config))
+    """Scores of the best model on validation and test, those that are given, and a row for each example.
+
+    write: predictions/ and report.md into the run.
+    """
+    folder = best_folder(run.path)
+    model, decoding = load_model(folder, config).to(pick_device()), read_decoding(folder)
+    scores, rows = {"decoding": asdict(decoding)}, []
+    for name in [name for name in splits if name != "train"]:
+        examples = splits[name].examples
+        predictions, loss = predict(model, splits[name], tokenizer, decoding.max_answer_length, config, dtype)
+        scores[name] = score_split(predictions, examples, loss, decoding)
+        rows += [prediction_row(name, *pair, decoding) for pair in zip(examples, predictions)]
+    if write:
+        (run.path / "predictions").mkdir(exist_ok=True)
+        for name in ("validation", "test"):
+            lines = [{key: row[key] for key in row if key != "n_best"} for row in rows if row["split"] == name]
+            write_lines(run.path / "predictions" / f"{name}_predictions.jsonl", lines)
+        write_text(run.path / "report.md", report(scores, run.evaluations(), config))
     return scores, rows
 
 
@@ -208,13 +198,9 @@ def main(config: Config, split: str, metrics_output: str, predictions_output: st
         print("the run is not finished: this is its best epoch so far", file=sys.stderr)
 
     splits = {name: make_split(examples[name], tokenizer, config) for name in names}
-    if split == "all":
-        scores, rows = evaluate_run(run, splits, tokenizer, config, dtype)
-        print((path / "report.md").read_text(encoding="utf-8"))
-    else:
-        scores, rows = evaluate(best_folder(path), splits, tokenizer, config, dtype)
-        print("\n".join(score_table(scores, names)))
+    scores, rows = evaluate_run(run, splits, tokenizer, config, dtype, write=split == "all")
     run.close()
+    print((path / "report.md").read_text(encoding="utf-8") if split == "all" else "\n".join(score_table(scores, names)))
     if metrics_output:
         write_json(Path(metrics_output), scores)
     if predictions_output:

@@ -43,13 +43,11 @@ from evidence_spans.dataset import (
     draw_examples,
     draw_windows,
     epoch_steps,
-    group_keys,
     load_examples,
     longest_answer,
     make_loader,
     make_split,
     read_source,
-    split_examples,
 )
 from evidence_spans.evaluate import predict, score_split
 from evidence_spans.formats import Example, Source
@@ -68,6 +66,7 @@ from evidence_spans.postprocess import (
 from evidence_spans.predict import highlighted
 from evidence_spans.redsm5 import CRITERIA, find_spans
 from evidence_spans.sample import make_model, make_sample
+from evidence_spans.splits import group_keys, split_examples
 from evidence_spans.thresholds import calibrate, tune, tune_span_threshold, tune_threshold
 from evidence_spans.train import epoch_bounds, evaluation_steps, make_optimizer
 from evidence_spans.windows import UnfitSettings, Window, make_windows, token_spans, without_blanks

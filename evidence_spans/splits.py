@@ -1,0 +1,57 @@
+"""Examples -> train, validation and test: what belongs together stays on one side."""
+
+import hashlib
+import re
+
+from common.checkpoint import UserError
+from evidence_spans.config import Config
+from evidence_spans.formats import Example, Source
+
+AUTHOR = re.compile(r"s_\d+_")  # posts that share the prefix are probably one author's
+
+
+def group_keys(posts: dict[str, str]) -> dict[str, str]:
+    """Post id -> the name of its group: posts of one author prefix or one text are linked, and links chain.
+
+    Texts are equal up to case and white space. The name is the smallest author prefix of the group, so that posts of
+    its authors and of others can be added without moving it; only a copy of one of its texts under another author,
+    which would have to be in two splits otherwise, can.
+    """
+    from scipy.cluster.hierarchy import DisjointSet
+
+    authors = {post: match[0] if (match := AUTHOR.match(post)) else post for post in posts}
+    groups, first = DisjointSet(authors.values()), {}
+    for post, text in posts.items():
+        groups.merge(authors[post], first.setdefault(" ".join(text.split()).casefold(), authors[post]))
+    names = {author: min(group) for group in groups.subsets() for author in group}
+    return {post: names[author] for post, author in authors.items()}
+
+
+def split_of(group: str, config: Config, has_test: bool) -> str:
+    """The split of a group, by a hash that no other group has a part in."""
+    digest = hashlib.sha256(f"{config.split_seed}\n{group}".encode()).digest()
+    share = int.from_bytes(digest[:8]) / 2**64
+    if share < config.validation_fraction:
+        return "validation"
+    return "test" if not has_test and share < config.validation_fraction + config.test_fraction else "train"
+
+
+def split_examples(source: Source, config: Config) -> dict[str, list[Example]]:
+    """train, validation and test; no post, author or text stands in two of them. Raises UserError for an empty one.
+
+    Where test has a file of its own, it is that; what of the others shares a group with it is left out of them.
+    """
+    groups = group_keys({example.post: example.context for example in source.examples + source.test})
+    in_test = {groups[example.post] for example in source.test}
+    splits: dict[str, list[Example]] = {"train": [], "validation": [], "test": list(source.test)}
+    for example in source.examples:
+        group = groups[example.post]
+        if group in in_test:
+            source.counts["left out, their text is in test"] += 1
+        else:
+            splits[split_of(group, config, bool(source.test))].append(example)
+    for name, examples in splits.items():
+        if not any(example.answers for example in examples):
+            posts = f"the {len(groups)} posts of {config.data_dir}"
+            raise UserError(f"{posts} cannot be split: {name} would hold no answer")
+    return splits

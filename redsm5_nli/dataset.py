@@ -92,7 +92,9 @@ class Collator:
         """
         posts = [example.post.text for example in examples]
         if self.share_post:
-            batch = self.join_all(posts)
+            ids = self.tokenizer(posts, truncation=True, max_length=self.room)["input_ids"]
+            parts = [[torch.tensor(row, dtype=torch.long) for row in side] for side in (ids, self.segments)]
+            batch = join_all(*parts, self.tokenizer.pad_token_id)
         else:
             texts = [self.criteria[number].text for _, (number,) in examples]
             settings = {"truncation": "only_first", "max_length": self.max_length, "padding": True}
@@ -102,19 +104,18 @@ class Collator:
             batch["labels"] = torch.tensor([[post.labels[c] for c in criteria] for post, criteria in examples])
         return batch
 
-    def join_all(self, posts: list[str]) -> dict[str, Tensor]:
-        """Each post with all criteria after it."""
-        segments = [torch.tensor(segment) for segment in self.segments]
-        rows = defaultdict(list)
-        for ids in self.tokenizer(posts, truncation=True, max_length=self.room)["input_ids"]:
-            parts = [torch.tensor(ids, dtype=torch.long), *segments]
-            starts = [0] + [len(ids)] * len(segments)
-            rows["input_ids"].append(torch.cat(parts))
-            rows["segments"].append(torch.cat([torch.full_like(part, n) for n, part in enumerate(parts)]))
-            rows["position_ids"].append(torch.cat([n + torch.arange(len(part)) for n, part in zip(starts, parts)]))
-        padding = {"input_ids": self.tokenizer.pad_token_id, "segments": -1, "position_ids": 0}
-        batch = {name: pad_sequence(rows[name], True, value) for name, value in padding.items()}
-        return batch | {"attention_mask": (batch["segments"] >= 0).long()}
+
+def join_all(posts: list[Tensor], criteria: list[Tensor], pad_token_id: int) -> dict[str, Tensor]:
+    """The batch of posts (T,) that share a sequence with all criteria (T,), as Collator describes it."""
+    rows = defaultdict(list)
+    for post in posts:
+        parts, starts = [post, *criteria], [0] + [len(post)] * len(criteria)
+        rows["input_ids"].append(torch.cat(parts))
+        rows["segments"].append(torch.cat([torch.full_like(part, n) for n, part in enumerate(parts)]))
+        rows["position_ids"].append(torch.cat([n + torch.arange(len(part)) for n, part in zip(starts, parts)]))
+    padding = {"input_ids": pad_token_id, "segments": -1, "position_ids": 0}
+    batch = {name: pad_sequence(rows[name], batch_first=True, padding_value=n) for name, n in padding.items()}
+    return batch | {"attention_mask": (batch["segments"] >= 0).long()}
 
 
 def load_splits(config: Config, collator: Collator) -> tuple[dict[str, Split], Counter]:

@@ -8,6 +8,7 @@ import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -57,21 +58,31 @@ def run_here(script: str, *flags: object, cwd: Path = ROOT) -> tuple[int, str, s
     return end.value.code, *said
 
 
-def first_gradient(train, config, model=None) -> dict[str, torch.Tensor]:
-    """The gradient that the optimizer of a run gets at its first step, by parameter; the run ends there.
+class FirstStep(NamedTuple):
+    """A run at its first optimizer step: what the optimizer is about to do."""
 
-    model: trained instead of the one that the config names.
+    model: torch.nn.Module
+    gradient: dict[str, torch.Tensor]  # of what trains, by name
+    update: tuple  # what train.update takes: optimizer, scheduler and, where losses are scaled, the scaler
+
+
+def first_step(train, config, model=None, prepare=lambda model: None) -> FirstStep:
+    """Run train.main to its first optimizer step and no further.
+
+    model: trained instead of the one that the config names. prepare: is shown the model before.
     """
-    models = []
+    models, taken = [], []
 
     class Taken(Exception):
         pass
 
     def build(*arguments):
         models.append(build_model(*arguments) if model is None else model)
+        prepare(models[-1])
         return models[-1]
 
-    def take(*_):
+    def take(*arguments):
+        taken.extend(arguments)
         raise Taken
 
     build_model = train.build_model
@@ -80,7 +91,8 @@ def first_gradient(train, config, model=None) -> dict[str, torch.Tensor]:
         patch.setattr(train, "update", take)
         with pytest.raises(Taken):
             train.main(config)
-    return {name: p.grad.clone() for name, p in models[0].named_parameters() if p.grad is not None}
+    gradient = {name: p.grad.clone() for name, p in models[0].named_parameters() if p.grad is not None}
+    return FirstStep(models[0], gradient, tuple(taken))
 
 
 def listing(folder: Path) -> dict[str, int]:

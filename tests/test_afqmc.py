@@ -47,7 +47,7 @@ from afqmc.report import report
 from common.checkpoint import ROOT, UserError
 from common.checkpoint.environment import autocast_dtype
 from common.checkpoint.run import Run
-from tests.launch import first_gradient
+from tests.launch import first_step
 
 CPU = torch.device("cpu")
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -407,7 +407,7 @@ def gradients(model, data_dir: str, **changes) -> dict[str, torch.Tensor]:
     """The gradient of a run's first step, all pairs of the training split in it, as it is before clipping."""
     with tempfile.TemporaryDirectory() as folder:
         settings = {"data_dir": data_dir, "run_dir": folder + "/run", "batch_size": 108, "class_weights": "off"}
-        return first_gradient(train, replace(SAMPLE, **settings | {"max_grad_norm": 0.0} | changes), model)
+        return first_step(train, replace(SAMPLE, **settings | {"max_grad_norm": 0.0} | changes), model).gradient
 
 
 def training_batch(data_dir: str, tokenizer) -> dict[str, torch.Tensor]:

@@ -6,11 +6,11 @@
     python evidence_spans/bench.py --part trainer --model ... --data_dir ... --epochs 3
 
 search: from the logits of windows to the n best texts with probabilities, and to the best text alone; the sides take
-turns, medians over the rounds, of times and of ratios. trainer: the Trainer trained on the same weights, windows, batch
-size, schedule and number of steps as train.py with the same flags, scored as train.py scores. The example's algorithm
-is written anew from its description in transformers' examples/pytorch/question-answering (utils_qa.py: the n best
-starts times the n best ends, filtered, sorted; version 2 with a null); the example keeps its features in a
-datasets.Dataset, which decodes a row for each window: with and without that.
+turns, medians over the rounds, of times and of ratios. The example's algorithm is written anew from its description in
+transformers' examples/pytorch/question-answering (utils_qa.py: the n best starts times the n best ends, filtered,
+sorted; version 2 with a null); the example keeps its features in a datasets.Dataset, which decodes a row for each
+window: with and without that. trainer: the Trainer on the same weights, windows, batch size, schedule and number of
+steps as train.py with the same flags, scored as train.py scores.
 """
 
 import platform
@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 if not __package__:  # run as a script: import from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -55,19 +56,26 @@ from evidence_spans.thresholds import answer_texts, tune
 from evidence_spans.train import epoch_bounds
 from evidence_spans.windows import Window
 
-# What the search starts from: a text for each window, the windows, start and end logits and context mask, (W, T) each.
-Logits = tuple[list[str], list[Window], Tensor, Tensor, Tensor]
+
+class Logits(NamedTuple):
+    """What the search starts from: W windows and the text of each; start and end logits and context mask, (W, T)."""
+
+    texts: list[str]
+    windows: list[Window]
+    start: Tensor
+    end: Tensor
+    mask: Tensor
 
 
 def random_logits(windows: int, length: int) -> Logits:
-    """Noise, and a text for each window, whole in it, after a question of 30 tokens."""
+    """Noise, and a text for each window, from end to end in it, after a question of 30 tokens."""
     words = [f"word{n:04d}" for n in range(length - 33)]
     offsets = np.array([(n * 9, n * 9 + 8) for n in range(len(words))], dtype=np.int32)
     made = [Window(n, np.zeros(length, dtype=np.int32), None, 32, offsets, ()) for n in range(windows)]
     mask = torch.zeros(windows, length, dtype=torch.bool)
     mask[:, 32:-1] = True
     start, end = torch.randn(2, windows, length, generator=torch.Generator().manual_seed(0)) * 3
-    return [" ".join(words)] * windows, made, start, end, mask
+    return Logits([" ".join(words)] * windows, made, start, end, mask)
 
 
 def logits_of_run(config: Config, count: int) -> Logits:
@@ -80,20 +88,19 @@ def logits_of_run(config: Config, count: int) -> Logits:
     inputs = {name: batch[name] for name in MODEL_INPUTS if name in batch}
     with torch.inference_mode():
         parts = [model(**{k: v[n : n + 16] for k, v in inputs.items()}) for n in range(0, len(windows), 16)]
-    start, end = map(torch.cat, zip(*parts))
-    return [examples[window.example].context for window in windows], windows, start, end, batch["context_mask"]
+    texts = [examples[window.example].context for window in windows]
+    return Logits(texts, windows, *map(torch.cat, zip(*parts)), batch["context_mask"])
 
 
 def search_ours(logits: Logits, n: int, longest: int) -> list[list[dict]]:
     """The n best rows of each window, no answer among them."""
-    texts, windows, start, end, mask = logits
     decoding = Decoding(longest, 0.0, 0.0, None, None, {})
     rows = []
-    for first in range(0, len(windows), 32):  # as evaluation does it, batch by batch
-        part = slice(first, first + 32)
-        pairs = best_pairs(start[part], end[part], mask[part], n, longest)
-        predictions = window_predictions(windows[part], start[part, 0] + end[part, 0], *pairs)
-        rows += [n_best(text, merge_windows([one], n), decoding) for text, one in zip(texts[part], predictions)]
+    for first in range(0, len(logits.windows), 32):  # as evaluation does it, batch by batch
+        texts, windows, start, end, mask = (part[first : first + 32] for part in logits)
+        pairs = best_pairs(start, end, mask, n, longest)
+        predictions = window_predictions(windows, start[:, 0] + end[:, 0], *pairs)
+        rows += [n_best(text, merge_windows([one], n), decoding) for text, one in zip(texts, predictions)]
     return rows
 
 
@@ -102,19 +109,17 @@ def search_example(logits: Logits, features: Sequence[dict], n: int, longest: in
 
     features: rows whose offset_mapping has None outside the context, as the example prepares them.
     """
-    texts, _, start, end, _ = logits
     rows = []
-    for number, (text, start_logits, end_logits) in enumerate(zip(texts, start.numpy(), end.numpy())):
+    for number, (text, start, end) in enumerate(zip(logits.texts, logits.start.numpy(), logits.end.numpy())):
         places = features[number]["offset_mapping"]
-        null = candidate((0, 0), start_logits[0], end_logits[0])
+        null = candidate((0, 0), start[0], end[0])
         spans = []
-        best_starts = np.argsort(start_logits)[-1 : -n - 1 : -1].tolist()
-        best_ends = np.argsort(end_logits)[-1 : -n - 1 : -1].tolist()
+        best_starts, best_ends = (np.argsort(values)[-1 : -n - 1 : -1].tolist() for values in (start, end))
         for i in best_starts:
             for j in best_ends:
                 if places[i] is None or places[j] is None or j < i or j - i + 1 > longest:
                     continue
-                spans.append(candidate((places[i][0], places[j][1]), start_logits[i], end_logits[j]))
+                spans.append(candidate((places[i][0], places[j][1]), start[i], end[j]))
         spans = sorted([*spans, null], key=lambda row: row["score"], reverse=True)[:n]
         if not any(row["place"] == (0, 0) for row in spans):
             spans.append(null)
@@ -130,13 +135,17 @@ def candidate(place: tuple[int, int], start_logit: np.float32, end_logit: np.flo
     return {"place": place, "score": start_logit + end_logit, "start_logit": start_logit, "end_logit": end_logit}
 
 
+def best_texts(rows: list[list[dict]]) -> list[str]:
+    """Of each window the best answer that is not empty; "" where the search has none."""
+    return [next((row["text"] for row in some if row["text"]), "") for some in rows]
+
+
 def bench_search(logits: Logits, rounds: int) -> list[str]:
     """Rows of windows a second, with answers of at most 30 (the example's default) and 100 tokens."""
-    _, windows, _, _, mask = logits
     features = []
-    for window in windows:
-        outside = [None] * (mask.shape[1] - window.first - len(window.offsets))
-        offsets = [None] * window.first + [*map(tuple, window.offsets.tolist()), *outside]
+    for window in logits.windows:
+        offsets = [None] * window.first + [*map(tuple, window.offsets.tolist())]
+        offsets += [None] * (logits.mask.shape[1] - len(offsets))
         features.append({"input_ids": window.input_ids.tolist(), "offset_mapping": offsets})
     ours, example = partial(search_ours, logits), partial(search_example, logits, features)
     stored = partial(search_example, logits, Dataset.from_list(features))
@@ -149,26 +158,21 @@ def bench_search(logits: Logits, rounds: int) -> list[str]:
             "the example, n best 1": partial(example, 1, longest),
             "the example on a datasets.Dataset, n best 20": partial(stored, 20, longest),
         }
-        exact = [first_text(row) for row in ours(20, longest)]
+        exact = best_texts(ours(20, longest))
         seconds: dict[str, list[float]] = {name: [] for name in sides}
         right = {}
         for _ in range(rounds):
             for name, search in sides.items():
                 began = time.perf_counter()
-                texts = [first_text(row) for row in search()]
+                answers = search()
                 seconds[name].append(time.perf_counter() - began)
-                right[name] = sum(map(str.__eq__, texts, exact)) / len(exact)
+                right[name] = np.mean(np.array(best_texts(answers)) == exact)
         for name in sides:
             ratio = statistics.median(a / b for a, b in zip(seconds["the example, n best 20"], seconds[name]))
             speed = len(exact) / statistics.median(seconds[name])
             rows.append([longest, name, f"{speed:.0f}", f"{ratio:.2f}", f"{right[name]:.1%}"])
     header = ["longest answer", "side", "windows/s", "times the example with n best 20", "finds the best span"]
     return table(header, rows)
-
-
-def first_text(rows: list[dict]) -> str:
-    """The best answer that is not empty; "" where the search has none."""
-    return next((row["text"] for row in rows if row["text"]), "")
 
 
 def train_trainer(
@@ -216,19 +220,20 @@ def bench_trainer(config: Config) -> list[str]:
     """
     if not find_spec("accelerate"):
         raise UserError("the Trainer needs accelerate: pip install accelerate")
-    tokenizer = find_tokenizer(config)
+    tokenizer, device = find_tokenizer(config), pick_device()
     splits = {name: make_split(rows, tokenizer, config) for name, rows in load_examples(config)[0].items()}
-    train, dtype = splits["train"], autocast_dtype(config.amp, pick_device())
+    train = splits["train"]
     steps = epoch_bounds(train, config.gradient_accumulation_steps, config)[-1]
     steps = min(steps, config.max_steps or steps)
     theirs = AutoModelForQuestionAnswering.from_pretrained(find_model(config), dtype=torch.float32)
     windows = [train.windows[row] for row in draw_windows(train, config, epoch=0)]
     seconds = train_trainer(theirs, windows, steps, tokenizer, config)
-    model = build_model(config).to(pick_device())
+    model = build_model(config).to(device)
     model.load_state_dict(theirs.state_dict())
+
     rows, decoding = [], Decoding(longest_answer(train, config), None, None, None, None, {})
     for name in ("validation", "test"):
-        examples = splits[name].examples
+        examples, dtype = splits[name].examples, autocast_dtype(config.amp, device)
         predictions, _ = predict(model, splits[name], tokenizer, decoding.max_answer_length, config, dtype)
         if name == "validation":
             decoding = tune(predictions, examples, decoding, config)
@@ -242,15 +247,15 @@ def bench_trainer(config: Config) -> list[str]:
 
 
 def main(config: Config, part: str, rounds: int, windows: int, length: int) -> None:
-    hardware = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-    print(" | ".join(f"{name} {value}" for name, value in environment(pick_device()).items()), hardware, sep=" | ")
+    info = environment(pick_device()) | {"machine": platform.processor() or platform.machine()}
+    print(" | ".join(f"{name} {value}" for name, value in info.items()) + f" | {torch.get_num_threads()} threads")
     seed_everything(config.seed)
     if part == "trainer":
         print(f"{config.model}, {autocast_dtype(config.amp, pick_device()) or 'fp32'}, batch {config.batch_size}")
         print("\n".join(bench_trainer(config)))
         return
     logits = logits_of_run(config, windows) if config.run_dir else random_logits(windows, length)
-    shape, kind = logits[4].shape, "a run's own" if config.run_dir else "random"
+    shape, kind = logits.mask.shape, "a run's own" if config.run_dir else "random"
     print(f"{shape[0]} windows of up to {shape[1]} tokens, {kind} logits in fp32 on the CPU, {rounds} rounds")
     print("\n".join(bench_search(logits, rounds)))
 
@@ -258,8 +263,8 @@ def main(config: Config, part: str, rounds: int, windows: int, length: int) -> N
 if __name__ == "__main__":
     flags = {
         "part": {"choices": ["search", "trainer"], "default": "search", "help": "what to measure"},
-        "rounds": {"type": int, "default": 5, "help": "rounds"},
-        "windows": {"type": int, "default": 512, "help": "windows in the part search"},
-        "length": {"type": int, "default": 384, "help": "their tokens, 34 or more, where the logits are random"},
+        "rounds": {"type": int, "default": 5, "help": "rounds (default: 5)"},
+        "windows": {"type": int, "default": 512, "help": "windows in the part search (default: 512)"},
+        "length": {"type": int, "default": 384, "help": "their tokens where the logits are random (default: 384)"},
     }
     sys.exit(run_script(main, __doc__, trained=True, **flags))

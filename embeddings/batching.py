@@ -111,7 +111,7 @@ def epoch_batches(rows: Rows, batch_size: int, seed: int, epoch: int) -> list[np
 
     No row's anchor or positive stands in another row of the batch, where it would be a false negative, or make the same
     text a negative twice; a row that has to wait comes in a later batch. What fills no batch at the end is left out: a
-    smaller batch would have fewer negatives.
+    smaller batch would have fewer negatives. Raises UserError where there is no batch.
     """
     generator = epoch_generator(seed, epoch)
     order = torch.randperm(len(rows.texts), generator=generator).numpy()
@@ -134,6 +134,9 @@ def epoch_batches(rows: Rows, batch_size: int, seed: int, epoch: int) -> list[np
             break
         batches.append(np.array(batch))
         waiting.extend(repeating)
+    if not batches:
+        what = f"no batch of {batch_size} rows without a repeated text can be made of the {len(order)} rows"
+        raise UserError(f"{what} of train.jsonl in epoch {epoch + 1}: lower batch_size")
     return [batches[place] for place in torch.randperm(len(batches), generator=generator).tolist()]
 
 

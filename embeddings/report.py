@@ -39,6 +39,8 @@ def print_summary(splits: Splits, lengths: np.ndarray, anchors: np.ndarray, conf
     elif repeated := repeated_in_test(splits):
         print(f"{repeated} of the {len(splits.test)} test pairs are also in sts-dev.csv")
     print("rows dropped: 0 (blank lines are skipped, a bad row ends the run)")
+    if config.max_steps <= config.warmup_steps:
+        print(f"warning: the learning rate never reaches its peak: warmup_steps {config.warmup_steps} are all steps")
 
 
 def evaluation_line(step: int, scores: dict, better: bool) -> str:

@@ -9,6 +9,7 @@
 import math
 import signal
 import sys
+from collections.abc import Callable
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -28,7 +29,7 @@ from common.checkpoint import UserError
 from common.checkpoint.environment import autocast_dtype, environment
 from common.checkpoint.run import Best, Progress, Run, StopSignal, TrainedParameters, read_results
 from common.seed import seed_everything, seed_micro_batch
-from embeddings.batching import epoch_batches, make_chunks, pad, tokenize, tokenize_rows
+from embeddings.batching import Tokens, epoch_batches, make_chunks, pad, tokenize, tokenize_rows
 from embeddings.cli import displayed, run_path, run_script, run_settings
 from embeddings.config import Config
 from embeddings.dataset import Triplet, fingerprint, load_splits, pair_texts
@@ -75,6 +76,33 @@ def refuse_non_finite(loss: float, grad_norm: float, batch: np.ndarray, triplets
             )
 
 
+def embed_chunk(
+    model: Embedder,
+    tokens: Tokens,
+    chunks: list[np.ndarray],
+    pad_token_id: int,
+    autocast: Callable,
+    seeds: tuple[int, int, int],
+    number: int,
+) -> Tensor:
+    """The vectors (S, D) of a chunk's texts, with the dropout that belongs to its number."""
+    seed, step, rank = seeds
+    seed_micro_batch(seed, step, number, rank)
+    batch = pad(tokens, chunks[number], pad_token_id)
+    with autocast():
+        return model(**{name: tensor.to(model.encoder.device, non_blocking=True) for name, tensor in batch.items()})
+
+
+def batch_loss(order: np.ndarray, scaler: torch.amp.GradScaler, config: Config, vectors: Tensor) -> Tensor:
+    """This process's part of the batch's mean loss, scaled: the gradients of all parts are summed.
+
+    order: (3 or 2, b), where each text of its rows is among the vectors.
+    """
+    margin = config.false_negative_margin if config.mask_false_negatives else None
+    vectors = vectors[torch.from_numpy(order).to(vectors.device)]  # (3 or 2, b, D)
+    return scaler.scale(info_nce(vectors, config.temperature, config.matryoshka_sizes, margin) / config.batch_size)
+
+
 def main(config: Config, check: bool = False) -> int | None:
     # Setup
     path = run_path(config)
@@ -97,29 +125,26 @@ def main(config: Config, check: bool = False) -> int | None:
     tokens, rows = tokenize_rows(splits.train, tokenizer, config)
     dev_tokens = tokenize(pair_texts(splits.validation), tokenizer, config)
     print_summary(splits, tokens.lengths, rows.identities[:, 0], config)
-    batches = epoch_batches(rows, config.batch_size, config.seed, 0)
 
     # Model
     model = build_model(config, device, dtype)
     sizes = [sum(p.numel() for p in some) for some in (model.parameters(), model.trained_parameters())]
+    total_steps = config.max_steps
     print("{:,} parameters, {:,} trained ({:.2%})".format(*sizes, sizes[1] / sizes[0]), end=" | ")
-    print(f"{len(batches)} batches in epoch 1 | {config.max_steps} steps")
+    print(f"{len(epoch_batches(rows, config.batch_size, config.seed, 0))} batches in epoch 1 | {total_steps} steps")
 
     # Optimizer
     optimizer, scheduler = make_optimizer(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    if config.max_steps <= config.warmup_steps:
-        print(f"warning: the learning rate never reaches its peak: warmup_steps {config.warmup_steps} are all steps")
 
     # Resume
-    best, progress = Best("max", config.patience), Progress()
-    state = dict(model=TrainedParameters(model), optimizer=optimizer, scheduler=scheduler, scaler=scaler)
-    state |= dict(best=best, progress=progress)
+    best, progress, trained = Best("max", config.patience), Progress(), TrainedParameters(model)
+    state = dict(model=trained, optimizer=optimizer, scheduler=scheduler, scaler=scaler, best=best, progress=progress)
     score_dev = partial(validate, model, dev_tokens, splits.validation, tokenizer.pad_token_id, config, processes)
     if not check:
         same = {"data_sha256": fingerprint(splits), "autocast": str(dtype), "processes": world}
         run = rank_0_first(partial(Run, path, run_settings(config), same, info, writes=rank == 0), processes)
-        start = f"resuming from step {progress.step} of {config.max_steps}" if run.restore(state) else "starting"
+        start = f"resuming from step {progress.step} of {total_steps}" if run.restore(state) else "starting"
         print(f"{start} in {displayed(path)}")
         if progress.step == 0:
             base = score_dev()
@@ -127,40 +152,24 @@ def main(config: Config, check: bool = False) -> int | None:
             print(f"step 0 | validation spearman {base['spearman']:.4f} without adapter")
 
     # Loop
-    def embed(chunks: list[np.ndarray], number: int) -> Tensor:
-        """The vectors (S, D) of a chunk's texts, with the dropout of its number."""
-        seed_micro_batch(config.seed, progress.step, number, rank)
-        batch = pad(tokens, chunks[number], tokenizer.pad_token_id)
-        with autocast():
-            return model(**{name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()})
-
-    def batch_loss(order: np.ndarray, vectors: Tensor) -> Tensor:
-        """This process's part of the batch's mean loss, from its chunks' vectors; the parts' gradients are summed."""
-        vectors = vectors[torch.from_numpy(order).to(device)].view(rows.texts.shape[1], -1, vectors.shape[1])
-        margin = config.false_negative_margin if config.mask_false_negatives else None
-        loss = info_nce(vectors, config.temperature, config.matryoshka_sizes, margin)
-        return scaler.scale(loss / config.batch_size)
-
-    with StopSignal() as stop, tqdm(total=config.max_steps, initial=progress.step, disable=rank > 0 or None) as bar:
+    with StopSignal() as stop, tqdm(total=total_steps, initial=progress.step, disable=rank > 0 or None) as bar:
         progress.start()
         for epoch in count(progress.epoch):
-            if best.exhausted or progress.step == config.max_steps:
+            if best.exhausted or progress.step == total_steps:
                 break
             batches = epoch_batches(rows, config.batch_size, config.seed, epoch)
-            if not batches:
-                raise UserError(
-                    f"no batch of {config.batch_size} rows without a repeated text can be made of the "
-                    f"{len(splits.train)} rows of train.jsonl in epoch {epoch + 1}: lower batch_size"
-                )
-            for batch in batches[progress.step_in_epoch :][: config.max_steps - progress.step]:
-                # Anchors, positives and negatives go through the model together, in chunks of like length
+            for batch in batches[progress.step_in_epoch :][: total_steps - progress.step]:
+                # Anchors, positives and negatives of this process's rows, in chunks of like length
                 model.train()
-                texts = rows.texts[batch[rank::world]].T.flatten()  # this process's rows
-                places = make_chunks(tokens.lengths_of(texts), config.chunk_tokens)
-                chunks, order = [texts[part] for part in places], np.argsort(np.concatenate(places))
+                texts = rows.texts[batch[rank::world]].T  # (3 or 2, b)
+                places = make_chunks(tokens.lengths_of(texts.flatten()), config.chunk_tokens)
+                order = np.argsort(np.concatenate(places)).reshape(texts.shape)
+                chunks = [texts.flatten()[part] for part in places]
 
                 # GradCache: all vectors, the gradient of the loss on them, and each chunk again to take its part of it
-                scaled = cached_backward(partial(embed, chunks), partial(batch_loss, order), len(chunks))
+                seeds = config.seed, progress.step, rank
+                embed = partial(embed_chunk, model, tokens, chunks, tokenizer.pad_token_id, autocast, seeds)
+                scaled = cached_backward(embed, partial(batch_loss, order, scaler, config), len(chunks))
                 all_reduce_gradients(model.trained_parameters(), processes)
                 parts = torch.tensor([scaled.item() / scaler.get_scale(), stop.number], dtype=torch.float64)
                 loss, stopped = all_reduce(parts, processes).tolist()  # each process must hear of a stop
@@ -181,12 +190,12 @@ def main(config: Config, check: bool = False) -> int | None:
                 bar.update()
                 if progress.step % config.logging_steps == 0:
                     now = epoch + progress.step_in_epoch / len(batches)
-                    bar.write(run.log_step(progress, config.max_steps, now, loss, learning_rate, grad_norm))
+                    bar.write(run.log_step(progress, total_steps, now, loss, learning_rate, grad_norm))
                 if progress.step_in_epoch == len(batches):
                     progress.end_epoch()
 
                 # Evaluate
-                if evaluated := progress.step % config.eval_steps == 0 or progress.step == config.max_steps:
+                if evaluated := progress.step % config.eval_steps == 0 or progress.step == total_steps:
                     scores = score_dev()
                     run.log({"event": "evaluation", "epoch": epoch + 1, "step": progress.step, **scores})
                     if better := best.update(scores["spearman"], epoch + 1, progress.step):
@@ -201,8 +210,7 @@ def main(config: Config, check: bool = False) -> int | None:
                     barrier(processes)
                     progress.start()
                 if stopped:
-                    at = f"step {progress.step} of {config.max_steps}"
-                    bar.write(f"stopped at {at}: the same command goes on from here")
+                    bar.write(f"stopped at step {progress.step} of {total_steps}: the same command goes on from here")
                     end_processes()
                     return 128 + (stop.number or signal.SIGTERM)  # the signal may have gone to another process
                 if best.exhausted:

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from embeddings import bench
-from embeddings.config import SAMPLE, UserError
 from embeddings.batching import tokenize_rows
+from embeddings.config import SAMPLE, UserError
 from embeddings.dataset import load_splits
 from embeddings.lora import LoRALinear
 from embeddings.model import embed_texts, load_embedder

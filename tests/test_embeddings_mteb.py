@@ -5,7 +5,6 @@ import math
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import mteb
@@ -22,9 +21,11 @@ from scipy.stats import spearmanr
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from common.checkpoint import RunError, write_json
+from common.checkpoint import UserError
+from common.checkpoint.files import write_json
 from embeddings import local_tasks, mteb_encoder, mteb_retrieval, mteb_sts
-from embeddings.config import Config, UserError, run_config
+from embeddings.cli import run_settings
+from embeddings.config import Config
 from embeddings.local_tasks import evaluate_files, retrieval_task, sts_task
 from embeddings.model import embed_texts, load_embedder
 from embeddings.mteb_encoder import TextEncoder, revision, run_tasks, score_rows, score_table
@@ -32,6 +33,10 @@ from embeddings.mteb_encoder import TextEncoder, revision, run_tasks, score_rows
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = ["a", "the", "red", "blue", "old", "new", "cat", "dog", "bird", "car", "tree", "house", "sits", "runs", "sings"]
 WORDS += ["near", "under", "over", "query", "passage", "title"]
+
+
+def changed(config: Config, **changes) -> Config:
+    return config.model_copy(update=changes)
 
 
 def tiny_model(folder: Path, seed: int, words: list[str] = WORDS, pooler: bool = False) -> Path:
@@ -79,7 +84,7 @@ def config(tmp_path):
     base, run = tiny_model(tmp_path / "base", 1, pooler=True), tmp_path / "run"
     config = Config(model=str(base), run_dir=str(run), pooling="mean", max_length=16, amp="off")
     tiny_model(run / "best", 2)
-    write_json(run / "config.json", {"config": run_config(config), "environment": {"autocast": "None"}})
+    write_json(run / "config.json", {"config": run_settings(config), "environment": {"autocast": "None"}})
     return config
 
 
@@ -141,7 +146,7 @@ def test_the_encoder_is_mtebs_protocol(config):
     )
     assert vectors.shape == (3, 32) and np.allclose(np.linalg.norm(vectors, axis=1), 1)
     assert np.allclose(encoder.similarity(vectors, vectors[:2]), vectors @ vectors[:2].T, atol=1e-6)
-    prompted = TextEncoder(encoder.model, encoder.tokenizer, replace(config, query_prompt="the cat "), "embeddings/run")
+    prompted = TextEncoder(encoder.model, encoder.tokenizer, changed(config, query_prompt="the cat "), "embeddings/run")
     given = {"hf_split": "test", "hf_subset": "default", "prompt_type": PromptType.query}
     sts, search = (mteb.get_task(name).metadata for name in ("STS12", "SciFact"))
     assert np.allclose(prompted.encode([{"text": ["a red cat"]}], task_metadata=sts, **given), vectors[0], atol=1e-6)
@@ -153,7 +158,7 @@ def test_the_encoder_is_mtebs_protocol(config):
 
 
 def test_queries_and_documents_have_their_prompts_and_sts_has_none(config, pairs, beir, embedded):
-    config = replace(config, query_prompt="query ", document_prompt="passage ")
+    config = changed(config, query_prompt="query ", document_prompt="passage ")
     run_tasks(config, False, [sts_task(pairs), retrieval_task(beir)])
     first, second, queries, documents = embedded
     assert first == sentences(30, 0) and second == sentences(30, 2)
@@ -166,13 +171,13 @@ def test_the_revision_changes_with_all_that_shapes_the_vectors(config, tmp_path)
     model, tokenizer = load_embedder(config)
     before = revision(model, tokenizer, config)
     embed_texts(model, tokenizer, sentences(5, 0), config)  # leaves its truncation with the tokenizer
-    moved = replace(config, run_dir=str(tmp_path / "moved"))
+    moved = changed(config, run_dir=str(tmp_path / "moved"))
     (tmp_path / "run").rename(tmp_path / "moved")
     assert revision(*load_embedder(moved), moved) == revision(model, tokenizer, config) == before
     found = {before, revision(*load_embedder(config, base=True), config)}
     changes = [{"query_prompt": "query "}, {"document_prompt": "query "}, {"pooling": "cls"}, {"max_length": 8}]
     changes += [{"amp": "bf16"}, {"bidirectional": True}]
-    found |= {revision(model, tokenizer, replace(config, **change)) for change in changes}
+    found |= {revision(model, tokenizer, changed(config, **change)) for change in changes}
     other = tiny_model(tmp_path / "other", 2, WORDS[::-1])  # the same weights for other words
     found.add(revision(model, PreTrainedTokenizerFast.from_pretrained(other), config))
     model.encoder.config.num_attention_heads = 4
@@ -214,9 +219,9 @@ def test_a_second_checkpoint_never_gets_the_firsts_scores(config, pairs, tmp_pat
     (tmp_path / "kept").rename(tmp_path / "run/best")
     again = scores_of(run_tasks(config, False, [sts_task(pairs)]))[name]["cosine_spearman"]
     assert again == pytest.approx(first, abs=1e-6)
-    for changed in (replace(config, query_prompt="a "), replace(config, amp="bf16")):
+    for other in (changed(config, query_prompt="a "), changed(config, amp="bf16")):
         with pytest.raises(AssertionError, match="embedded again"):
-            run_tasks(changed, False, [sts_task(pairs)])
+            run_tasks(other, False, [sts_task(pairs)])
     write_pairs(Path(pairs), seed=9)
     with pytest.raises(AssertionError, match="embedded again"):
         run_tasks(config, False, [sts_task(pairs)])
@@ -237,22 +242,22 @@ def test_half_a_cached_file_is_refused_by_name(config, pairs, tmp_path):
     run_tasks(config, False, [sts_task(pairs)])
     (path,) = (tmp_path / "run/mteb/results").rglob(f"{sts_task(pairs).metadata.name}.json")
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(RunError, match=f"{path.name} cannot be read"):
+    with pytest.raises(UserError, match=f"{path.name} cannot be read"):
         run_tasks(config, False, [sts_task(pairs)])
 
 
 def test_where_results_go(config, tmp_path, monkeypatch):
-    monkeypatch.setattr("embeddings.config.ROOT", tmp_path)
+    monkeypatch.setattr("embeddings.cli.PROJECT", tmp_path / "embeddings")
     assert mteb_encoder.results_folder(config, False) == mteb_encoder.results_folder(config, True)
     assert mteb_encoder.results_folder(config, True) == tmp_path / "run/mteb"
-    without = replace(config, run_dir="")
-    with pytest.raises(RunError, match="holds no run: train first"):
+    without = changed(config, run_dir="")
+    with pytest.raises(UserError, match="holds no run: train first"):
         mteb_encoder.results_folder(without, False)
     folder = mteb_encoder.results_folder(without, True)
     assert folder.parents[1] == tmp_path / "embeddings/runs" and folder.parent.name.startswith("base-base-")
     others = [{"pooling": "cls"}, {"query_prompt": "q"}, {"model": str(tmp_path / "x/base")}, {"max_length": 9}]
     others += [{"init": "random"}, {"init": "random", "seed": 1}]
-    folders = {mteb_encoder.results_folder(replace(without, **other), True) for other in others}
+    folders = {mteb_encoder.results_folder(changed(without, **other), True) for other in others}
     assert len(folders | {folder}) == 7
 
 
@@ -310,7 +315,7 @@ def test_a_query_can_have_a_documents_id(config, tmp_path):
     documents = [{"_id": "1", "text": "red cat"}, {"_id": "2", "text": ""}]
     folder = write_beir(tmp_path / "b", documents, [{"_id": "1", "text": "red cat"}], [("1", "1", 1)])
     task = retrieval_task(folder)
-    model = replace(config, document_prompt="the ")  # an empty document still has a token
+    model = changed(config, document_prompt="the ")  # an empty document still has a token
     assert scores_of(run_tasks(model, False, [task]))[task.metadata.name]["ndcg_at_10"] == 1
 
 
@@ -463,10 +468,15 @@ def test_retrieval_table_with_the_mean_of_twelve_forums(config, downloaded, tmp_
     "script, names, missing, words",
     [
         (mteb_sts, ["STS12", "STS17", "STS22"], "STS17", "STS17: .*mteb/sts17-crosslingual-sts"),
-        (mteb_retrieval, ["SciFact", "CQADupstackRetrieval"], "CQADupstackTexRetrieval", "CQADupstackRetrieval: .*mteb/cqadupstack-tex"),
+        (
+            mteb_retrieval,
+            ["SciFact", "CQADupstackRetrieval"],
+            "CQADupstackTexRetrieval",
+            "CQADupstackRetrieval: .*mteb/cqadupstack-tex",
+        ),
     ],
 )
-def test_a_data_set_that_cannot_be_had_ends_the_script(config, downloaded, embedded, script, names, missing, words):
+def test_data_that_cannot_be_had_ends_the_script(config, downloaded, embedded, script, names, missing, words):
     downloaded(missing)
     for _ in range(2):
         with pytest.raises(UserError, match=f"(?s)^{words}.* must be downloaded"):
@@ -477,14 +487,14 @@ def test_a_data_set_that_cannot_be_had_ends_the_script(config, downloaded, embed
 
 def test_a_score_is_of_the_tasks_own_subset_and_finite():
     task = mteb.get_task("STS17", hf_subsets=["en-en"])
-    scores = {"ko-ko": {"cosine_spearman": 0.1, "main_score": 0.1}, "en-en": {"cosine_spearman": 0.9, "main_score": 0.9}}
+    scores = {name: {"cosine_spearman": x, "main_score": x} for name, x in (("ko-ko", 0.1), ("en-en", 0.9))}
     made = TaskResult.from_task_results(task, {"test": scores}, evaluation_time=1.0)
     results = ModelResult(model_name="a/b", model_revision="c", task_results=[made])
     rows = score_rows(results, [task], {"cosine_spearman": "Spearman", "ndcg_at_10": "nDCG@10"})
     assert rows == [["STS17", "en-en", "test", "Spearman", 0.9]]
     assert score_table(rows)[2] == "| STS17 | en-en | test | Spearman | 90.00 |"
     made.scores["test"][1]["cosine_spearman"] = math.nan
-    with pytest.raises(RunError, match="STS17: cosine_spearman is nan"):
+    with pytest.raises(UserError, match="STS17: cosine_spearman is nan"):
         score_rows(results, [task], {"cosine_spearman": "Spearman"})
 
 

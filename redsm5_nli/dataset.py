@@ -133,8 +133,8 @@ def fingerprint(splits: dict[str, Split], criteria: tuple[Criterion, ...]) -> st
 def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
     """The row indices of each batch of one epoch, a pure function of its arguments.
 
-    Shuffle, sort by length inside buckets of BUCKET batches, cut into batches, shuffle the batches: every row
-    comes once, and the rows of a batch are nearly of one length.
+    Shuffle, sort by length inside buckets of BUCKET batches, cut into batches, shuffle the batches: every row comes
+    once, and the rows of a batch are nearly of one length.
     """
     generator = epoch_generator(seed, epoch)
     order = torch.randperm(len(lengths), generator=generator).numpy()

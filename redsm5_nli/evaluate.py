@@ -56,15 +56,17 @@ def tune_threshold(probability: np.ndarray, labels: np.ndarray) -> float:
     Exact over all cuts between distinct probabilities; the middle of the best gap, and .5 where .5 lies in it. Of
     equally good gaps the one whose middle is nearest to .5.
     """
+    # (N + 1,) for each number of rows taken as "yes", those of highest probability first
     order = np.argsort(-probability, kind="stable")
     ordered, n, positives = probability[order], len(labels), int(labels.sum())
-    taken = np.arange(n + 1)  # predicted as yes: the taken rows of highest probability
+    taken = np.arange(n + 1)
     true_positives = np.concatenate([[0], np.cumsum(labels[order])])
     true_negatives = (n - positives) - (taken - true_positives)
     f1_yes = 2 * true_positives / np.maximum(taken + positives, 1)
     f1_no = 2 * true_negatives / np.maximum(2 * n - taken - positives, 1)
 
-    upper, lower = np.concatenate([[1.0], ordered]), np.concatenate([ordered, [0.0]])  # the gap that holds t
+    # The gap between the last row taken and the first one not taken holds t; between equal rows there is none
+    upper, lower = np.concatenate([[1.0], ordered]), np.concatenate([ordered, [0.0]])
     middle = (upper + lower) / 2
     middle = np.where(middle > lower, middle, upper)  # between neighbours of one rounding
     scores = np.where(upper > lower, f1_yes + f1_no, -1.0)

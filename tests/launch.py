@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
+from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +22,12 @@ SCRIPTS = sorted(
     for path in (ROOT / project).glob("*.py")
     if "__main__" in path.read_text(encoding="utf-8")
 )
+
+
+def config_of(project: str, preset: str = "sample", **changes):
+    """A preset of a project with some settings changed."""
+    config = import_module(f"{project}.config")
+    return config.Config(**config.PRESETS[preset] | changes)
 
 
 def start(*words: str, cwd: Path = ROOT) -> subprocess.Popen:

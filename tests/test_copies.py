@@ -15,7 +15,7 @@ from typing import Literal, get_args, get_origin
 import numpy as np
 import pytest
 import torch
-from launch import PROJECTS, ROOT, first_step
+from launch import PROJECTS, ROOT, config_of, first_step
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModel
@@ -31,11 +31,6 @@ def module(project: str, name: str):
 def call(function: Callable, **available):
     """Call with what it takes of what is there: the copies' parameters differ."""
     return function(**{name: available[name] for name in signature(function).parameters})
-
-
-def config_of(project: str, preset: str = "sample", **changes):
-    config = module(project, "config")
-    return config.Config(**config.PRESETS[preset] | changes)
 
 
 # The command line
@@ -193,8 +188,8 @@ def test_a_default_may_be_a_whole_number_or_a_path_of_ones_home(project, edited)
 def test_every_setting_is_read_somewhere(project):
     paths = [path for path in (ROOT / project).glob("*.py") if path.name not in ("config.py", "bench.py")]
     text = "\n".join(path.read_text(encoding="utf-8") for path in paths)
-    unread = [name for name in module(project, "config").Config.model_fields if not re.search(rf"config\.{name}\b", text)]
-    assert not unread
+    names = module(project, "config").Config.model_fields
+    assert not [name for name in names if not re.search(rf"\.{name}\b", text)]
 
 
 @pytest.mark.parametrize("project", PROJECTS)

@@ -6,7 +6,6 @@ import math
 import os
 import re
 import shutil
-from dataclasses import fields, replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +21,7 @@ from launch import (
     SCRIPTS,
     SHORT,
     call,
+    config_of,
     listing,
     run_here,
     start,
@@ -38,7 +38,7 @@ def test_help_names_every_field(script, tmp_path):
         assert "SRC DST" in out
         return
     config = import_module(f"{script.split('/')[0]}.config")
-    assert "(default: " in out and all(f"--{field.name}" in out for field in fields(config.Config))
+    assert "default: " in out and all(f"--{name}" in out for name in config.Config.model_fields)
     own, settings = out.split("\nsettings, ")
     assert "\n  --sample " in own and "\n  --seed " in settings  # a script's own flags come first
 
@@ -105,7 +105,8 @@ def test_another_precision_and_what_is_cut_are_said(project, runs, tmp_path):
     script = f"{project}/{'encode' if project == 'embeddings' else 'predict'}.py"
     source = ("--text", text) if project == "evidence_spans" else ("--input", tmp_path / "rows")
     code, _, err = run_here(script, "--run_dir", runs[project], "--amp", "bf16", *source)
-    assert code == 0 and re.search(r"trained (with autocast None|in torch\.float32), now (in )?torch\.bfloat16: ", err)
+    trained = r"trained with (autocast None|dtype torch\.float32), now torch\.bfloat16: "
+    assert code == 0 and re.search(trained, err)
     cut = re.search(r"^1 \w+ are longer than max_length \d+: their ends were not read$", err, re.MULTILINE)
     assert bool(cut) == (project != "evidence_spans"), err  # which reads long texts in windows
 
@@ -156,7 +157,7 @@ LACKING = {
     ],
 } | {
     f"{project}/{script}": [
-        (("--run_dir", "none"), ["none is no run", "--run_dir"]),
+        (("--run_dir", "none"), ["none is not a run", "--run_dir"]),
         (("--sample", "--seed", "77"), ["holds no trained model", "--run_dir"]),
     ]
     for project in PROJECTS
@@ -167,7 +168,7 @@ LACKING = {
 @pytest.mark.parametrize("script, flags, words", [(name, *case) for name, cases in LACKING.items() for case in cases])
 def test_what_a_run_lacks_is_said_in_one_line_and_nothing_is_written(script, flags, words, tmp_path, monkeypatch):
     if script == "embeddings/train.py" and not flags:  # the user of this checkout may have the converted weights
-        monkeypatch.setattr("embeddings.tokenizer.ROOT", tmp_path)
+        monkeypatch.setattr("common.checkpoint.pretrained.ROOT", tmp_path)
     folder = ROOT / script.split("/")[0]
     before = listing(folder)
     code, _, err = run_here(script, *(folder / "sample" if flag == "SAMPLE" else flag for flag in flags), cwd=tmp_path)
@@ -246,14 +247,12 @@ def test_eda_prints_every_section():
 
 def test_bench_prints_its_table(monkeypatch, capsys):
     from afqmc import bench
-    from afqmc.config import SAMPLE
 
-    flags = ("--sample", "--pairs", "8", "--layers", "1", "--batch_size", "4")
+    flags = ("--sample", "--pairs", "32", "--layers", "1", "--batch_size", "8")
     out, _ = call("afqmc/bench.py", *flags, "--memory_of", "ours")
     assert 1e8 < json.loads(out)["peak_memory_bytes"] < 1e10
     monkeypatch.setattr(bench, "peak_memory", lambda *_: 0.0)  # a process for each side, like the one above
-    config = replace(SAMPLE, batch_size=4)
-    bench.main(config, pairs=8, rounds=1, layers=1, sides=list(bench.SIDES), memory_of="")
+    bench.main(config_of("afqmc", batch_size=8), pairs=32, rounds=1, layers=1, sides=list(bench.SIDES), memory_of="")
     out = capsys.readouterr().out
     assert "| ours | " in out and "| padded to max_length | " in out and "threads" in out
     assert ("| Trainer, random | not run |" in out) == (find_spec("accelerate") is None)
@@ -327,7 +326,7 @@ def test_redsm5_chooses_epoch_and_thresholds_on_validation_alone(runs):
 def test_the_learning_rate_warms_up_and_falls_to_zero(project, runs):
     lines = (runs[project] / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rates = [record["learning_rate"] for record in map(json.loads, lines) if record["event"] == "step"]
-    sample = import_module(f"{project}.config").SAMPLE  # 6 steps, the first of them warm-up
+    sample = config_of(project)  # 6 steps, the first of them warm-up
     decay = [(5 - step) / 5 for step in range(5)]
     if getattr(sample, "schedule", "linear") == "cosine":
         decay = [(1 + math.cos(math.pi * step / 5)) / 2 for step in range(5)]
@@ -373,14 +372,13 @@ def read_predictions(run: Path) -> list[dict]:
 
 def test_redsm5_bench_prints_its_tables(monkeypatch, capsys):
     from redsm5_nli import bench
-    from redsm5_nli.config import SAMPLE
 
     flags = ("--layers", "1", "--batch", "1", "--length", "8", "--vocab", "64")
     out, _ = call("redsm5_nli/bench.py", *flags, "--part", "step", "--memory_of", "ours, merged")
     assert 1e8 < json.loads(out)["peak_memory_bytes"] < 1e10
     monkeypatch.setattr(bench, "peak_memory", lambda *_: 0.0)  # a process for each side, like the one above
     given = {"part": "all", "rounds": 1, "tokens": [8], "dtypes": ["fp32"], "layers": 1, "vocab": 64, "batch": 2}
-    bench.main(SAMPLE, **given, length=8, post_tokens=20, checkpointing=False, memory_of="")
+    bench.main(config_of("redsm5_nli"), **given, length=8, post_tokens=20, checkpointing=False, memory_of="")
     out = capsys.readouterr().out
     for words in ("| merged | ", "| unmerged | ", "| ours, merged | ", "| 40 | shared | ", "threads"):
         assert words in out
@@ -456,7 +454,6 @@ def test_evidence_predict_answers_every_line_and_every_criterion(runs, tmp_path)
 def test_evidence_search_halves_resumes_and_scores_only_the_best_on_test(few_posts, tmp_path, monkeypatch, capsys):
     """A search that is stopped between two trials, started again, against one that never was."""
     from evidence_spans import search, train
-    from evidence_spans.config import load_config
 
     own = {"trials": 4, "eta": 2, "search_seed": 0}
     scored = []
@@ -464,8 +461,8 @@ def test_evidence_search_halves_resumes_and_scores_only_the_best_on_test(few_pos
     watched = lambda run, *rest: scored.append(run.path.name) or evaluate_run(run, *rest)  # noqa: E731
     monkeypatch.setattr(train, "evaluate_run", watched)
     data = few_posts(tmp_path / "data", 120)
-    flags = ("--sample", "--data_dir", str(data), "--question_form", "empty", "--epochs", "3")
-    config = replace(load_config(flags)[0], run_dir=str(tmp_path / "whole"))
+    settings = {"data_dir": str(data), "question_form": "empty", "epochs": 3}
+    config = config_of("evidence_spans", **settings, run_dir=str(tmp_path / "whole"))
     assert search.main(config, **own) is None
     assert scored == ["winner"]
     lines = [json.loads(line) for line in (tmp_path / "whole/trials.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -484,7 +481,7 @@ def test_evidence_search_halves_resumes_and_scores_only_the_best_on_test(few_pos
     table = [line.split(" | ")[0] for line in out.splitlines() if " | stopped | " in line or " | finished | " in line]
     assert len(table) == 4
 
-    config = replace(config, run_dir=str(tmp_path / "stopped"))
+    config = config_of("evidence_spans", **settings, run_dir=str(tmp_path / "stopped"))
     calls, train_main = [], train.main
 
     def stop_at_the_fourth(*arguments, **settings):
@@ -508,10 +505,9 @@ def test_evidence_search_halves_resumes_and_scores_only_the_best_on_test(few_pos
 
 
 def test_evidence_check_reads_everything_and_writes_nothing(tmp_path, capsys):
-    from evidence_spans.config import SAMPLE
     from evidence_spans.train import main
 
-    assert main(replace(SAMPLE, run_dir=str(tmp_path / "run")), check=True) is None
+    assert main(config_of("evidence_spans", run_dir=str(tmp_path / "run")), check=True) is None
     out = capsys.readouterr().out
     assert "check passed" in out and "| train | " in out and "4 evidence not found in its post" in out
     assert "not found in their posts: redsm5_annotations.csv, lines " in out and not list(tmp_path.iterdir())
@@ -519,17 +515,16 @@ def test_evidence_check_reads_everything_and_writes_nothing(tmp_path, capsys):
 
 def test_evidence_bench_prints_its_tables(monkeypatch, capsys):
     from evidence_spans import bench
-    from evidence_spans.config import SAMPLE
 
-    bench.main(SAMPLE, part="search", rounds=1, windows=8, length=60, steps=1)
+    bench.main(config_of("evidence_spans"), part="search", rounds=1, windows=8, length=60, steps=1)
     out = capsys.readouterr().out
     assert "| 30 | ours, n best 20 | " in out and "threads" in out
     monkeypatch.setattr(bench, "find_spec", lambda name: None)
-    bench.main(replace(SAMPLE, batch_size=2), part="step", rounds=1, windows=1, length=60, steps=2)
+    bench.main(config_of("evidence_spans", batch_size=2), part="step", rounds=1, windows=1, length=60, steps=2)
     out = capsys.readouterr().out
     assert "| ours | " in out and "| Trainer, padded to max_length | not run | not run |" in out
     with pytest.raises(Exception, match="pip install accelerate"):
-        bench.main(SAMPLE, part="trainer", rounds=1, windows=1, length=60, steps=1)
+        bench.main(config_of("evidence_spans"), part="trainer", rounds=1, windows=1, length=60, steps=1)
 
 
 # emotions
@@ -568,10 +563,9 @@ def test_emotions_prepare_makes_the_sample_from_its_raw_files(tmp_path):
 
 
 def test_emotions_check_reads_everything_and_writes_nothing(tmp_path, capsys):
-    from emotions.config import SAMPLE
     from emotions.train import main
 
-    assert main(replace(SAMPLE, run_dir=str(tmp_path / "run"), augment_features=1.0), check=True) is None
+    assert main(config_of("emotions", run_dir=str(tmp_path / "run"), augment_features=1.0), check=True) is None
     out = capsys.readouterr().out
     assert "check passed" in out and "goemotions, isear, meld, semeval2018_ec" in out and "| grief | 30 | " in out
     assert not list(tmp_path.iterdir())
@@ -579,26 +573,27 @@ def test_emotions_check_reads_everything_and_writes_nothing(tmp_path, capsys):
 
 def test_emotions_bench_prints_its_tables(monkeypatch, capsys):
     from emotions import bench
-    from emotions.config import SAMPLE
 
     monkeypatch.setattr(bench, "SHAPES", {"base": (16, 2, 32)})
     given = {"shapes": ["base"], "lengths": [8], "dtypes": ["fp32"], "layers": 1, "rounds": 1, "rows": 40}
     given["sides"] = list(bench.SIDES)
-    bench.main(SAMPLE, part="attention", **given)
+    bench.main(config_of("emotions"), part="attention", **given)
     out = capsys.readouterr().out
     assert "threads" in out and out.count("| base | fp32 | 8 | ") == 2 and "AdamW, ms" in out
     with pytest.raises(Exception, match="fp16 needs a GPU"):
-        bench.main(SAMPLE, part="attention", **(given | {"dtypes": ["fp16"]}))
+        bench.main(config_of("emotions"), part="attention", **(given | {"dtypes": ["fp16"]}))
     for shapes in (["base"], []):
-        bench.main(replace(SAMPLE, max_length=32), part="epoch", **(given | {"shapes": shapes}))
+        bench.main(config_of("emotions", max_length=32), part="epoch", **(given | {"shapes": shapes}))
         out = capsys.readouterr().out
         assert "40 texts" in out and "| ours | " in out and "| ours, the library's attention | " in out
         assert ("| Trainer, group_by_length | not run | not run |" in out) == (find_spec("accelerate") is None)
 
 
 def test_emotions_presets_are_the_familys_sizes():
-    from emotions.config import PRESETS, load_config
+    from emotions.config import PRESETS
 
-    for name, preset in PRESETS.items():
-        assert load_config(["--preset", name])[0] == preset and preset.model == f"microsoft/deberta-v3-{name}"
+    assert PRESETS.keys() == {"large", "base", "small", "sample"}
+    for name in ("large", "base", "small"):
+        preset = config_of("emotions", name)
+        assert preset.model == f"microsoft/deberta-v3-{name}"
         assert preset.batch_size * preset.gradient_accumulation_steps == 16

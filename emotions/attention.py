@@ -58,6 +58,8 @@ class FastSelfAttention(DisentangledSelfAttention):
             return super().forward(
                 hidden_states, attention_mask, output_attentions, query_states, relative_pos, rel_embeddings
             )
+
+        # The tokens, and the rows of the relative embeddings that occur at this length
         batch, length, _ = hidden_states.shape
         device = hidden_states.device
         rows, *columns = relative_rows(length, self.position_buckets, self.max_relative_positions, device)
@@ -169,10 +171,13 @@ class DisentangledAttention(torch.autograd.Function):
         dropout: float,
     ) -> Tensor:
         batch, length, heads = shape
+        # Content and relative rows by head, each (H, B, T, D) and (H, W, D)
         n = batch * length
-        q, k, v = (split_heads(x[:n], batch, heads) for x in (queries, keys, values))  # (H, B, T, D)
-        q_rel = split_heads(queries[n:][p2c], 1, heads)[:, 0] if len(queries) > n else None  # (H, W, D)
+        q, k, v = (split_heads(x[:n], batch, heads) for x in (queries, keys, values))
+        q_rel = split_heads(queries[n:][p2c], 1, heads)[:, 0] if len(queries) > n else None
         k_rel = split_heads(keys[n:][c2p], 1, heads)[:, 0] if len(keys) > n else None
+
+        # Scores: position-to-content, content-to-position, and content in one product with the sum, scaled
         scale = (q.shape[-1] * (1 + (q_rel is not None) + (k_rel is not None))) ** -0.5
         scores = None
         if q_rel is not None:  # contiguous first: adding a transposed view is slower
@@ -182,6 +187,8 @@ class DisentangledAttention(torch.autograd.Function):
             scores = position.contiguous() if scores is None else scores.add_(position)
         scores.flatten(0, 1).baddbmm_(q.flatten(0, 1), k.flatten(0, 1).mT, beta=scale, alpha=scale)
         scores.masked_fill_(hidden, torch.finfo(scores.dtype).min)
+
+        # Softmax, dropout, values
         probs = torch.softmax(scores, -1, dtype=scores.dtype)  # a given dtype keeps CUDA's autocast from fp32 copies
         keep = torch.empty_like(probs).bernoulli_(1 - dropout) if dropout else None
         context = apply_dropout(probs, keep, dropout).flatten(0, 1) @ v.flatten(0, 1)
@@ -195,14 +202,17 @@ class DisentangledAttention(torch.autograd.Function):
         q, k, v, q_rel, k_rel, c2p, p2c, hidden, probs, keep = ctx.saved_tensors
         heads, batch, length, _ = q.shape
         with torch.autocast(q.device.type, enabled=False):  # also for a backward called inside autocast
+            # Through values, dropout and softmax to the scores
             grad = split_heads(grad, batch, heads).flatten(0, 1)  # (H * B, T, D)
             d_v = apply_dropout(probs, keep, ctx.dropout).flatten(0, 1).mT @ grad
             d_probs = (grad @ v.flatten(0, 1).mT).view_as(probs)
             d_probs = apply_dropout(d_probs, keep, ctx.dropout)
             d_scores = torch.ops.aten._softmax_backward_data(d_probs, probs, -1, probs.dtype)
             d_scores.masked_fill_(hidden, 0)  # rows of padding, which attend to everything alike
+
+            # Through each term; a relative score's gradient goes back into the skewed view's place, the columns around
+            # it stay zero for both
             content = d_scores.flatten(0, 1)
-            # Each gradient goes back into the skewed view's place; the columns around it stay zero for both.
             relative = q.new_zeros(heads, batch, length, len(c2p))
             d_q, d_k_rel = relative_scores_backward(relative, d_scores, q, k_rel)
             d_k, d_q_rel = relative_scores_backward(relative, d_scores.mT, k, q_rel)

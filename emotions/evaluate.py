@@ -23,7 +23,7 @@ from common.checkpoint.files import write_text
 from common.checkpoint.run import Run, best_folder, warn_of_precision
 from emotions.cli import run_path, run_script
 from emotions.config import Config
-from emotions.dataset import Draw, Row, Split, fingerprint, load_splits, make_loader, sorted_batches
+from emotions.dataset import Draw, Split, fingerprint, load_splits, make_loader, sorted_batches
 from emotions.labels import EMOTIONS, GROUPINGS, NUMBERS
 from emotions.loss import class_weights, emotion_loss
 from emotions.model import EmotionClassifier, find_tokenizer, load_model
@@ -86,12 +86,6 @@ def label_metrics(split: Split, predictions: np.ndarray) -> dict:
     return multilabel_metrics(split.labels, predictions, EMOTIONS, split.known)
 
 
-def average_precision(split: Split, probability: np.ndarray) -> float | None:
-    from common.metrics import mean_average_precision
-
-    return mean_average_precision(split.labels, probability, split.known)
-
-
 def group_metrics(labels: np.ndarray, predictions: np.ndarray, known: np.ndarray, groups: dict) -> dict:
     """multilabel_metrics of groups of labels: one holds where any of its labels does.
 
@@ -109,10 +103,12 @@ def group_metrics(labels: np.ndarray, predictions: np.ndarray, known: np.ndarray
 
 def score_split(logits: Tensor, split: Split, thresholds: Thresholds, loss: float) -> dict:
     """All scores of (N, L) logits: at .5, at the shared and at the per-label thresholds, which are probabilities."""
+    from common.metrics import mean_average_precision
+
     probability = probabilities(logits)
     cuts = {"at_half": 0.5, "at_shared": thresholds.shared, "at_per_label": thresholds.per_label}
     predictions = {rule: probability >= cut for rule, cut in cuts.items()}
-    scores = {"rows": len(split), "loss": loss, "map": average_precision(split, probability)}
+    scores = {"rows": len(split), "loss": loss, "map": mean_average_precision(split.labels, probability, split.known)}
     scores |= {rule: label_metrics(split, cells) for rule, cells in predictions.items()}
     for name, groups in GROUPINGS.items():
         scores[name] = {
@@ -128,11 +124,11 @@ def cross_fitted_scores(logits: Tensor, split: Split, config: Config) -> dict:
     return {"at_shared": label_metrics(split, shared), "at_per_label": label_metrics(split, per_label)}
 
 
-def answer(probability: np.ndarray, thresholds: np.ndarray) -> dict:
-    """One text's emotions, the likeliest first, and all probabilities; both arguments are (L,)."""
+def answer(probability: np.ndarray, thresholds: np.ndarray) -> tuple[list[str], dict[str, float]]:
+    """One text's emotions and all probabilities by name, the likeliest first; both arguments are (L,)."""
     order = np.argsort(-probability, kind="stable")
     predicted = [EMOTIONS[n] for n in order if probability[n] >= thresholds[n]]
-    return {"predicted": predicted, "probabilities": {EMOTIONS[n]: round(float(probability[n]), 6) for n in order}}
+    return predicted, {EMOTIONS[n]: round(float(probability[n]), 6) for n in order}
 
 
 def validate(
@@ -146,21 +142,20 @@ def validate(
     each_batch: Callable[[], None],
 ) -> tuple[dict, dict]:
     """Validation scores, at .5 and at the one threshold that is best there, and all thresholds tuned there."""
+    from common.metrics import mean_average_precision
+
     logits = predict_logits(model, split, tokenizer, config, dtype, processes, each_batch)
     if not torch.isfinite(logits).all():
         raise UserError("the validation logits are not finite; best/ is untouched. A lower learning_rate may help")
     probability, exact = probabilities(logits), logits.double().numpy()
     thresholds = tune(exact, split.labels, split.known, config.threshold_smoothing)
-    scores = {"loss": mean_loss(logits, split, weights, config), "map": average_precision(split, probability)}
-    scores["f1_macro_at_half"] = label_metrics(split, probability >= 0.5)["f1_macro"]
-    scores["f1_macro"] = label_metrics(split, exact >= thresholds.shared)["f1_macro"]
+    scores = {
+        "loss": mean_loss(logits, split, weights, config),
+        "map": mean_average_precision(split.labels, probability, split.known),
+        "f1_macro_at_half": label_metrics(split, probability >= 0.5)["f1_macro"],
+        "f1_macro": label_metrics(split, exact >= thresholds.shared)["f1_macro"],
+    }
     return scores, thresholds_json(thresholds)
-
-
-def prediction_line(row: Row, probability: np.ndarray, thresholds: np.ndarray) -> str:
-    """A scored row as predictions/ holds it."""
-    line = {"line": row.line, "id": row.id, "text": row.text, "labels": [EMOTIONS[n] for n in row.labels]}
-    return json.dumps(line | answer(probability, thresholds), ensure_ascii=False) + "\n"
 
 
 def evaluate_run(
@@ -185,7 +180,12 @@ def evaluate_run(
         scores[name] = score_split(logits, split, thresholds, mean_loss(logits, split, weights, config))
         if name == "validation":
             scores[name]["cross_fitted"] = cross_fitted_scores(logits, split, config)
-        lines = [prediction_line(row, p, thresholds.per_label) for row, p in zip(split.rows, probabilities(logits))]
+        lines = []
+        for row, probability in zip(split.rows, probabilities(logits)):
+            predicted, by_name = answer(probability, thresholds.per_label)
+            line = {"line": row.line, "id": row.id, "text": row.text, "labels": [EMOTIONS[n] for n in row.labels]}
+            line |= {"predicted": predicted, "probabilities": by_name}
+            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
         write_text(run.path / "predictions" / f"{name}_predictions.jsonl", "".join(lines))
     write_text(run.path / "report.md", report(scores, splits, run.evaluations(), config))
     return scores

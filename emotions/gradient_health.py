@@ -1,5 +1,6 @@
 """Whether the gradients are alive: norms and zeros by layer, and what is wrong where a layer has none."""
 
+import math
 import re
 
 from emotions.config import Config
@@ -18,9 +19,12 @@ def parameter_group(model: EmotionClassifier, name: str) -> str:
 def gradient_health(model: EmotionClassifier, clipped_from: float, config: Config) -> dict[str, dict[str, float]]:
     """Of each group of parameters: the norm of its gradient before clipping, unscaled, and the share of exact zeros.
 
-    clipped_from: the whole gradient's norm before it was clipped. A rare word's embedding has no gradient in most
-    steps, so zeros there mean nothing; in a layer they are a gradient that has underflowed or a dead path.
+    Of a step that overflowed there is nothing to tell. clipped_from: the whole gradient's norm before it was clipped.
+    A rare word's embedding has no gradient in most steps, so zeros there mean nothing; in a layer they are a gradient
+    that has underflowed or a dead path.
     """
+    if not math.isfinite(clipped_from):
+        return {}
     factor = max(1.0, clipped_from / config.max_grad_norm) if config.max_grad_norm else 1.0
     squares, zeros, sizes = {}, {}, {}
     for name, parameter in model.named_parameters():

@@ -113,7 +113,7 @@ def parallelize(
 def gradient_sync(module: nn.Module, last: bool) -> AbstractContextManager:
     """A context for one micro-batch: DDP exchanges gradients in the backward pass of a step's last one only.
 
-    A sharded model does so each time: whole gradients, kept from one micro-batch to the next, are what it has no room
+    A sharded model does so each time: full gradients, kept from one micro-batch to the next, are what it has no room
     for.
     """
     return module.no_sync() if isinstance(module, DistributedDataParallel) and not last else nullcontext()
@@ -141,7 +141,7 @@ def watchdog(seconds: int) -> Iterator[Callable[[], None]]:
     """
 
     def restart() -> None:
-        if seconds:  # not sys.stderr: in a notebook that is no file
+        if seconds:  # not sys.stderr: in a notebook that is not a file
             faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
 
     restart()

@@ -66,8 +66,8 @@ def main(config: Config, input: str, threshold: float | None) -> int:
             probability = iter(probabilities(predict_logits(model, split, tokenizer, config, dtype)))
             for row in block:
                 if isinstance(row, Row):
-                    found = answer(next(probability), thresholds)
-                    out = {"line": row.line, "labels": found["predicted"], "probabilities": found["probabilities"]}
+                    predicted, by_name = answer(next(probability), thresholds)
+                    out = {"line": row.line, "labels": predicted, "probabilities": by_name}
                 else:
                     failed = True
                     print(f"error: {input}, line {row[0]}: {row[1]}", file=sys.stderr)

@@ -5,8 +5,8 @@
     python emotions/prepare.py --sample --sources goemotions semeval2018_ec isear meld     # how the sample was made
 
 raw_dir (data_dir/raw without it) holds the original files, named in SOURCES below; data_dir gets train.jsonl,
-validation.jsonl, test.jsonl and the summary that is printed, as summary.md. Validation and test are GoEmotions' own,
-whole. All files of the other sources are training data. GoEmotions' test.tsv may be missing: then so is the test split.
+validation.jsonl, test.jsonl and the summary that is printed, as summary.md. Validation and test are all of GoEmotions'
+own. All files of the other sources are training data. GoEmotions' test.tsv may be missing: then so is the test split.
 """
 
 import codecs
@@ -99,7 +99,7 @@ ISEAR_NO_TEXT = re.compile(
     r"|(i have )?(never|not) (felt|experienced)( [^.,;:-]*)?|(the )?same (as|for) [^.,;:-]*|as for \w+",
     re.IGNORECASE,
 )
-# A bracketed text is a general remark in place of an event; one that says such a thing anywhere is no text either.
+# A bracketed text is a general remark in place of an event; one that says such a thing anywhere tells nothing either.
 ISEAR_NO_EVENT = re.compile(
     r"\b(never (felt|ever|done|ashamed|been)|not (felt|feel disgusted|really happened|applicable)"
     r"|(not|unable to) (remember|recall)|no answer|previous incident|few instances)\b",
@@ -153,7 +153,7 @@ def read_records(path: Path, source: Source) -> Iterator[tuple[int, dict[str, st
 
 
 def isear_text(raw: str) -> str:
-    """The text without line-break artefacts, with its quotes mended, without brackets; empty where it is no text."""
+    """The text without line-break artefacts, with its quotes mended, without brackets; empty where it tells nothing."""
     text = ISEAR_BREAK.sub(" ", raw)
     if "\\" in text:  # quotes came out as \like this\", and with one more at the end
         text = text.replace('\\"', '"').replace("\\", '"').rstrip()
@@ -166,7 +166,7 @@ def isear_text(raw: str) -> str:
 
 
 def clean_text(raw: str, name: str) -> str:
-    """A row's text as it is written; empty where an ISEAR row has none."""
+    """A row's text without its file's artefacts."""
     text = raw.translate(PUNCTUATION)
     if name == "goemotions":
         return text.strip()
@@ -196,7 +196,7 @@ def source_labels(record: dict[str, str], name: str) -> list[str]:
 
 
 def read_source(path: Path, name: str) -> list[Row]:
-    """All rows of one file; the text of an ISEAR row that is none is empty. Raises UserError naming file and line."""
+    """All rows of one file; an ISEAR answer that tells nothing has an empty text. Raises UserError naming the line."""
     source, rows = SOURCES[name], []
     known = tuple(sorted(NUMBERS[label] for label in source.mapping.values() if label))
     prefix = [path.name.split("_")[0]] * (name == "meld")  # train or dev: both count their dialogues from 0
@@ -236,7 +236,10 @@ def read_raw(folder: Path, sources: list[str]) -> tuple[dict[str, list[Row]], di
 def kept_rows(
     files: dict[str, list[Row]], splits: dict[str, list[Row]]
 ) -> tuple[list[Row], dict[str, tuple[int, int, int]]]:
-    """The training rows: texts, and in no evaluation split; and of each file how many are no text, held out, kept."""
+    """The rows to train on: those with a text that stands in no evaluation split.
+
+    And of each file how many rows have no text, are held out, are kept.
+    """
     held_out = {normalized(row.text) for rows in splits.values() for row in rows}
     train, counts = [], {}
     for file, rows in files.items():

@@ -1,4 +1,4 @@
-"""--shard: each process keeps a part of gradients and optimizer (ZeRO-2), and checkpoints hold the whole."""
+"""--shard: each process keeps a part of gradients and optimizer (ZeRO-2), and checkpoints hold full tensors."""
 
 from dataclasses import dataclass
 

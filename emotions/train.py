@@ -120,14 +120,15 @@ def main(config: Config, check: bool = False) -> int | None:
     tokenizer = find_tokenizer(config)
     splits = load_splits(config, tokenizer)
     print_summary(splits, config)
-    train, validation = splits["train"], splits["validation"]
+    train = splits["train"]
     drawn = draw_weights(train, config)
-    rows, accumulation = round(float(drawn.sum())), 1 if check else config.gradient_accumulation_steps
+    rows = round(float(drawn.sum()))  # of an epoch
+    accumulation = 1 if check else config.gradient_accumulation_steps
     steps_per_epoch = math.ceil(math.ceil(rows / config.batch_size) / (accumulation * world))
     total_steps = min(config.epochs * steps_per_epoch, config.max_steps or math.inf)
 
     # Model
-    positives, known = drawn @ train.labels, drawn @ train.known  # (L,) of an epoch's draws
+    positives, known = drawn @ train.labels, drawn @ train.known  # (L,) of an epoch
     model = build_model(config, prior_logits(positives, known)).to(device)
     weights = class_weights(config.class_weights, positives, known)
     parameters = sum(p.numel() for p in model.parameters())
@@ -141,8 +142,8 @@ def main(config: Config, check: bool = False) -> int | None:
 
     # Resume
     best, progress = Best("min" if config.metric == "loss" else "max", config.patience), Progress()
-    state = dict(scheduler=scheduler, scaler=scaler, best=best, progress=progress)
-    state |= stateful(model, optimizer, config.shard)
+    parts = stateful(model, optimizer, config.shard)
+    state = dict(**parts, scheduler=scheduler, scaler=scaler, best=best, progress=progress)
     if not check:
         same = {"data_sha256": fingerprint(splits), "autocast": str(dtype), "processes": world}
         with rank_0_first(processes):
@@ -213,12 +214,13 @@ def main(config: Config, check: bool = False) -> int | None:
                 # Evaluate at the epoch's end
                 if epoch_ended := micro_batches is steps[-1].micro_batches:
                     progress.end_epoch()
-                    validated_with = (weights, config, dtype, processes, restart_watchdog)
-                    scores, thresholds = validate(model, validation, tokenizer, *validated_with)
+                    scores, thresholds = validate(
+                        model, splits["validation"], tokenizer, weights, config, dtype, processes, restart_watchdog
+                    )
                     scores = {"train_loss": progress.mean_loss(), **scores}
                     run.log({"event": "evaluation", "epoch": epoch + 1, "step": progress.step, **scores})
                     if better := best.update(scores[config.metric], epoch + 1, progress.step):
-                        tensors = state["model"].state_dict()  # of a sharded model formed by all processes
+                        tensors = parts["model"].state_dict()  # of a sharded model formed by all processes
                         run.save_best(partial(save_model, tensors, model.config, tokenizer, thresholds))
                     bar.write(evaluation_line(epoch + 1, scores, thresholds["shared"], better))
                     progress.add_time()

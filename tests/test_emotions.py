@@ -69,7 +69,7 @@ from emotions.thresholds import (
     thresholds_json,
     tune,
 )
-from tests.launch import final_weights, first_gradient
+from tests.launch import final_weights, first_step
 
 CPU = torch.device("cpu")
 SAMPLE = Config(**PRESETS["sample"])
@@ -1219,7 +1219,7 @@ def test_a_process_of_several_scales_its_part_and_has_its_own_dropout(
     monkeypatch.setattr(train, "parallelize", lambda model, *_: model)
     monkeypatch.setattr(train, "rank_0_first", lambda processes: nullcontext())
     monkeypatch.setattr(train, "seed_micro_batch", lambda *numbers: seeds.append(numbers))
-    found = first_gradient(train, config, model)
+    found = first_step(train, config, model).gradient
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
     assert seeds == [(42, 0, 0, 1), (42, 0, 1, 1)]
@@ -1232,7 +1232,7 @@ def test_accumulated_micro_batches_give_the_gradient_of_one_batch(tmp_path, toke
     for batch_size, accumulation in ((104, 1), (20, 6)):
         changes = {"batch_size": batch_size, "gradient_accumulation_steps": accumulation}
         run = replace(config, run_dir=str(tmp_path / str(batch_size)), **changes)
-        found.append(first_gradient(train, run, copy.deepcopy(model)))
+        found.append(first_step(train, run, copy.deepcopy(model)).gradient)
     for name, gradient in found[0].items():
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 

@@ -7,8 +7,8 @@
 encode: embed_texts against SentenceTransformer.encode, each from strings to vectors, on train.jsonl's texts. step:
 train.py itself at --batch_size, in chunks of --chunk_tokens, against CachedMultipleNegativesRankingLoss as it is and
 with mini_batch_num_tokens, on the same triplets; clipping and optimizer included. --batches like_length: as train.py
-draws them, which spares theirs padding too; random: as SentenceTransformerTrainer does. memory: the peak of one forward and
-backward above what the process held before it, one process each (on a CPU resident memory, on a GPU PyTorch's tensors).
+draws them, which spares theirs padding too; random: as SentenceTransformerTrainer does. memory: the peak of one forward
+and backward above what was held before it, one process each (on a CPU resident memory, on a GPU PyTorch's tensors).
 The sides take turns in one process. Medians over the rounds; a ratio is the median of the rounds' ratios, theirs to
 ours: above 1 ours is faster. No run is needed.
 """

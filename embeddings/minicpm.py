@@ -14,7 +14,6 @@ down_proj, in fp32 and rounded once to the weights' own dtype; the LM head and i
 the result as a LlamaModel. DST appears when it is complete.
 """
 
-import json
 import math
 import shutil
 import sys
@@ -25,14 +24,14 @@ if not __package__:  # run as a script: import from the repository root, not fro
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
-from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, PositiveFloat, PositiveInt, ValidationError
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, LlamaConfig, LlamaModel
-from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from common.checkpoint import UserError
-from common.checkpoint.files import flush
+from common.checkpoint.files import flush, read_json
+from common.checkpoint.pretrained import load_part
 from embeddings.cli import Parser, displayed
 
 SHARD_SIZE = "5GB"  # of one file of weights
@@ -41,78 +40,67 @@ TOKENIZER_FILES = (*TOKENIZER, "tokenizer_config.json", "special_tokens_map.json
 PROBE = "Two dogs, 3 cats; naïve: 两只狗。"
 
 
-class LlamaShape(BaseModel):
-    """What MiniCPM's config.json says of the Llama, with the defaults of both models where it says nothing."""
+# What is taken over as it is, where it is said: both models have the same defaults.
+OPTIONAL = ("hidden_act", "max_position_embeddings", "initializer_range", "num_key_value_heads")
+OPTIONAL += ("bos_token_id", "eos_token_id", "pad_token_id")
 
-    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+class MiniCPMConfig(BaseModel, strict=True, allow_inf_nan=False):
+    """What MiniCPM's config.json must say; the last three are of variants that are not converted."""
 
     vocab_size: PositiveInt
     hidden_size: PositiveInt
     intermediate_size: PositiveInt
     num_hidden_layers: PositiveInt
     num_attention_heads: PositiveInt
-    num_key_value_heads: PositiveInt | None = None
     rms_norm_eps: PositiveFloat
-    hidden_act: str = "silu"
-    max_position_embeddings: PositiveInt = 2048
-    initializer_range: PositiveFloat = 0.02
-    bos_token_id: int | None = 1
-    eos_token_id: int | None = 2
-    pad_token_id: int | None = None
-
-
-class MiniCPMConfig(LlamaShape):
-    """With its own constants, and the variants that are not converted."""
-
+    rope_theta: PositiveFloat = 10000.0
     scale_emb: PositiveFloat
     scale_depth: PositiveFloat
-    rope_theta: PositiveFloat = 10000.0
     rope_scaling: None = None
     rope_parameters: None = None
     num_experts: None = None
 
 
-def read_config(folder: Path) -> MiniCPMConfig:
-    """MiniCPM's config.json. Raises UserError where it is missing or of something that is not converted here."""
+def read_config(folder: Path) -> tuple[MiniCPMConfig, dict]:
+    """MiniCPM's config.json, checked, and the fields of the Llama.
+
+    Raises UserError where it is missing or of something that is not converted here.
+    """
     path = folder / "config.json"
     if not path.is_file():
         command = f"hf download openbmb/MiniCPM-2B-dpo-bf16 --local-dir {folder}"
         raise UserError(f"{path} not found: get the model ({command}), or name the folder that holds it")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        config = MiniCPMConfig.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = first["loc"][0] if first["loc"] else "the file"
-        raise UserError(f"{path}: {name} is {first['input']!r:.100}: {first['msg']}") from error
-    except ValueError as error:
-        raise UserError(f"{path} holds no JSON ({error})") from error
+    values = read_json(path)
     # MiniCPM-2B's own code names the class in architectures, also where model_type is left out.
     by_class = values.get("model_type") is None and "MiniCPMForCausalLM" in (values.get("architectures") or ())
     if values.get("model_type") != "minicpm" and not by_class:
         raise UserError(f"{path}: model_type is {values.get('model_type')!r}, expected 'minicpm'")
-    return config
-
-
-def load_llama(source: Path, minicpm: MiniCPMConfig) -> LlamaModel:
-    """The Llama of MiniCPM's weights, not scaled yet. Raises UserError unless they fill it, and nothing is left."""
-    fields = minicpm.model_dump(include=set(LlamaShape.model_fields))
-    rope = {"rope_type": "default", "rope_theta": minicpm.rope_theta}
-    settings = {"dtype": "auto", "local_files_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    set_verbosity_error()  # what does not fit is said below, in one line
     try:
-        config = LlamaConfig(**fields, rope_parameters=rope)
-        model, info = LlamaModel.from_pretrained(source, config=config, **settings)
-    except Exception as error:  # OSError, SafetensorError, UnpicklingError, RuntimeError ...: no common base
-        raise UserError(f"{source} does not load as a Llama ({type(error).__name__}: {error})") from error
+        config = MiniCPMConfig.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{path}: {first['loc'][0]} is {first['input']!r:.100}: {first['msg']}") from error
+    own = {"scale_emb", "scale_depth", "rope_theta", "rope_scaling", "rope_parameters", "num_experts"}
+    fields = config.model_dump(exclude=own) | {name: values[name] for name in OPTIONAL if name in values}
+    return config, fields | {"rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta}}
 
+
+def load_llama(source: Path, fields: dict) -> LlamaModel:
+    """The Llama of MiniCPM's weights, not scaled yet. Raises UserError unless they fill it, and nothing is left."""
+
+    def load(source: Path, **settings: bool) -> tuple[LlamaModel, dict]:
+        settings |= {"dtype": "auto", "output_loading_info": True, "ignore_mismatched_sizes": True}
+        return LlamaModel.from_pretrained(source, config=LlamaConfig(**fields), **settings)
+
+    model, info = load_part(source, "Llama", load)
     # The head is not used, and the tables of the rotary embedding are computed.
     unexpected = {name for name in info["unexpected_keys"] if "lm_head." not in name and ".rotary_emb." not in name}
     for problem, names in (("missing", info["missing_keys"]), ("unexpected", unexpected)):
         if names:
             raise UserError(f"{source}: {len(names)} of the weights are {problem}, the first is {min(names)}")
-    for name, found, expected in sorted(info["mismatched_keys"]):
-        raise UserError(f"{source}: tensor {name} is {tuple(found)}, config.json says {tuple(expected)}")
+    for name, shape, expected in sorted(info["mismatched_keys"]):
+        raise UserError(f"{source}: tensor {name} is {tuple(shape)}, config.json says {tuple(expected)}")
     return model
 
 
@@ -135,25 +123,22 @@ def copy_tokenizer(source: Path, folder: Path, vocab_size: int) -> None:
         raise UserError(f"{source} holds no tokenizer, expected {' or '.join(TOKENIZER)}")
     for file in files:
         shutil.copyfile(file, folder / file.name)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        ids = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
-        own = Tokenizer.from_file(str(source / TOKENIZER[0])) if files[0].name == TOKENIZER[0] else None
-    except Exception as error:  # tokenizers raises bare Exceptions
-        raise UserError(f"{source}: the tokenizer does not load ({type(error).__name__}: {error})") from error
-    if own and own.encode(PROBE, add_special_tokens=False).ids != ids:
-        advice = 'tokenizer_config.json with "tokenizer_class": "PreTrainedTokenizerFast" loads it as it is'
-        raise UserError(f"{source}: {type(tokenizer).__name__} is not what tokenizer.json says; {advice}")
+    tokenizer = load_part(source, "tokenizer", lambda source, **local: AutoTokenizer.from_pretrained(folder, **local))
+    if files[0].name == TOKENIZER[0]:
+        own = Tokenizer.from_file(str(files[0])).encode(PROBE, add_special_tokens=False).ids
+        if own != tokenizer(PROBE, add_special_tokens=False)["input_ids"]:
+            advice = 'tokenizer_config.json with "tokenizer_class": "PreTrainedTokenizerFast" loads it as it is'
+            raise UserError(f"{source}: {type(tokenizer).__name__} is not what tokenizer.json says; {advice}")
     if len(tokenizer) > vocab_size:
         raise UserError(f"{source}: the tokenizer has {len(tokenizer)} tokens, but vocab_size is {vocab_size}")
 
 
 def main(source: Path, target: Path) -> None:
     """Raises UserError; target is then as it was."""
-    minicpm = read_config(source)
+    minicpm, fields = read_config(source)
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise UserError(f"{displayed(target)} exists and is not an empty folder: name another DST")
-    model = load_llama(source, minicpm)
+    model = load_llama(source, fields)
     fold_scales(model, minicpm.scale_emb, minicpm.scale_depth)
 
     temporary = target.with_name(target.name + ".converting")
@@ -184,8 +169,6 @@ def run(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(encoding="utf-8")
-    if not sys.stderr.isatty():
-        disable_progress_bar()  # transformers' own
     try:
         main(arguments.SRC.expanduser().resolve(), arguments.DST.expanduser().resolve())
     except (UserError, OSError) as error:

@@ -125,21 +125,11 @@ def load_encoder(config: Config, dtype: torch.dtype | None, folder: Path | None 
 def build_model(config: Config, device: torch.device, dtype: torch.dtype | None) -> Embedder:
     """The frozen backbone in dtype (None: fp32), with new adapters in fp32. Raises UserError."""
     encoder = load_encoder(config, dtype or torch.float32).to(device)
-    if config.pooling == "cls" and sees_nothing(Embedder(encoder, "cls")):
-        raise UserError(f"{config.model}: pooling cls takes the first token, which in a causal decoder sees no other")
     seed_everything(config.seed, config.deterministic)
     adapt(encoder, config)
     if config.gradient_checkpointing:
         checkpoint_activations(encoder)
     return Embedder(encoder, config.pooling)
-
-
-@torch.no_grad()
-def sees_nothing(model: Embedder) -> bool:
-    """Whether two texts with the same first token have the same vector."""
-    input_ids = torch.tensor([[0, 1], [0, 2]], device=model.encoder.device)
-    first, second = model(input_ids, torch.ones_like(input_ids))
-    return torch.equal(first, second)
 
 
 def adapt(encoder: nn.Module, config: Config) -> None:

@@ -28,7 +28,7 @@ if not __package__:  # run as a script: import from the repository root, not fro
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, create_model
 
 from common.checkpoint import ROOT, UserError
 from common.checkpoint.files import write_atomically, write_text
@@ -56,24 +56,10 @@ Row = tuple[int, list[str | None]]  # its line, and the texts of SIMCSE, KEYS or
 Source = tuple[str, list[Triplet], Counter]  # format, triplets without empty ones, how many there were of COUNTS
 
 
-class PairRow(BaseModel):
-    """A line of SNLI's or MultiNLI's JSON."""
-
-    gold_label: str
-    sentence1: str
-    sentence2: str
-
-
-class TripletRow(BaseModel):
-    """A line of one's own triplets; an empty text is not refused here, but dropped and counted."""
-
-    anchor: str
-    positive: str
-    negative: str | None = None
-
-
-class AnyRow(BaseModel):
-    model_config = ConfigDict(extra="allow")
+# Lines of JSON, of which the first tells its format by its keys. A text may be empty: it is dropped and counted.
+AnyRow = create_model("AnyRow", __config__=ConfigDict(extra="allow"))
+PairRow = create_model("PairRow", **dict.fromkeys(PAIR, str))
+TripletRow = create_model("TripletRow", anchor=str, positive=str, negative=(str | None, None))
 
 
 # Files -> rows

@@ -11,6 +11,7 @@ import io
 import re
 from collections import Counter
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
 from common.checkpoint import UserError
@@ -103,17 +104,13 @@ def criterion_questions(config: Config) -> dict[str, str]:
     return {key: name if short else f"{name}: {text}" for key, (name, text) in CRITERIA.items()}
 
 
-def read_redsm5(posts_path: Path, annotations_path: Path, config: Config) -> Source:
-    """An example for each post and criterion, or with an empty question for each post. Raises UserError."""
-    texts, questions = read_posts(posts_path), criterion_questions(config)
-    spans: dict[tuple[str, str], set] = {}
-    rejected, lost, not_found, counts = set(), set(), [], Counter()
-    columns = ("post_id", "DSM5_symptom", "status", "sentence_text")
-    for line, fields in read_table(annotations_path, columns):
+def read_annotations(path: Path, posts: dict[str, str], posts_file: str) -> Iterator[tuple[int, str, str, str, str]]:
+    """Line number, post id, symptom, status and sentence of each annotation. Raises UserError."""
+    for line, fields in read_table(path, ("post_id", "DSM5_symptom", "status", "sentence_text")):
         post, symptom, status, sentence = map(str.strip, fields)
-        place = f"{annotations_path}, line {line}"
-        if post not in texts:
-            raise UserError(f"{place}: post_id {post!r} is not in {posts_path.name}")
+        place = f"{path}, line {line}"
+        if post not in posts:
+            raise UserError(f"{place}: post_id {post!r} is not in {posts_file}")
         if symptom not in CRITERIA and symptom != SPECIAL_CASE:
             expected = ", ".join((*CRITERIA, SPECIAL_CASE))
             raise UserError(f"{place}: symptom {symptom!r} is unknown, expected {expected}")
@@ -121,7 +118,15 @@ def read_redsm5(posts_path: Path, annotations_path: Path, config: Config) -> Sou
             raise UserError(f"{place}: status is {status!r}, expected 1 (evidence) or 0 (rejected)")
         if status == "1" and not sentence:
             raise UserError(f"{place}: sentence_text is empty")
+        yield line, post, symptom, status, sentence
 
+
+def read_redsm5(posts_path: Path, annotations_path: Path, config: Config) -> Source:
+    """An example for each post and criterion, or with an empty question for each post. Raises UserError."""
+    texts, questions = read_posts(posts_path), criterion_questions(config)
+    spans: dict[tuple[str, str], set] = {}
+    rejected, lost, not_found, counts = set(), set(), [], Counter()
+    for line, post, symptom, status, sentence in read_annotations(annotations_path, texts, posts_path.name):
         pair = (post, "" if config.question_form == "empty" else symptom)
         if symptom == SPECIAL_CASE:
             counts[SPECIAL_CASE] += 1
@@ -140,12 +145,10 @@ def read_redsm5(posts_path: Path, annotations_path: Path, config: Config) -> Sou
     lost -= spans.keys()  # what is left would be a false no-answer
     counts["pairs left out since their evidence was not found"] = len(lost)
     examples = []
-    for post, text in texts.items():
-        for criterion, question in questions.items():
-            pair = (post, criterion)
-            if pair not in lost:
-                kind = "answered" if pair in spans else "rejected" if pair in rejected else "unannotated"
-                name = f"{post}:{criterion}" if criterion else post
-                answers = tuple(sorted(spans.get(pair, ())))
-                examples.append(Example(name, post, question, text, answers, kind, together=True))
+    for post, criterion in product(texts, questions):
+        if (pair := (post, criterion)) not in lost:
+            kind = "answered" if pair in spans else "rejected" if pair in rejected else "unannotated"
+            name = f"{post}:{criterion}" if criterion else post
+            answers = tuple(sorted(spans.get(pair, ())))
+            examples.append(Example(name, post, questions[criterion], texts[post], answers, kind, together=True))
     return Source(examples, [], counts, not_found, questions if "" not in questions else {})

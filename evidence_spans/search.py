@@ -59,6 +59,7 @@ def draw_trials(config: Config, trials: int, search_seed: int) -> list[dict]:
 
 
 def trial_config(config: Config, run_dir: Path, settings: dict) -> Config:
+    """The config with drawn settings and a folder of its own."""
     return Config(**config.model_dump() | settings | {"run_dir": str(run_dir)})
 
 

@@ -16,7 +16,7 @@ import shutil
 import signal
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from itertools import islice
@@ -26,8 +26,8 @@ import pytest
 import torch
 from launch import BEST, PREDICTIONS, PROJECTS, ROOT, SHORT, call, final_weights, run_here, start, wait_for_lines
 
-from common import checkpoint
-from common.checkpoint import Best, Run
+from common.checkpoint import environment
+from common.checkpoint.run import Best, Run
 
 AUGMENTED = ("--augment_words=0.5", "--augment_features=1", "--label_balance=0.5", "--loss=asl")  # all that is drawn
 FEWER = ("--question_form=empty", "--negatives_per_positive=0.2")  # one example a post; some of them are drawn
@@ -182,7 +182,7 @@ def test_kill_9_costs_nothing(project, settings, tmp_path):
 
 STOP = """
 import os, runpy, sys
-from common.checkpoint import Run
+from common.checkpoint.run import Run
 
 log, module, number, step = Run.log, sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 
@@ -200,7 +200,7 @@ runpy.run_module(module, run_name="__main__")
 @pytest.mark.parametrize("project", PROJECTS)
 def test_sigint_and_sigterm_save_say_how_to_go_on_and_cost_nothing(project, small, tmp_path):
     flags = [*small(project).flags, "--save_steps", "1000", "--run_dir", tmp_path / "run"]
-    if "num_workers" in {field.name for field in fields(import_module(f"{project}.config").Config)}:
+    if "num_workers" in import_module(f"{project}.config").Config.model_fields:
         flags += ["--num_workers", "1"]
     step = 0
     for number, at in ((signal.SIGINT, 3), (signal.SIGTERM, 8)):
@@ -234,13 +234,13 @@ def test_a_second_process_is_refused_and_the_first_goes_on_unharmed(project, sma
 # A full disk, a folder that cannot be written
 
 
-@pytest.mark.skipif(checkpoint.resource is None, reason="file size limits are POSIX")
+@pytest.mark.skipif(environment.resource is None, reason="file size limits are POSIX")
 @pytest.mark.parametrize("save, name", [("save_last", "last.pt"), ("save_best", "best")])
 @pytest.mark.parametrize("project", PROJECTS)
 def test_a_full_disk_is_said_and_costs_nothing(project, save, name, small, tmp_path, monkeypatch):
     run = shutil.copytree(small(project).stopped, tmp_path / "run")
     before, write = contents(run), getattr(Run, save)
-    limit, resource = checkpoint.resource.RLIMIT_FSIZE, checkpoint.resource
+    limit, resource = environment.resource.RLIMIT_FSIZE, environment.resource
     soft, hard = resource.getrlimit(limit)
 
     def write_on_a_full_disk(*arguments) -> None:
@@ -367,7 +367,7 @@ def test_another_projects_run_is_refused_and_left_alone(project, small, tmp_path
     script, *question = ASK[project]
     for name, words in (("evaluate", ()), (script, question)):
         ended = run_here(f"{project}/{name}.py", "--run_dir", run, *words)
-        refused(ended, run / "config.json", "which this version does not write")
+        refused(ended, run / "config.json", "is missing, or not a setting")
     assert contents(run) == before
 
 
@@ -439,12 +439,21 @@ def check(project: str, small: Callable[[str], Small], data: Path) -> tuple[int,
     return ended
 
 
-def rows_of(project: str, small: Callable[[str], Small], data: Path) -> object:
-    """All splits as the project reads them."""
-    config = import_module(f"{project}.config")
-    given = config.load_config([*map(str, small(project).flags), "--data_dir", str(data)])[0]
-    criteria = [import_module("redsm5_nli.evaluate").chosen_criteria(given)] if project == "redsm5_nli" else []
-    return import_module(f"{project}.dataset").load_splits(given, *criteria)
+def rows_of(project: str, small: Callable[[str], Small], data: Path) -> str:
+    """All rows as a run of the project reads them, and their fingerprint."""
+    train_module, flags = import_module(f"{project}.train"), [*map(str, small(project).flags), "--data_dir", str(data)]
+
+    class Read(Exception):
+        pass
+
+    def read(*splits) -> None:
+        raise Read(f"{fingerprint(*splits)} {splits}")
+
+    fingerprint = train_module.fingerprint
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Read) as rows:
+        patch.setattr(train_module, "fingerprint", read)
+        train_module.main(import_module(f"{project}.cli").parse(flags)[0])
+    return str(rows.value)
 
 
 def edit_line(path: Path, number: int, edit: Callable[[str], str]) -> None:
@@ -551,7 +560,7 @@ def test_a_row_of_1_mb_is_read_whole(project, name, text, small, tmp_path):
     line = (data / name).read_text(encoding="utf-8").splitlines()[2]
     with open(data / name, "a", encoding="utf-8", newline="\n") as file:
         file.write(with_values(data / name, **values)(line) + "\n")
-    is_whole = text.strip() in str(rows_of(project, small, data))  # named: pytest would print the megabyte
+    is_whole = text.strip() in rows_of(project, small, data)  # named: pytest would print the megabyte
     code, out, err = check(project, small, data)
     assert is_whole and code == 0 and "check passed" in out, err
 

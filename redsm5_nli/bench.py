@@ -12,16 +12,17 @@ and of ratios.
 """
 
 import copy
+import json
 import math
+import os
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from importlib import metadata
 from importlib.util import find_spec
 from itertools import count, product
-from multiprocessing import get_context
 from pathlib import Path
 
 if not __package__:  # run as a script: import from the repository root, not from this folder
@@ -180,25 +181,22 @@ def make_step(side: str, decoder: nn.Module, micro_batches: list[dict], config: 
     return step
 
 
-def peak_memory(side: str, sizes: tuple, batch: dict[str, Tensor], config: Config) -> float:
-    """Peak memory in GB of two steps of a side, in a process of its own."""
-    step = make_step(side, make_decoder(*sizes, config), [batch], config)
-    for _ in range(2):  # the optimizer's state appears at the end of the first
-        step()
-    return peak_memory_bytes(pick_device()) / 1e9
+def peak_memory(side: str) -> float:
+    """Peak memory in GB of a fresh process that makes two steps of one side."""
+    command = [sys.executable, *sys.argv, f"--memory_of={side}"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"PYTHONUTF8": "1"})
+    return json.loads(result.stdout.splitlines()[-1])["peak_memory_bytes"] / 1e9
 
 
-def bench_step(decoder: nn.Module, sizes: tuple, batch: dict[str, Tensor], rounds: int, config: Config) -> None:
-    """Print seconds, tokens/s and peak memory of a training step of each side; sizes are make_decoder's."""
+def bench_step(decoder: nn.Module, batch: dict[str, Tensor], rounds: int, config: Config) -> None:
+    """Print seconds, tokens/s and peak memory of a training step of each side."""
     sides, tokens = runnable(STEP_SIDES), batch["input_ids"].numel()
     seconds = measure({side: make_step(side, decoder, [batch], config) for side in sides}, rounds)
-    rows = [[side, *["not run"] * 4] for side in STEP_SIDES if side not in sides]
-    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
-        for side in sides:
-            middle, gain = statistics.median(seconds[side]), ratio(seconds, side, STEP_SIDES[0])
-            memory = pool.submit(peak_memory, side, sizes, batch, config).result()
-            rows.append([side, f"{middle:.3f}", f"{tokens / middle:.0f}", gain, f"{memory:.2f}"])
     print("step: batch {} x {} tokens\n".format(*batch["input_ids"].shape))
+    rows = [[side, *["not run"] * 4] for side in STEP_SIDES if side not in sides]
+    for side in sides:
+        middle, gain = statistics.median(seconds[side]), ratio(seconds, side, STEP_SIDES[0])
+        rows.append([side, f"{middle:.3f}", f"{tokens / middle:.0f}", gain, f"{peak_memory(side):.2f}"])
     header = ["side", "seconds a step", "tokens/s", "ours (merged) is faster by", "peak memory, GB"]
     print("\n".join(table(header, rows)))
 
@@ -236,23 +234,30 @@ def bench_share(decoder: nn.Module, post_tokens: int, batch_size: int, rounds: i
     print("\n".join(table(header, rows)))
 
 
-def main(config: Config, part: str, rounds: int, **given) -> None:
-    """given: the sizes of the part's data and of its decoder."""
+def main(config: Config, part: str, rounds: int, memory_of: str, **given) -> None:
+    """given: the sizes of the parts' data and of their decoder."""
     seed_everything(config.seed)
-    print(" | ".join(f"{name} {value}" for name, value in environment(pick_device()).items()))
+    device, sizes = pick_device(), (given["layers"], given["vocab"], given["checkpointing"])
+    ids = torch.randint(1, given["vocab"], (given["batch"], given["length"]))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, :1] % 2}
+    if memory_of:
+        step = make_step(memory_of, make_decoder(*sizes, config), [batch], config)
+        for _ in range(2):  # the optimizer's state appears at the end of the first
+            step()
+        print(json.dumps({"peak_memory_bytes": peak_memory_bytes(device)}))
+        return
+
+    print(" | ".join(f"{name} {value}" for name, value in environment(device).items()))
     peft = metadata.version("peft") if find_spec("peft") else "absent"
     print(f"peft {peft} | {torch.get_num_threads()} threads | {rounds} rounds\n")
     if part in ("layer", "all"):
         for dtype, tokens in product(given["dtypes"], given["tokens"]):
             bench_layer(config, dtype, tokens, rounds)
-    if part in ("step", "share", "all"):
-        sizes = given["layers"], given["vocab"], given["checkpointing"]
+    if part != "layer":
         decoder = make_decoder(*sizes, config)
         print("{} layers, vocabulary {}, checkpointing {}".format(*sizes) + f", {decoder.dtype}\n")
     if part in ("step", "all"):
-        ids = torch.randint(1, given["vocab"], (given["batch"], given["length"]))
-        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, :1] % 2}
-        bench_step(decoder, sizes, batch, rounds, config)
+        bench_step(decoder, batch, rounds, config)
     if part in ("share", "all"):
         bench_share(decoder, given["post_tokens"], given["batch"], rounds, config)
 
@@ -269,5 +274,11 @@ if __name__ == "__main__":
         "length": {"type": int, "default": 512, "help": "step: tokens of a sequence"},
         "post_tokens": {"type": int, "default": 300, "help": "share: tokens of a post"},
         "checkpointing": {"action": "store_true", "help": "step and share: recompute activations"},
+        "memory_of": {
+            "choices": ("", *runnable(STEP_SIDES)),
+            "default": "",
+            "metavar": "SIDE",
+            "help": f"only print the peak memory of one side of step: {'; '.join(STEP_SIDES)}",
+        },
     }
     sys.exit(run_script(main, __doc__, **flags))

@@ -106,6 +106,12 @@ def make_chunks(lengths: np.ndarray, budget: int) -> list[np.ndarray]:
     return chunks
 
 
+def chunk_texts(tokens: Tokens, texts: np.ndarray, budget: int) -> tuple[list[np.ndarray], np.ndarray]:
+    """The texts in chunks of like length, and the place of each of them among the chunks', in the shape of texts."""
+    places = make_chunks(tokens.lengths_of(texts.flatten()), budget)
+    return [texts.flatten()[part] for part in places], np.argsort(np.concatenate(places)).reshape(texts.shape)
+
+
 def epoch_batches(rows: Rows, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
     """An epoch's batches of exactly batch_size rows of like length: a pure function of (seed, epoch).
 

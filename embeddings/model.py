@@ -21,12 +21,12 @@ from common.checkpoint.files import write_json
 from common.checkpoint.pretrained import (
     check_positions,
     checkpoint_activations,
+    load_encoder,
     load_shape,
     load_tokenizer,
     model_source,
     new_encoder,
 )
-from common.checkpoint.pretrained import load_encoder as load_pretrained
 from common.checkpoint.run import best_folder, warn_of_precision
 from common.seed import seed_everything
 from embeddings.batching import Tokens, make_chunks, pad, tokenize
@@ -92,7 +92,7 @@ def find_tokenizer(config: Config, folder: Path | None = None) -> PreTrainedToke
     return tokenizer
 
 
-def load_encoder(config: Config, dtype: torch.dtype | None, folder: Path | None = None) -> nn.Module:
+def load_backbone(config: Config, dtype: torch.dtype | None, folder: Path | None = None) -> nn.Module:
     """The backbone of a folder, or of the config's model, on the CPU; dtype None: that of its files.
 
     With init "random" the config's model has new weights, the same for the same seed. Raises UserError where a weight
@@ -111,7 +111,7 @@ def load_encoder(config: Config, dtype: torch.dtype | None, folder: Path | None 
         seed_everything(config.seed, config.deterministic)
         encoder = new_encoder(source, shape).to(dtype or torch.float32)
     else:
-        encoder, _ = load_pretrained(source, dtype or "auto", may_lack="pooler.")  # BERT's, which no pooling here uses
+        encoder, _ = load_encoder(source, dtype or "auto", may_lack="pooler.")  # BERT's, which no pooling here uses
     if hasattr(encoder.config, "use_cache"):
         encoder.config.use_cache = False  # of keys and values, for generation
     if config.bidirectional:
@@ -124,7 +124,7 @@ def load_encoder(config: Config, dtype: torch.dtype | None, folder: Path | None 
 
 def build_model(config: Config, device: torch.device, dtype: torch.dtype | None) -> Embedder:
     """The frozen backbone in dtype (None: fp32), with new adapters in fp32. Raises UserError."""
-    encoder = load_encoder(config, dtype or torch.float32).to(device)
+    encoder = load_backbone(config, dtype or torch.float32).to(device)
     seed_everything(config.seed, config.deterministic)
     adapt(encoder, config)
     if config.gradient_checkpointing:
@@ -144,7 +144,7 @@ def load_merged(config: Config, adapter: Path, dtype: torch.dtype | None) -> nn.
 
     Raises UserError.
     """
-    encoder = load_encoder(config, dtype)
+    encoder = load_backbone(config, dtype)
     adapt(encoder, config)
     try:
         load_adapter(encoder, adapter)
@@ -166,9 +166,9 @@ def load_embedder(config: Config, base: bool = False) -> tuple[Embedder, PreTrai
         warn_of_precision(run_path(config), dtype)
     dtype = dtype or torch.float32
     if base:
-        tokenizer, encoder = find_tokenizer(config), load_encoder(config, dtype)
+        tokenizer, encoder = find_tokenizer(config), load_backbone(config, dtype)
     elif (folder / "modules.json").exists():
-        tokenizer, encoder = find_tokenizer(config, folder), load_encoder(config, dtype, folder)
+        tokenizer, encoder = find_tokenizer(config, folder), load_backbone(config, dtype, folder)
     else:
         print("the run is not finished: this is its best step so far", file=sys.stderr)
         tokenizer, encoder = find_tokenizer(config), load_merged(config, folder / "adapter", dtype)

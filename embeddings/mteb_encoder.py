@@ -111,7 +111,7 @@ def run_tasks(config: Config, base: bool, tasks: list[AbsTask]) -> ModelResult:
     base: of config.model without the adapter. Raises UserError naming a task whose data cannot be had.
     """
     folder = results_folder(config, base)
-    for path in folder.rglob("results/**/*.json"):
+    for path in folder.glob("results/**/*.json"):
         read_json(path)  # mteb's cache: a kill can leave half a file
     encoder = TextEncoder(*load_embedder(config, base), config, f"embeddings/{folder.parent.name}{'-base' * base}")
     progress = sys.stderr.isatty()
@@ -121,10 +121,11 @@ def run_tasks(config: Config, base: bool, tasks: list[AbsTask]) -> ModelResult:
     settings["public_only"] = False  # a task that cannot be run is an error, not a gap
     settings["encode_kwargs"] = {"batch_size": LOADED_TEXTS, "show_progress_bar": progress}
 
-    # No advice to take newer tasks than those of a published average.
-    logging.getLogger("mteb").setLevel(logging.ERROR)
+    # No advice to take newer tasks than those of a published average
+    logging.getLogger("mteb.abstasks").setLevel(logging.ERROR)
     results = []
-    with warnings.catch_warnings(action="ignore"):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".* is superseded by ")
         for task in tasks:
             try:
                 results += mteb.evaluate(encoder, task, **settings).task_results

@@ -29,7 +29,7 @@ from common.checkpoint import UserError
 from common.checkpoint.environment import autocast_dtype, environment
 from common.checkpoint.run import Best, Progress, Run, StopSignal, TrainedParameters, read_results
 from common.seed import seed_everything, seed_micro_batch
-from embeddings.batching import Tokens, epoch_batches, make_chunks, pad, tokenize, tokenize_rows
+from embeddings.batching import Tokens, chunk_texts, epoch_batches, pad, tokenize, tokenize_rows
 from embeddings.cli import displayed, run_path, run_script, run_settings
 from embeddings.config import Config
 from embeddings.dataset import Triplet, fingerprint, load_splits, pair_texts
@@ -162,9 +162,7 @@ def main(config: Config, check: bool = False) -> int | None:
                 # Anchors, positives and negatives of this process's rows, in chunks of like length
                 model.train()
                 texts = rows.texts[batch[rank::world]].T  # (3 or 2, b)
-                places = make_chunks(tokens.lengths_of(texts.flatten()), config.chunk_tokens)
-                order = np.argsort(np.concatenate(places)).reshape(texts.shape)
-                chunks = [texts.flatten()[part] for part in places]
+                chunks, order = chunk_texts(tokens, texts, config.chunk_tokens)
 
                 # GradCache: all vectors, the gradient of the loss on them, and each chunk again to take its part of it
                 seeds = config.seed, progress.step, rank
@@ -213,7 +211,7 @@ def main(config: Config, check: bool = False) -> int | None:
                     bar.write(f"stopped at step {progress.step} of {total_steps}: the same command goes on from here")
                     end_processes()
                     return 128 + (stop.number or signal.SIGTERM)  # the signal may have gone to another process
-                if best.exhausted:
+                if best.exhausted and progress.step < total_steps:
                     bar.write(f"stopped by patience: {best.stale_evaluations} evaluations without a better spearman")
                     break
     end_processes()

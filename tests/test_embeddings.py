@@ -35,7 +35,7 @@ from transformers import (
 from common.checkpoint import UserError
 from common.seed import seed_micro_batch
 from embeddings import encode, evaluate, train
-from embeddings.batching import Rows, Tokens, epoch_batches, make_chunks, pad, tokenize, tokenize_rows
+from embeddings.batching import Rows, Tokens, chunk_texts, epoch_batches, make_chunks, pad, tokenize, tokenize_rows
 from embeddings.cli import parse
 from embeddings.config import PRESETS, Config
 from embeddings.dataset import load_splits, read_pairs, read_triplets
@@ -473,12 +473,9 @@ def gradient_of(
     """The loss of one step and the adapters' gradients, of this process's texts (b, 3), by the loop's own functions."""
     scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
     autocast = partial(torch.autocast, "cpu", torch.bfloat16, enabled=config.amp == "bf16")
-    texts = texts.T
     model.zero_grad()
     model.train()
-    places = make_chunks(tokens.lengths_of(texts.flatten()), config.chunk_tokens)
-    order = np.argsort(np.concatenate(places)).reshape(texts.shape)
-    chunks = [texts.flatten()[part] for part in places]
+    chunks, order = chunk_texts(tokens, texts.T, config.chunk_tokens)
     embed = partial(train.embed_chunk, model, tokens, chunks, 0, autocast, (config.seed, step, processes.rank))
     loss = train.cached_backward(embed, partial(train.batch_loss, order, scaler, config), len(chunks))
     all_reduce_gradients(model.trained_parameters(), processes)

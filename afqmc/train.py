@@ -29,7 +29,8 @@ from afqmc.model import PairClassifier, build_model, fgm_perturbation, find_toke
 from afqmc.report import evaluation_line, last_line, print_summary
 from common.checkpoint import UserError
 from common.checkpoint.environment import autocast_dtype, environment, pick_device
-from common.checkpoint.run import Best, Progress, Run, StopSignal, read_results
+from common.checkpoint.progress import Best, Progress, StopSignal
+from common.checkpoint.run import Run, read_results
 from common.seed import seed_everything, seed_micro_batch
 
 

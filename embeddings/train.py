@@ -27,7 +27,8 @@ from tqdm import tqdm
 
 from common.checkpoint import UserError
 from common.checkpoint.environment import autocast_dtype, environment
-from common.checkpoint.run import Best, Progress, Run, StopSignal, TrainedParameters, read_results
+from common.checkpoint.progress import Best, Progress, StopSignal, TrainedParameters
+from common.checkpoint.run import Run, read_results
 from common.seed import seed_everything, seed_micro_batch
 from embeddings.batching import Tokens, chunk_texts, epoch_batches, pad, tokenize, tokenize_rows
 from embeddings.cli import displayed, run_path, run_script, run_settings

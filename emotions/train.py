@@ -25,7 +25,8 @@ from tqdm import tqdm
 
 from common.checkpoint import UserError
 from common.checkpoint.environment import autocast_dtype, environment
-from common.checkpoint.run import Best, Progress, Run, StopSignal, read_results
+from common.checkpoint.progress import Best, Progress, StopSignal
+from common.checkpoint.run import Run, read_results
 from common.seed import seed_everything, seed_micro_batch
 from emotions.cli import displayed, run_path, run_script, run_settings
 from emotions.config import Config

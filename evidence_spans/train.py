@@ -21,7 +21,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
 from common.checkpoint.environment import autocast_dtype, environment, pick_device
-from common.checkpoint.run import Best, Progress, Run, StopSignal, read_results
+from common.checkpoint.progress import Best, Progress, StopSignal
+from common.checkpoint.run import Run, read_results
 from common.seed import seed_everything, seed_micro_batch
 from evidence_spans.answers import Decoding
 from evidence_spans.cli import displayed, run_path, run_script, run_settings

@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from common.checkpoint import UserError
 from common.checkpoint.environment import environment, pick_device
-from common.checkpoint.run import Best, Progress, Run, StopSignal, TrainedParameters, read_results
+from common.checkpoint.progress import Best, Progress, StopSignal, TrainedParameters
+from common.checkpoint.run import Run, read_results
 from common.seed import seed_everything, seed_micro_batch
 from redsm5_nli.cli import displayed, run_path, run_script, run_settings
 from redsm5_nli.config import Config

@@ -15,17 +15,8 @@ from sklearn.metrics import average_precision_score, precision_recall_fscore_sup
 
 from common.checkpoint import UserError, environment
 from common.checkpoint.files import write_atomically, write_json
-from common.checkpoint.run import (
-    FORMAT,
-    Best,
-    Progress,
-    Run,
-    StopSignal,
-    TrainedParameters,
-    best_folder,
-    read_results,
-    read_run,
-)
+from common.checkpoint.progress import Best, Progress, StopSignal, TrainedParameters
+from common.checkpoint.run import FORMAT, Run, best_folder, read_results, read_run
 from common.metrics import (
     classification_metrics,
     correlation_metrics,
@@ -464,12 +455,9 @@ def test_a_file_is_not_a_run_folder_and_a_half_line_not_a_history(tmp_path):
     with pytest.raises(UserError, match="is a file, not a run folder"):
         new_run(tmp_path / "file")
     run = new_run(tmp_path / "run")
-    (run.path / "metrics.jsonl").write_text('{"step": 1}\n{"st', encoding="utf-8")
-    with pytest.raises(UserError, match=r"metrics\.jsonl cannot be read"):
-        run.evaluations()
-    for line in ("{}", "[1]"):
+    for line in ('{"st', "{}", "[1]"):
         (run.path / "metrics.jsonl").write_text(f'{{"event": "step"}}\n{line}\n', encoding="utf-8")
-        with pytest.raises(UserError, match=r"metrics\.jsonl, line 2: no run writes"):
+        with pytest.raises(UserError, match=r"metrics\.jsonl cannot be read"):
             run.evaluations()
     run.close()
 

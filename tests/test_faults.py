@@ -27,7 +27,8 @@ import torch
 from launch import BEST, PREDICTIONS, PROJECTS, ROOT, SHORT, call, final_weights, run_here, start, wait_for_lines
 
 from common.checkpoint import environment
-from common.checkpoint.run import Best, Run
+from common.checkpoint.progress import Best
+from common.checkpoint.run import Run
 
 AUGMENTED = ("--augment_words=0.5", "--augment_features=1", "--label_balance=0.5", "--loss=asl")  # all that is drawn
 FEWER = ("--question_form=empty", "--negatives_per_positive=0.2")  # one example a post; some of them are drawn

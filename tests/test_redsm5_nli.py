@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from common.checkpoint import ROOT, UserError
-from common.checkpoint.run import TrainedParameters
+from common.checkpoint.progress import TrainedParameters
 from common.metrics import per_label_metrics, ranking_metrics
 from redsm5_nli.bidirectional import block_masks, check_bidirectional, make_bidirectional
 from redsm5_nli.config import PRESETS, Config

@@ -20,7 +20,8 @@ from embeddings.config import PRESETS, Config
 PROJECT = Path(__file__).resolve().parent
 PATHS = ("model", "data_dir", "run_dir")
 NOT_OF_A_RUN = {"run_dir"}  # settings that do not define a run
-FREE = {"run_dir", "data_dir", "eval_tokens", "amp", "query_prompt", "document_prompt"}  # may be others in use
+FREE = {*NOT_OF_A_RUN, "data_dir", "eval_tokens", "amp", "query_prompt", "document_prompt"}  # may be others when used
+MEMORY = "chunk_tokens (batch_size can stay), eval_tokens or max_length"  # what takes GPU memory
 LIMITS = {"Ge": "at least", "Gt": "above", "Le": "at most", "Lt": "below"}
 
 
@@ -143,8 +144,7 @@ def run_script(main: Callable, description: str, trained: bool = False, **flags:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except torch.OutOfMemoryError:
-        message = "out of GPU memory: lower batch_size (and raise gradient_accumulation_steps), eval_batch_size or "
-        message += "max_length, or set gradient_checkpointing"
+        message = f"out of GPU memory: lower {MEMORY}, or set gradient_checkpointing"
     except (UserError, OSError) as error:
         message = " ".join(str(error).split())
     except KeyboardInterrupt:

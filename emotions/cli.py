@@ -21,6 +21,7 @@ PROJECT = Path(__file__).resolve().parent
 PATHS = ("model", "data_dir", "run_dir")
 NOT_OF_A_RUN = {"run_dir", "stall_seconds"}  # settings that do not define a run
 FREE = {*NOT_OF_A_RUN, "data_dir", "eval_batch_size", "num_workers", "amp"}  # may be others when a run is used
+MEMORY = "batch_size (and raise gradient_accumulation_steps), eval_batch_size or max_length"  # what takes GPU memory
 LIMITS = {"Ge": "at least", "Gt": "above", "Le": "at most", "Lt": "below"}
 
 
@@ -143,8 +144,7 @@ def run_script(main: Callable, description: str, trained: bool = False, **flags:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except torch.OutOfMemoryError:
-        message = "out of GPU memory: lower batch_size (and raise gradient_accumulation_steps), eval_batch_size or "
-        message += "max_length, or set gradient_checkpointing"
+        message = f"out of GPU memory: lower {MEMORY}, or set gradient_checkpointing"
     except (UserError, OSError) as error:
         message = " ".join(str(error).split())
     except KeyboardInterrupt:

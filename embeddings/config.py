@@ -72,10 +72,6 @@ class Config(BaseModel, frozen=True, extra="forbid", strict=True, validate_defau
     logging_steps: int = Field(10, ge=1, description="optimizer steps between lines")
     save_steps: int = Field(100, ge=1, description="optimizer steps between saves, besides those of each evaluation")
 
-    @property
-    def matryoshka_sizes(self) -> list[int]:
-        return [int(size) for size in self.matryoshka_dims.split(",") if size]
-
 
 PRESETS = {
     # Offline: triplets written for this project and a Llama of 0.2 M parameters trained as a language model.

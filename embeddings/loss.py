@@ -31,6 +31,11 @@ class AllGather(torch.autograd.Function):
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
 
+def parse_dims(setting: str) -> list[int]:
+    """[512, 256] of "512,256"."""
+    return [int(size) for size in setting.split(",") if size]
+
+
 def info_nce(
     vectors: Tensor,
     temperature: float,

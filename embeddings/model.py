@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from common.checkpoint import UserError
+from common.checkpoint import ROOT, UserError
 from common.checkpoint.environment import autocast_dtype, pick_device
 from common.checkpoint.files import write_json
 from common.checkpoint.pretrained import (
@@ -34,6 +34,7 @@ from embeddings.bidirectional import make_bidirectional
 from embeddings.cli import run_path
 from embeddings.config import Config
 from embeddings.lora import add_adapters, load_adapter, merge_adapters, save_adapter
+from embeddings.loss import parse_dims
 from embeddings.tokenizer import end_in_eos, ends_in_eos, save_tokenizer
 
 POOLING_MODES = {"last": "lasttoken", "mean": "mean_tokens", "cls": "cls_token"}  # in sentence-transformers' files
@@ -71,11 +72,13 @@ class Embedder(nn.Module):
 
 def find_model(config: Config) -> str:
     """What from_pretrained takes. Raises UserError."""
-    how = f"`hf download {config.model}` gets it"
-    if config.model == Config.model_fields["model"].default:
-        how = "`hf download openbmb/MiniCPM-2B-dpo-bf16 --local-dir m` and "
-        how += f"`python embeddings/minicpm.py m {config.model}` make it, any decoder or encoder does too (--model)"
-    return model_source(config.model, how)
+    if config.model == Config.model_fields["model"].default and not (ROOT / config.model).is_dir():
+        raise UserError(
+            f"model {config.model} is not on this machine: `hf download openbmb/MiniCPM-2B-dpo-bf16 --local-dir m` and "
+            f"`python embeddings/minicpm.py m {config.model}` make it; any decoder or encoder does as well "
+            "(--model), --sample needs no download"
+        )
+    return model_source(config.model, f"`hf download {config.model}` gets it")
 
 
 def find_tokenizer(config: Config, folder: Path | None = None) -> PreTrainedTokenizerFast:
@@ -103,7 +106,7 @@ def load_backbone(config: Config, dtype: torch.dtype | None, folder: Path | None
     is_text = hasattr(shape, "hidden_size") and hasattr(shape, "vocab_size")
     if not is_text or shape.is_encoder_decoder:
         raise UserError(f"{config.model} is a {shape.model_type} model: a text decoder or encoder is needed")
-    if too_many := [size for size in config.matryoshka_sizes if size >= shape.hidden_size]:
+    if too_many := [size for size in parse_dims(config.matryoshka_dims) if size >= shape.hidden_size]:
         raise UserError(f"matryoshka_dims {too_many[0]}: {config.model} has vectors of {shape.hidden_size} dimensions")
     check_positions(config.model, shape, config.max_length)
 

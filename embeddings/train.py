@@ -36,7 +36,7 @@ from embeddings.config import Config
 from embeddings.dataset import Triplet, fingerprint, load_splits, pair_texts
 from embeddings.evaluate import evaluate_run, validate
 from embeddings.grad_cache import cached_backward
-from embeddings.loss import info_nce
+from embeddings.loss import info_nce, parse_dims
 from embeddings.model import Embedder, build_model, find_tokenizer, save_merged, save_trained
 from embeddings.parallel import all_reduce, all_reduce_gradients, barrier, end_processes, rank_0_first, start_processes
 from embeddings.report import evaluation_line, last_line, print_summary
@@ -100,8 +100,9 @@ def batch_loss(order: np.ndarray, scaler: torch.amp.GradScaler, config: Config, 
     order: (3 or 2, b), where each text of its rows is among the vectors.
     """
     margin = config.false_negative_margin if config.mask_false_negatives else None
+    dims = parse_dims(config.matryoshka_dims)
     vectors = vectors[torch.from_numpy(order).to(vectors.device)]  # (3 or 2, b, D)
-    return scaler.scale(info_nce(vectors, config.temperature, config.matryoshka_sizes, margin) / config.batch_size)
+    return scaler.scale(info_nce(vectors, config.temperature, dims, margin) / config.batch_size)
 
 
 def main(config: Config, check: bool = False) -> int | None:

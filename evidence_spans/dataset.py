@@ -82,7 +82,7 @@ def fingerprint(splits: dict[str, list[Example]]) -> str:
 
 
 def make_split(examples: list[Example], tokenizer: PreTrainedTokenizerFast, config: Config) -> Split:
-    """Raises UnfitSettings as make_windows does."""
+    """Examples with their windows. Raises UnfitSettings as make_windows does."""
     windows = make_windows(examples, tokenizer, config)
     owners = np.array([window.example for window in windows])
     return Split(examples, windows, owners, np.array([len(window.input_ids) for window in windows]))
@@ -106,9 +106,8 @@ def draw_examples(examples: list[Example], negatives_per_positive: float, seed: 
 
 def draw_windows(train: Split, config: Config, epoch: int) -> np.ndarray:
     """Numbers of the windows of one epoch's examples, in order; a pure function of its arguments."""
-    return np.flatnonzero(
-        np.isin(train.owners, draw_examples(train.examples, config.negatives_per_positive, config.seed, epoch))
-    )
+    drawn = draw_examples(train.examples, config.negatives_per_positive, config.seed, epoch)
+    return np.flatnonzero(np.isin(train.owners, drawn))
 
 
 def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[list[int]]:

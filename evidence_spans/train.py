@@ -29,7 +29,6 @@ from evidence_spans.cli import displayed, run_path, run_script, run_settings
 from evidence_spans.config import Config
 from evidence_spans.dataset import (
     Split,
-    draw_windows,
     epoch_steps,
     fingerprint,
     load_examples,
@@ -46,8 +45,7 @@ from evidence_spans.windows import UnfitSettings
 
 def epoch_bounds(train: Split, accumulation: int, config: Config) -> list[int]:
     """The optimizer steps between which each epoch lies, 0 first: the drawn examples, and so the steps, differ."""
-    sizes = [len(draw_windows(train, config, epoch)) for epoch in range(config.epochs)]
-    steps = [math.ceil(size / (config.batch_size * accumulation)) for size in sizes]
+    steps = (len(epoch_steps(train, accumulation, config, epoch)) for epoch in range(config.epochs))
     return list(accumulate(steps, initial=0))
 
 

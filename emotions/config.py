@@ -82,7 +82,8 @@ class Config(BaseModel, frozen=True, extra="forbid", strict=True, validate_defau
 
 
 PRESETS = {
-    # The family's other sizes. Neither was run: their weights were not at hand.
+    # The family's sizes. None of them was run: their weights were not at hand.
+    "large": {},
     "base": {"model": "microsoft/deberta-v3-base", "batch_size": 16, "gradient_accumulation_steps": 1},
     "small": {
         "model": "microsoft/deberta-v3-small",

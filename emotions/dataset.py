@@ -85,15 +85,22 @@ def decode(line: bytes) -> str:
         raise ValueError(f"expected UTF-8, found byte {error.object[error.start]:#x} ({error.reason})") from error
 
 
+def first_error(error: ValidationError) -> str:
+    """What is wrong with a line, its value, and what was expected."""
+    first = error.errors()[0]
+    name, *place = first["loc"] or ["the row"]
+    verb, value = "holds" if place and isinstance(place[0], int) else "is", f"{first['input']!r:.80}"
+    if first["type"] == "missing":
+        value = "missing"
+    return f"{name} {verb} {value}, {first['msg'].replace('Input should be', 'expected')}"
+
+
 def parse_row(line: bytes, number: int) -> Row:
     """One JSON line as a Row. Raises ValueError saying what is wrong with it."""
     try:
         row = JsonRow.model_validate_json(decode(line))
     except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(map(str, first["loc"])) or "the row"
-        value = "missing" if first["type"] == "missing" else f"{first['input']!r:.80}"
-        raise ValueError(f"{name} is {value} ({first['msg']})") from error
+        raise ValueError(first_error(error)) from error
 
     labels = tuple(sorted({NUMBERS[name] for name in row.labels}))
     known = ALL if row.known is None else tuple(sorted({NUMBERS[name] for name in row.known}))

@@ -130,22 +130,22 @@ GOOD = {"text": "I love it", "labels": ["love", "joy"]}
 @pytest.mark.parametrize(
     "line, message",
     [
-        ('{"text": "a"', "line 3: the row is '{\"text\": \"a\"' (Invalid JSON: EOF"),
-        ('["a", ["joy"]]', "line 3: the row is ['a', ['joy']] (Input should be an object)"),
+        ('{"text": "a"', "line 3: the row is '{\"text\": \"a\"', Invalid JSON: EOF"),
+        ('["a", ["joy"]]', "line 3: the row is ['a', ['joy']], expected an object"),
         ("[" * 100_000, "line 3: the row is '[[["),
-        (GOOD | {"text": " "}, "line 3: text is ' ' (String should have at least 1 character)"),
-        ({"labels": ["joy"]}, "line 3: text is missing (Field required)"),
+        (GOOD | {"text": " "}, "line 3: text is ' ', String should have at least 1 character"),
+        ({"labels": ["joy"]}, "line 3: text is missing, Field required"),
         ('{"text": "\\ud800", "labels": []}', "line 3: the row is '{\"text\": \"\\\\ud800\","),
-        ({"text": "a"}, "line 3: labels is missing (Field required)"),
-        (GOOD | {"labels": "joy"}, "line 3: labels is 'joy' (Input should be a valid array)"),
-        (GOOD | {"labels": [3]}, "line 3: labels.0 is 3 (Input should be 'admiration', 'amusement'"),
-        (GOOD | {"labels": ["hunger"]}, "line 3: labels.0 is 'hunger' (Input should be 'admiration', 'amusement'"),
-        (GOOD | {"known": ["joy", "bliss"]}, "line 3: known.1 is 'bliss' (Input should be 'admiration'"),
+        ({"text": "a"}, "line 3: labels is missing, Field required"),
+        (GOOD | {"labels": "joy"}, "line 3: labels is 'joy', expected a valid array"),
+        (GOOD | {"labels": [3]}, "line 3: labels holds 3, expected 'admiration', 'amusement'"),
+        (GOOD | {"labels": ["hunger"]}, "line 3: labels holds 'hunger', expected 'admiration', 'amusement'"),
+        (GOOD | {"known": ["joy", "bliss"]}, "line 3: known holds 'bliss', expected 'admiration'"),
         (GOOD | {"known": ["love"]}, "line 3: labels ['love', 'joy'] are not all among known ['love']"),
         (GOOD | {"labels": [], "known": []}, "line 3: known is empty"),
-        (GOOD | {"id": [1]}, "line 3: id.int is [1] (Input should be a valid integer)"),
-        (GOOD | {"source": 1}, "line 3: source is 1 (Input should be a valid string)"),
-        (GOOD | {"konwn": ["joy"]}, "line 3: konwn is ['joy'] (Extra inputs are not permitted)"),
+        (GOOD | {"id": [1]}, "line 3: id is [1], expected a valid integer"),
+        (GOOD | {"source": 1}, "line 3: source is 1, expected a valid string"),
+        (GOOD | {"konwn": ["joy"]}, "line 3: konwn is ['joy'], Extra inputs are not permitted"),
     ],
 )
 def test_a_bad_line_is_named_with_file_and_line(tmp_path, line, message):
@@ -1223,18 +1223,6 @@ def test_a_process_of_several_scales_its_part_and_has_its_own_dropout(
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
     assert seeds == [(42, 0, 0, 1), (42, 0, 1, 1)]
-
-
-def test_accumulated_micro_batches_give_the_gradient_of_one_batch(tmp_path, tokenizer, small_data, without_dropout):
-    config = replace(SAMPLE, model=without_dropout, dropout=0.0, data_dir=small_data, max_grad_norm=0.0)
-    config = replace(config, augment_features=1.0, rare_label_rows=8)  # micro-batches of different sizes
-    model, found = built(config, tokenizer), []
-    for batch_size, accumulation in ((104, 1), (20, 6)):
-        changes = {"batch_size": batch_size, "gradient_accumulation_steps": accumulation}
-        run = replace(config, run_dir=str(tmp_path / str(batch_size)), **changes)
-        found.append(first_step(train, run, copy.deepcopy(model)).gradient)
-    for name, gradient in found[0].items():
-        torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_gradient_checkpointing_changes_no_gradient(tokenizer, splits, without_dropout):

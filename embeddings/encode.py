@@ -5,7 +5,7 @@
     python embeddings/encode.py --run_dir embeddings/runs/... --input lines.txt --query "what to look for"
 
 A JSON line: {"line": its number, "vector": [...]}; blank lines are skipped. A .npy file is an array (lines, D) in fp32,
-row n for line n + 1, so a blank line is refused. A line that is no UTF-8 is reported on stderr, gives {"line": ...,
+row n for line n + 1, so a blank line is refused. A line that is not UTF-8 is reported on stderr, gives {"line": ...,
 "error": ...} and makes the exit status 1; for a .npy and a query it ends the script. --base takes the model without its
 adapter; then --model names one.
 """

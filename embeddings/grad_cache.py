@@ -19,9 +19,9 @@ def cached_backward(embed: Callable[[int], Tensor], loss: Callable[[Tensor], Ten
     first pass, so that one chunk costs nothing extra, and K chunks K - 1 forward passes.
     """
     vectors = first_pass(embed, chunks)
-    found, cache = gradient_cache(loss, vectors)
+    value, cache = gradient_cache(loss, vectors)
     backward_through_chunks(embed, vectors[0], cache.split([len(part) for part in vectors]))
-    return found
+    return value
 
 
 def first_pass(embed: Callable[[int], Tensor], chunks: int) -> list[Tensor]:
@@ -34,9 +34,9 @@ def first_pass(embed: Callable[[int], Tensor], chunks: int) -> list[Tensor]:
 def gradient_cache(loss: Callable[[Tensor], Tensor], vectors: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Step 2: the loss, and its gradient (S, D) with respect to the vectors."""
     leaf = torch.cat([part.detach() for part in vectors]).requires_grad_()
-    found = loss(leaf)
-    found.backward()
-    return found.detach(), leaf.grad
+    value = loss(leaf)
+    value.backward()
+    return value.detach(), leaf.grad
 
 
 def backward_through_chunks(embed: Callable[[int], Tensor], first: Tensor, cache: tuple[Tensor, ...]) -> None:

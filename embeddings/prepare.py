@@ -16,33 +16,25 @@ there sts-test.csv, and the summary that is printed, as summary.md. Texts are th
 space and case. A row with a text of the STS files, also but for punctuation, is not trained on.
 """
 
-import csv
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from itertools import zip_longest
 from pathlib import Path
 
 if not __package__:  # run as a script: import from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, create_model
 
 from common.checkpoint import ROOT, UserError
 from common.checkpoint.files import write_atomically, write_text
 from embeddings.cli import displayed, run_script
 from embeddings.config import Config
-from embeddings.dataset import Triplet, decoded_lines, letters, normalize, parse_row, read_lines, read_pairs
+from embeddings.dataset import Triplet, letters, read_pairs
+from embeddings.nli import READY, TRIPLET, Source, read_source
 from embeddings.report import table
 
 TITLE = "# Prepared triplets"  # of summary.md
-KEYS = ("anchor", "positive", "negative")
-SIMCSE = ("sent0", "sent1", "hard_neg")
-PAIR = ("gold_label", "sentence1", "sentence2")
-READY = ("SimCSE CSV", "triplet JSONL")  # formats with triplets, not pairs
-LABELS = ("entailment", "neutral", "contradiction", "-")  # -: the annotators did not agree
 STS_FILES = ("sts-dev.csv", "sts-test.csv")
 NLI_ORIGIN = "curl -LO https://huggingface.co/datasets/princeton-nlp/datasets-for-simcse/resolve/main/nli_for_simcse.csv"
 STS_ORIGIN = "STS-B, http://ixa2.si.ehu.eus/stswiki"
@@ -51,81 +43,6 @@ COUNTS = (  # of each source; the second and the fourth of those with pairs only
     *("rows", "no gold label", "empty text", "premises without both hypotheses", "triplets", "positive is the anchor"),
     *("negative is the positive", "negative is the anchor", "repeated", "text of the STS files", "kept"),
 )
-
-Row = tuple[int, list[str | None]]  # its line, and the texts of SIMCSE, KEYS or PAIR
-Source = tuple[str, list[Triplet], Counter]  # format, triplets without empty ones, how many there were of COUNTS
-
-
-# Lines of JSON, of which the first tells its format by its keys. A text may be empty: it is dropped and counted.
-AnyRow = create_model("AnyRow", __config__=ConfigDict(extra="allow"))
-PairRow = create_model("PairRow", **dict.fromkeys(PAIR, str))
-TripletRow = create_model("TripletRow", anchor=str, positive=str, negative=(str | None, None))
-
-
-# Files -> rows
-
-
-def read_jsonl(path: Path, schema: type[BaseModel]) -> Iterator[Row]:
-    for number, line in read_lines(path):
-        yield number, [value for _, value in parse_row(schema, path, number, line)]
-
-
-def read_csv(path: Path) -> Iterator[Row]:
-    """The number of its first line and the fields of each row; quotes may hold commas and line ends."""
-    reader, number = csv.reader((line for _, line in decoded_lines(path)), strict=True), 1
-    try:
-        for fields in reader:
-            if fields:
-                yield number, fields
-            number = reader.line_num + 1
-    except csv.Error as error:
-        raise UserError(f"{path}, line {number}: expected CSV with quotes ({error})") from error
-
-
-def read_columns(path: Path, rows: Iterator[Row], names: tuple) -> Iterator[Row]:
-    """The named fields of each row below the header; what the header names last may be cut off.
-
-    SNLI has label1 to label5 at the end, of which most rows have one. Raises UserError.
-    """
-    _, header = next(rows)
-    columns = [header.index(name) for name in names]
-    for number, fields in rows:
-        if not max(columns) < len(fields) <= len(header):
-            raise UserError(f"{path}, line {number}: {len(fields)} fields, {fields!r:.120}, expected {len(header)}")
-        yield number, [fields[column] for column in columns]
-
-
-def read_parallel(path: Path) -> Iterator[Row]:
-    """path: the s1 file. Raises UserError where the files are not of one length."""
-    paths = [path.with_name(name + path.name.removeprefix("s1")) for name in ("labels", "s1", "s2")]
-    for other in paths:
-        if not other.is_file():
-            raise UserError(f"{other} not found: it belongs to {path}")
-    for number, lines in enumerate(zip_longest(*map(decoded_lines, paths)), 1):
-        if None in lines:
-            short = paths[lines.index(None)]
-            raise UserError(f"{short}, line {number}: the file is at its end, {path.name} and the others go on")
-        yield number, [text.strip() for _, text in lines]
-
-
-def read_rows(path: Path) -> tuple[str, Iterator[Row]]:
-    """The name of a file's format and its rows. Raises UserError."""
-    if path.name.startswith("s1."):
-        return "parallel files", read_parallel(path)
-    number, line = next(read_lines(path), (1, ""))
-    if line.lstrip().startswith("{"):
-        keys = parse_row(AnyRow, path, number, line).model_extra.keys()
-        if keys >= set(PAIR):
-            return "NLI JSONL", read_jsonl(path, PairRow)
-        if keys >= set(KEYS[:2]):
-            return "triplet JSONL", read_jsonl(path, TripletRow)
-    if set(line.split("\t")) >= set(PAIR):
-        rows = ((number, line.split("\t")) for number, line in read_lines(path))
-        return "NLI TSV", read_columns(path, rows, PAIR)
-    if set(line.replace('"', "").split(",")) >= set(SIMCSE):
-        return "SimCSE CSV", read_columns(path, read_csv(path), SIMCSE)
-    formats = f"a header with {', '.join(SIMCSE)} or {', '.join(PAIR)} (with tabs), or JSON with the latter or "
-    raise UserError(f"{path}, line {number}: {line.strip()!r:.160} is of no known format: {formats}{', '.join(KEYS)}")
 
 
 def source_files(nli: list[str]) -> list[Path]:
@@ -153,51 +70,6 @@ def read_sts(folder: Path) -> tuple[dict[str, bytes], set[str]]:
             texts |= {letters(pair.sentence1), letters(pair.sentence2)}
         contents[path.name] = path.read_bytes()
     return contents, texts
-
-
-# Rows -> triplets
-
-
-def group_by_premise(path: Path, pairs: Iterable[Row], counts: Counter) -> list[Triplet]:
-    """One triplet of each premise that has both kinds of hypotheses. Raises UserError for an unknown label."""
-    premises: dict[str, dict] = {}
-    for number, (label, *texts) in pairs:
-        counts["rows"] += 1
-        if label not in LABELS:
-            raise UserError(f"{path}, line {number}: the label is {label!r}, expected one of {', '.join(LABELS)}")
-        premise, hypothesis = map(normalize, texts)
-        if label == "-":
-            counts["no gold label"] += 1
-        elif not premise or not hypothesis:
-            counts["empty text"] += 1
-        else:
-            premises.setdefault(premise.casefold(), {"first": (number, premise)}).setdefault(label, hypothesis)
-    both = [each for each in premises.values() if "entailment" in each and "contradiction" in each]
-    counts["premises without both hypotheses"] = len(premises) - len(both)
-    return [Triplet(each["first"][1], each["entailment"], each["contradiction"], each["first"][0]) for each in both]
-
-
-def filled_triplets(rows: Iterable[Row], counts: Counter) -> list[Triplet]:
-    """The triplets of a file that has them ready."""
-    triplets = []
-    for number, texts in rows:
-        counts["rows"] += 1
-        texts = [text if text is None else normalize(text) for text in texts]
-        if "" in texts:
-            counts["empty text"] += 1
-        else:
-            triplets.append(Triplet(*texts, number))
-    return triplets
-
-
-def read_source(path: Path) -> Source:
-    """What is in a file. Raises UserError."""
-    (form, rows), counts = read_rows(path), Counter()
-    triplets = filled_triplets(rows, counts) if form in READY else group_by_premise(path, rows, counts)
-    if not counts["rows"]:
-        raise UserError(f"{path} holds no row")
-    counts["triplets"] = len(triplets)
-    return form, triplets, counts
 
 
 def reason_to_drop(triplet: Triplet) -> str:
@@ -244,11 +116,8 @@ def pilot(rows: list[Triplet], num_rows: int, seed: int) -> list[Triplet]:
     return [rows[index] for index in np.sort(order[:num_rows])]
 
 
-# What is written
-
-
 def json_line(triplet: Triplet) -> str:
-    row = {key: text for key, text in zip(KEYS, triplet) if text is not None}
+    row = {key: text for key, text in zip(TRIPLET, triplet) if text is not None}
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
@@ -268,7 +137,7 @@ def summary(sources: dict[Path, Source], rows: list[Triplet], in_sts: set) -> li
         lines += [f"Warning: {len(in_sts)} texts also stand in the STS files, so {dropped}.", ""]
 
     lengths = []
-    for key, texts in zip(KEYS, list(zip(*rows))[:3]):
+    for key, texts in zip(TRIPLET, list(zip(*rows))[:3]):
         if None not in texts:
             percentiles = np.percentile([len(text.split()) for text in texts], [50, 95, 99, 100])
             words = " / ".join(f"{words:.0f}" for words in percentiles)

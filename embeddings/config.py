@@ -26,7 +26,7 @@ class Config(BaseModel, frozen=True, extra="forbid", strict=True, validate_defau
     targets: str = Field(
         "q_proj,v_proj",
         pattern=r"^\s*[^\s,]+\s*(,\s*[^\s,]+\s*)*$",
-        description="linear layers with an update: names with commas between (BERT: query,value), or all-linear",
+        description="names of the linear layers with an update (BERT: query,value), or all-linear",
     )
 
     # Prompts of a search. Training and STS use none.
@@ -41,8 +41,8 @@ class Config(BaseModel, frozen=True, extra="forbid", strict=True, validate_defau
     false_negative_margin: float = Field(0.0, ge=-2, le=2, description="margin of mask_false_negatives, in cosine")
     matryoshka_dims: str = Field(
         "",
-        pattern=r"^([1-9]\d*(,[1-9]\d*)*)?$",
-        description="also train the first dimensions, numbers such as 512,256 (arXiv 2205.13147); empty: off",
+        pattern=r"^(\s*[1-9]\d*\s*(,\s*[1-9]\d*\s*)*)?$",
+        description="numbers such as 512,256: also train so many first dimensions (arXiv 2205.13147); empty: off",
     )
 
     # The optimizer. Accumulation brings no negatives, a larger batch_size does: chunk_tokens bounds its memory.

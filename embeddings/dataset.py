@@ -69,15 +69,22 @@ class TripletRow(BaseModel):
     negative: Text | None = None
 
 
+def decode(line: bytes, number: int) -> str:
+    """A line's text. Raises ValueError for what is not UTF-8."""
+    try:
+        return line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"expected UTF-8, found byte {error.object[error.start]:#x} ({error.reason})") from error
+
+
 def decoded_lines(path: Path) -> Iterator[tuple[int, str]]:
     """The number and text of every line, with its end. Raises UserError for what is not UTF-8."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                reason = f"found byte {error.object[error.start]:#x} ({error.reason})"
-                raise UserError(f"{path}, line {number}: expected UTF-8, {reason}") from error
+                yield number, decode(line, number)
+            except ValueError as error:
+                raise UserError(f"{path}, line {number}: {error}") from error
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:

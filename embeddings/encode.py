@@ -30,6 +30,7 @@ from common.checkpoint.files import flush
 from embeddings.batching import tokenize
 from embeddings.cli import run_script
 from embeddings.config import Config
+from embeddings.dataset import decode
 from embeddings.model import embed_tokens, load_embedder
 
 BLOCK = 10_000  # lines that are sorted by length, encoded and written together
@@ -41,10 +42,9 @@ def read_lines(stream: BinaryIO) -> Iterator[tuple[int, str | ValueError]]:
     """Each line's number, and its text or what is wrong with it."""
     for number, line in enumerate(stream, 1):
         try:
-            yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-        except UnicodeDecodeError as error:
-            reason = f"expected UTF-8, found byte {error.object[error.start]:#x} ({error.reason})"
-            yield number, ValueError(reason)
+            yield number, decode(line, number).strip()
+        except ValueError as error:
+            yield number, error
 
 
 def read_texts(stream: BinaryIO, name: str, skip_blank: bool) -> dict[int, str]:

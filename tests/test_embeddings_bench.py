@@ -1,13 +1,10 @@
 """embeddings/bench.py on a corner of the sample: what it compares is the same, and it prints what it says."""
 
 import re
-from concurrent.futures import ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from common.checkpoint import ROOT, UserError
 from embeddings import bench, train
@@ -120,30 +117,3 @@ def test_the_peak_of_one_step_grows_with_the_whole_batch(small):
     config = small.model_copy(update={"chunk_tokens": 1024, "batch_size": 48})
     chunks, whole = (int(bench.peak_memory(side, config)) for side in (bench.OURS, bench.WHOLE))
     assert 1 < 2 * chunks < whole < 1000  # MB; the process itself holds several hundred
-
-
-@pytest.mark.parametrize(
-    "error, answer",
-    [
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), "does not fit"),
-        (torch.OutOfMemoryError("CUDA out of memory"), "does not fit"),
-        (BrokenProcessPool("A process in the process pool was terminated abruptly"), "does not fit"),
-        (UserError("sample has too few triplets for a batch of 6 without repeats"), None),
-        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), None),
-    ],
-)
-def test_a_batch_that_does_not_fit_is_told_from_an_error(error, answer, small, monkeypatch):
-    class Pool(ThreadPoolExecutor):
-        def __init__(self, *_):
-            super().__init__(1)
-
-    def failing(side, config):
-        raise error
-
-    monkeypatch.setattr(bench, "ProcessPoolExecutor", Pool)
-    monkeypatch.setattr(bench, "peak_bytes", failing)
-    if answer:
-        assert bench.peak_memory(bench.PLAIN, small) == answer
-    else:
-        with pytest.raises(type(error), match=str(error)):
-            bench.peak_memory(bench.PLAIN, small)

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-SHARE = r"[^=,]+=\d*\.?\d+"  # such as isear=0.5
+WEIGHT = r"[^=,]+=\d*\.?\d+"  # such as isear=0.5
 
 
 class Config(BaseModel, frozen=True, extra="forbid", strict=True, validate_default=True, allow_inf_nan=False):
@@ -18,8 +18,8 @@ class Config(BaseModel, frozen=True, extra="forbid", strict=True, validate_defau
     # How often a row is drawn, and what is made of rows with a rare label (sampling.py).
     source_weights: str = Field(
         "",
-        pattern=f"^({SHARE}(,{SHARE})*)?$",
-        description="draws of a source's row, such as isear=0.5,meld=0; the others 1",
+        pattern=f"^({WEIGHT}(,{WEIGHT})*)?$",
+        description="sources and how often their rows are drawn, such as isear=0.5,meld=0; the others 1",
     )
     label_balance: float = Field(0.0, ge=0, description="draws go with (rarest label's frequency) ^ -this; 0: off")
     rare_label_rows: int = Field(500, ge=0, description="a label with fewer training rows is rare: what is augmented")

@@ -1297,6 +1297,7 @@ def test_gradient_health_by_hand(tokenizer):
     assert health["head"]["norm"] == pytest.approx(3 * math.sqrt(28)) and 0.9 < health["head"]["zeros"] < 1
     clipped = train.gradient_health(model, clipped_from=10.0, config=replace(SAMPLE, max_grad_norm=2.0))
     assert clipped["head"]["norm"] == pytest.approx(5 * health["head"]["norm"])
+    assert train.gradient_health(model, clipped_from=math.inf, config=SAMPLE) == {}  # a step that the scaler skips
 
 
 def test_a_collapse_of_the_gradients_is_said():

@@ -197,7 +197,7 @@ def epoch_steps(
 def sorted_batches(lengths: np.ndarray, batch_size: int) -> list[list[int]]:
     """Batches for evaluation: all rows, longest first, so that memory runs out at once or never."""
     order = np.argsort(-lengths, kind="stable")
-    return [batch.tolist() for batch in np.split(order, range(batch_size, len(order), batch_size))]
+    return [order[first : first + batch_size].tolist() for first in range(0, len(order), batch_size)]
 
 
 def ignore_signals(worker: int) -> None:

@@ -201,6 +201,11 @@ def test_predict_answers_every_line_in_order_and_names_the_bad_ones(trained):
         assert answer["probability"] == pytest.approx(row["probability"], abs=1e-5)
 
 
+def test_a_block_of_bad_lines_alone_is_answered(trained):
+    out, err = call("afqmc/predict.py", "--run_dir", str(trained), text="bad\n\nworse", code=1)
+    assert [json.loads(line)["line"] for line in out.splitlines()] == [1, 3] and "Traceback" not in err
+
+
 def test_predict_needs_the_run_alone(tmp_path):
     shutil.copytree(ROOT / "afqmc/sample/model", tmp_path / "base")
     run = ("--run_dir", str(tmp_path / "run"))
@@ -465,21 +470,19 @@ def test_evidence_search_halves_resumes_and_scores_only_the_best_on_test(few_pos
     config = config_of("evidence_spans", **settings, run_dir=str(tmp_path / "whole"))
     assert search.main(config, **own) is None
     assert scored == ["winner"]
-    lines = [json.loads(line) for line in (tmp_path / "whole/trials.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     first, second = ([line for line in lines if line["rung"] == rung] for rung in (1, 2))
     assert [line["trial"] for line in first] == [0, 1, 2, 3] and len(second) == 2
     kept = sorted(first, key=lambda line: -line["score"])[:2]
     assert {line["trial"] for line in second} == {line["trial"] for line in kept}
-    study = json.loads((tmp_path / "whole/study.json").read_text(encoding="utf-8"))
-    assert study["drawn"][0].keys() == {
+    assert lines[0]["settings"].keys() == {
         "learning_rate", "batch_size", "epochs", "doc_stride", "max_length", "warmup_ratio"
     }
     results = json.loads((tmp_path / "whole/winner/results.json").read_text(encoding="utf-8"))
     assert results["best"] == max(line["score"] for line in lines if line["rung"] >= 2)
     assert not list((tmp_path / "whole").glob("trial-*/results.json"))
     out = capsys.readouterr().out
-    table = [line.split(" | ")[0] for line in out.splitlines() if " | stopped | " in line or " | finished | " in line]
-    assert len(table) == 4
+    assert len(out[out.index("| trial | ") : out.index("best: trial")].splitlines()) == 2 + 4
 
     config = config_of("evidence_spans", **settings, run_dir=str(tmp_path / "stopped"))
     calls, train_main = [], train.main
@@ -493,14 +496,13 @@ def test_evidence_search_halves_resumes_and_scores_only_the_best_on_test(few_pos
     monkeypatch.setattr(train, "main", stop_at_the_fourth)
     assert search.main(config, **own) == 143
     monkeypatch.setattr(train, "main", train_main)
-    with open(tmp_path / "stopped/trials.jsonl", "a", encoding="utf-8") as file:
+    with open(tmp_path / "stopped/metrics.jsonl", "a", encoding="utf-8") as file:
         file.write('{"trial": 2, "ep')  # as a kill leaves it
     assert search.main(config, **own) is None
-    again = [json.loads(line) for line in (tmp_path / "stopped/trials.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert [line | {"seconds": 0} for line in again] == [line | {"seconds": 0} for line in lines]
+    assert (tmp_path / "stopped/metrics.jsonl").read_text() == (tmp_path / "whole/metrics.jsonl").read_text()
     weights = [(tmp_path / name / "winner/best/model.safetensors").read_bytes() for name in ("whole", "stopped")]
     assert weights[0] == weights[1]
-    with pytest.raises(Exception, match=r"another search \(trials"):
+    with pytest.raises(Exception, match=r"another config: trials 4 there, 5 here"):
         search.main(config, **(own | {"trials": 5}))
 
 
@@ -516,15 +518,13 @@ def test_evidence_check_reads_everything_and_writes_nothing(tmp_path, capsys):
 def test_evidence_bench_prints_its_tables(monkeypatch, capsys):
     from evidence_spans import bench
 
-    bench.main(config_of("evidence_spans"), part="search", rounds=1, windows=8, length=60, steps=1)
+    settings = {"rounds": 1, "windows": 8, "length": 60}
+    bench.main(config_of("evidence_spans"), part="search", **settings)
     out = capsys.readouterr().out
     assert "| 30 | ours, n best 20 | " in out and "threads" in out
     monkeypatch.setattr(bench, "find_spec", lambda name: None)
-    bench.main(config_of("evidence_spans", batch_size=2), part="step", rounds=1, windows=1, length=60, steps=2)
-    out = capsys.readouterr().out
-    assert "| ours | " in out and "| Trainer, padded to max_length | not run | not run |" in out
     with pytest.raises(Exception, match="pip install accelerate"):
-        bench.main(config_of("evidence_spans"), part="trainer", rounds=1, windows=1, length=60, steps=1)
+        bench.main(config_of("evidence_spans"), part="trainer", **settings)
 
 
 # emotions

@@ -136,7 +136,7 @@ def check_ids(rows: Sequence[list[int]], tokenizer: PreTrainedTokenizerFast, nam
 def check_positions(model: str, shape: PreTrainedConfig, max_length: int) -> None:
     """Refuse a max_length for which the model has no positions. Raises UserError."""
     positions = getattr(shape, "max_position_embeddings", None)
-    if positions is None:
+    if positions is None or not getattr(shape, "position_biased_input", True):  # DeBERTa-v3's are relative alone
         return
     if shape.model_type in SHIFTED:
         positions -= shape.pad_token_id + 1

@@ -57,7 +57,7 @@ def predict_logits(
     logits = torch.zeros(len(split), len(EMOTIONS))
     model.eval()
     loader = make_loader(draws, split, tokenizer, config)
-    bar = tqdm(loader, leave=False, disable=True if rank else None, desc="evaluating")
+    bar = tqdm(loader, leave=False, disable=rank > 0 or None, desc="evaluating")
     # no_grad, not inference_mode: a sharded model keeps what it gathers here for the next training step
     with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype is not None):
         for turn, batch in enumerate(bar):

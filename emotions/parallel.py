@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,8 @@ from torch.optim import Optimizer
 from common.checkpoint import UserError
 from common.checkpoint.environment import pick_device
 from emotions.model import EmotionClassifier
+
+Made = TypeVar("Made")
 
 
 class Processes(NamedTuple):
@@ -35,17 +37,16 @@ def start_processes(stall_seconds: int) -> Processes:
     if "WORLD_SIZE" not in os.environ:
         return Processes(0, 1, pick_device())
     device = pick_device(int(os.environ["LOCAL_RANK"]))
+    if device.type == "cuda" and device.index >= torch.cuda.device_count():
+        raise UserError(f"more processes than GPUs: this machine has {torch.cuda.device_count()}, see --nproc_per_node")
     if device.type == "cuda":
-        if device.index >= (count := torch.cuda.device_count()):
-            raise UserError(f"more processes than GPUs: this machine has {count}, see --nproc_per_node")
         torch.cuda.set_device(device)
     with watchdog(stall_seconds):
         store, rank, world = next(dist.rendezvous("env://"))
         # After a restart torchrun's store still holds the addresses of the processes that are gone: names of its own
         # keep this attempt from waiting for them.
         store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
     if rank:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for the rest of the process
     return Processes(rank, world, device)
@@ -57,17 +58,27 @@ def end_processes() -> None:
         dist.destroy_process_group()
 
 
-def broadcast(value, processes: Processes):
-    """A small object of rank 0, in every process; those wait for it here."""
-    if processes.world == 1:
-        return value
-    values = [value]
-    dist.broadcast_object_list(values, src=0)
-    return values[0]
+def rank_0_first(make: Callable[[], Made], processes: Processes) -> Made:
+    """make() in rank 0, and then in the others; where it raises there, the others end without a word."""
+    refused = [False]
+    if processes.rank == 0:
+        try:
+            made = make()
+        except (UserError, OSError):
+            refused = [True]
+            raise
+        finally:
+            if processes.world > 1:
+                dist.broadcast_object_list(refused, src=0)
+        return made
+    dist.broadcast_object_list(refused, src=0)
+    if refused[0]:
+        sys.exit(1)
+    return make()
 
 
 def barrier(processes: Processes) -> None:
-    """Until every process is here."""
+    """Wait until every process is here."""
     if processes.world > 1:
         dist.barrier()
 
@@ -79,20 +90,6 @@ def all_reduce(tensor: Tensor, processes: Processes) -> Tensor:
     tensor = tensor.to(processes.device)
     dist.all_reduce(tensor)
     return tensor.cpu()
-
-
-@contextmanager
-def rank_0_first(processes: Processes) -> Iterator[None]:
-    """Rank 0 does what is inside before the others do; where it fails, they end without a word."""
-    if processes.rank and not broadcast(None, processes):
-        sys.exit(1)
-    done = False
-    try:
-        yield
-        done = True
-    finally:
-        if not processes.rank:
-            broadcast(done, processes)
 
 
 def parallelize(

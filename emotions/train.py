@@ -147,13 +147,12 @@ def main(config: Config, check: bool = False) -> int | None:
     state = dict(**parts, scheduler=scheduler, scaler=scaler, best=best, progress=progress)
     if not check:
         same = {"data_sha256": fingerprint(splits), "autocast": str(dtype), "processes": world}
-        with rank_0_first(processes):
-            run = Run(path, run_settings(config), same, info, writes=rank == 0)
+        run = rank_0_first(partial(Run, path, run_settings(config), same, info, writes=rank == 0), processes)
         start = f"resuming from step {progress.step} of {total_steps}" if run.restore(state) else "starting"
         print(f"{start} in {displayed(path)}")
 
     # Loop
-    bar = tqdm(total=total_steps, initial=progress.step, disable=True if rank else None)
+    bar = tqdm(total=total_steps, initial=progress.step, disable=rank > 0 or None)
     with StopSignal() as stop, watchdog(config.stall_seconds) as restart_watchdog, bar:
         progress.start()
         for epoch in range(progress.epoch, math.ceil(total_steps / steps_per_epoch)):

@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 from collections import Counter, namedtuple
-from contextlib import nullcontext
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -1217,7 +1216,7 @@ def test_a_process_of_several_scales_its_part_and_has_its_own_dropout(
     model.zero_grad()
     monkeypatch.setattr(train, "start_processes", lambda seconds: Processes(1, 3, CPU))
     monkeypatch.setattr(train, "parallelize", lambda model, *_: model)
-    monkeypatch.setattr(train, "rank_0_first", lambda processes: nullcontext())
+    monkeypatch.setattr(train, "rank_0_first", lambda make, processes: make())
     monkeypatch.setattr(train, "seed_micro_batch", lambda *numbers: seeds.append(numbers))
     found = first_step(train, config, model).gradient
     for name, gradient in expected.items():

@@ -195,8 +195,7 @@ def build_model(config: Config, prior: Tensor) -> EmotionClassifier:
     source = find_model(config)
     shape = load_shape(source, num_labels=len(EMOTIONS))
     classifier = classifier_class(config, shape)
-    if getattr(shape, "position_biased_input", True):  # else relative positions alone: any length
-        check_positions(config.model, shape, config.max_length)
+    check_positions(config.model, shape, config.max_length)
 
     # What pipeline reads of best/: the labels, the sigmoid, the dropout
     shape.id2label = dict(enumerate(EMOTIONS))

@@ -227,6 +227,7 @@ def main(config: Config, check: bool = False) -> int | None:
 
                 # Save
                 if epoch_ended or stopped or progress.step % config.save_steps == 0:
+                    restart_watchdog()
                     require_space(path, parameters)
                     progress.note_memory(device)
                     run.save_last(state)

@@ -6,10 +6,12 @@ N tokens (all leading dimensions), I in, O out, R rank
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from common.checkpoint import UserError
 from common.checkpoint.files import write_json
 
 
@@ -45,18 +47,18 @@ class LoRALinear(nn.Module):
 def add_adapters(model: nn.Module, targets: str, rank: int, alpha: float, dropout: float = 0.0) -> None:
     """Freeze a model and put an adapter on each nn.Linear whose own name is among targets, or on all (all-linear).
 
-    BERT's pooler, which no pooling here uses, stays as it is. Raises RuntimeError where a target is nowhere.
+    BERT's pooler, which no pooling here uses, stays as it is. Raises UserError where a target is nowhere.
     """
     model.requires_grad_(False)
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     linear = {name: module for name, module in linear.items() if not name.startswith("pooler.")}
     if not linear:
-        raise RuntimeError(f"{type(model).__name__} has no linear layers of torch's own kind")  # GPT-2's are Conv1D
+        raise UserError(f"{type(model).__name__} has no linear layers of torch's own kind")  # GPT-2's are Conv1D
     own_names = {name.rpartition(".")[2] for name in linear}
     wanted = own_names if targets == "all-linear" else {target.strip() for target in targets.split(",")}
     if absent := sorted(wanted - own_names):
         ways = f"--targets takes {', '.join(sorted(own_names))} or all-linear"
-        raise RuntimeError(f"{type(model).__name__} has no linear layer {absent[0]}; {ways}")
+        raise UserError(f"{type(model).__name__} has no linear layer {absent[0]}; {ways}")
     for name, module in linear.items():
         if name.rpartition(".")[2] in wanted:
             model.set_submodule(name, LoRALinear(module, rank, alpha, dropout))
@@ -83,7 +85,8 @@ def peft_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def save_adapter(model: nn.Module, folder: Path, base: str) -> None:
-    """Write adapter_model.safetensors and adapter_config.json, which PEFT loads on AutoModel.from_pretrained(base)."""
+    """Write the folder of an adapter, which PEFT loads on AutoModel.from_pretrained(base)."""
+    folder.mkdir(exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in peft_tensors(model).items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     layers = adapters(model)
@@ -95,12 +98,16 @@ def save_adapter(model: nn.Module, folder: Path, base: str) -> None:
 
 
 def load_adapter(model: nn.Module, folder: Path) -> None:
-    """Fill a model's adapters with what save_adapter wrote. Raises ValueError where a key or a shape does not fit."""
-    saved, tensors = load_file(folder / "adapter_model.safetensors"), peft_tensors(model)
+    """Fill a model's adapters with what save_adapter wrote. Raises UserError where a key or a shape does not fit."""
+    path, tensors = folder / "adapter_model.safetensors", peft_tensors(model)
+    try:
+        saved = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} does not load: {error}") from error
     for name in sorted(saved.keys() | tensors.keys()):
         shape, expected = (list(side[name].shape) if name in side else "missing" for side in (saved, tensors))
         if shape != expected:
-            raise ValueError(f"adapter_model.safetensors: {name} is {shape}, expected {expected}")
+            raise UserError(f"{path}: {name} is {shape}, expected {expected}")
     with torch.no_grad():
         for name, tensor in tensors.items():
             tensor.copy_(saved[name])

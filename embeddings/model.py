@@ -33,7 +33,7 @@ from embeddings.batching import Tokens, make_chunks, pad, tokenize
 from embeddings.bidirectional import make_bidirectional
 from embeddings.cli import run_path
 from embeddings.config import Config
-from embeddings.lora import add_adapters, load_adapter, merge_adapters, save_adapter
+from embeddings.lora import add_adapters, load_adapter, merge_adapters
 from embeddings.loss import parse_dims
 from embeddings.tokenizer import end_in_eos, ends_in_eos, save_tokenizer
 
@@ -129,17 +129,10 @@ def build_model(config: Config, device: torch.device, dtype: torch.dtype | None)
     """The frozen backbone in dtype (None: fp32), with new adapters in fp32. Raises UserError."""
     encoder = load_backbone(config, dtype or torch.float32).to(device)
     seed_everything(config.seed, config.deterministic)
-    adapt(encoder, config)
+    add_adapters(encoder, config.targets, config.rank, config.alpha, config.adapter_dropout)
     if config.gradient_checkpointing:
         checkpoint_activations(encoder)
     return Embedder(encoder, config.pooling)
-
-
-def adapt(encoder: nn.Module, config: Config) -> None:
-    try:
-        add_adapters(encoder, config.targets, config.rank, config.alpha, config.adapter_dropout)
-    except RuntimeError as error:
-        raise UserError(f"{config.model} cannot be adapted: {error}") from error
 
 
 def load_merged(config: Config, adapter: Path, dtype: torch.dtype | None) -> nn.Module:
@@ -148,11 +141,8 @@ def load_merged(config: Config, adapter: Path, dtype: torch.dtype | None) -> nn.
     Raises UserError.
     """
     encoder = load_backbone(config, dtype)
-    adapt(encoder, config)
-    try:
-        load_adapter(encoder, adapter)
-    except Exception as error:  # OSError, SafetensorError, ValueError: all mean a damaged folder
-        raise UserError(f"{adapter} does not load: {error}") from error
+    add_adapters(encoder, config.targets, config.rank, config.alpha)
+    load_adapter(encoder, adapter)
     merge_adapters(encoder)
     return encoder
 
@@ -179,12 +169,6 @@ def load_embedder(config: Config, base: bool = False) -> tuple[Embedder, PreTrai
 
 
 # Saving
-
-
-def save_trained(model: Embedder, config: Config, folder: Path) -> None:
-    """Write the adapter in PEFT's format: what best/ holds until the run's end."""
-    (folder / "adapter").mkdir()
-    save_adapter(model.encoder, folder / "adapter", config.model)
 
 
 def save_merged(config: Config, tokenizer: PreTrainedTokenizerFast, best: Path, folder: Path) -> None:

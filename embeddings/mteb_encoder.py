@@ -50,8 +50,6 @@ class TextEncoder(AbsEncoder):
     def __init__(self, model: Embedder, tokenizer: PreTrainedTokenizerFast, config: Config, name: str):
         self.model, self.tokenizer, self.config = model, tokenizer, config
         meta = {"name": name, "revision": revision(model, tokenizer, config), "max_tokens": config.max_length}
-        meta |= {"n_parameters": sum(weight.numel() for weight in model.parameters()), "framework": ["PyTorch"]}
-        meta |= {"use_instructions": bool(config.query_prompt or config.document_prompt)}
         self.mteb_model_meta = ModelMeta.create_empty(meta | {"similarity_fn_name": ScoringFunction.COSINE})
 
     def encode(

@@ -36,8 +36,9 @@ from embeddings.config import Config
 from embeddings.dataset import Triplet, fingerprint, load_splits, pair_texts
 from embeddings.evaluate import evaluate_run, validate
 from embeddings.grad_cache import cached_backward
+from embeddings.lora import save_adapter
 from embeddings.loss import info_nce, parse_dims
-from embeddings.model import Embedder, build_model, find_tokenizer, save_merged, save_trained
+from embeddings.model import Embedder, build_model, find_tokenizer, save_merged
 from embeddings.parallel import all_reduce, all_reduce_gradients, barrier, end_processes, rank_0_first, start_processes
 from embeddings.report import evaluation_line, last_line, print_summary
 
@@ -199,7 +200,7 @@ def main(config: Config, check: bool = False) -> int | None:
                     scores = score_dev()
                     run.log({"event": "evaluation", "epoch": epoch + 1, "step": progress.step, **scores})
                     if better := best.update(scores["spearman"], epoch + 1, progress.step):
-                        run.save_best(partial(save_trained, model, config))
+                        run.save_best(lambda folder: save_adapter(model.encoder, folder / "adapter", config.model))
                     bar.write(evaluation_line(progress.step, scores, better))
                     progress.add_time()
 

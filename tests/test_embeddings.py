@@ -335,9 +335,9 @@ def test_the_adapters_stay_fp32_on_a_bf16_base_and_merge_in_fp32():
 
 
 def test_targets_that_are_not_there_are_named():
-    with pytest.raises(RuntimeError, match="no linear layer q_proj; --targets takes dense, key, query, value or all-"):
+    with pytest.raises(UserError, match="no linear layer q_proj; --targets takes dense, key, query, value or all-"):
         add_adapters(tiny_bert(), "q_proj,v_proj", 4, 8.0)
-    with pytest.raises(RuntimeError, match="GPT2Model has no linear layers of torch's own kind"):
+    with pytest.raises(UserError, match="GPT2Model has no linear layers of torch's own kind"):
         add_adapters(GPT2Model(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=9)), "all-linear", 4, 8.0)
     model = tiny_bert()
     add_adapters(model, "all-linear", 4, 8.0)
@@ -376,7 +376,7 @@ def test_an_adapter_comes_back_whole_or_not_at_all(tmp_path):
     for targets, rank in (("q_proj,v_proj", 4), ("q_proj", 3)):
         wrong = tiny_llama()
         add_adapters(wrong, targets, rank, 8.0)
-        with pytest.raises(ValueError, match=r"adapter_model.safetensors: base_model.model.layers.0.self_attn"):
+        with pytest.raises(UserError, match=r"adapter_model.safetensors: base_model.model.layers.0.self_attn"):
             load_adapter(wrong, tmp_path)
 
 

@@ -34,10 +34,7 @@ def make_bidirectional(model: nn.Module) -> nn.Module:
 
 
 def check_bidirectional(model: nn.Module) -> None:
-    """Raise RuntimeError unless every layer, with padding on either side or none, lets information flow as it should.
-
-    And unless the states of the real tokens are the same with and without padding.
-    """
+    """Raise RuntimeError unless every layer lets information flow as it should and padding changes no real state."""
     training = model.training
     model.eval()
     states = {side: check_layers(model, side, *padding) for side, padding in LAYOUTS.items()}

@@ -169,6 +169,7 @@ LACKING = {
 def test_what_a_run_lacks_is_said_in_one_line_and_nothing_is_written(script, flags, words, tmp_path, monkeypatch):
     if script == "embeddings/train.py" and not flags:  # the user of this checkout may have the converted weights
         monkeypatch.setattr("common.checkpoint.pretrained.ROOT", tmp_path)
+        monkeypatch.setattr("embeddings.model.ROOT", tmp_path)
     folder = ROOT / script.split("/")[0]
     before = listing(folder)
     code, _, err = run_here(script, *(folder / "sample" if flag == "SAMPLE" else flag for flag in flags), cwd=tmp_path)

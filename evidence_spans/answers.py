@@ -45,18 +45,9 @@ def read_decoding(folder: Path) -> Decoding:
         raise UserError(f"{path}: {name} is {problem['input']!r}, which no run writes: {problem['msg']}") from error
 
 
-def probabilities(prediction: Prediction, with_null: bool) -> list[float]:
-    """Softmax over the n best scores; with_null: and over the null score, which comes first."""
-    scores = [prediction.null_score] * with_null + prediction.scores
-    top = max(scores, default=0.0)
-    weights = [math.exp(score - top) for score in scores]
-    total = sum(weights)
-    return [weight / total for weight in weights]
-
-
 def answer(prediction: Prediction, threshold: float | None) -> Span | None:
     """The best span; None for "no answer": null - best > threshold, or no span at all."""
-    if not prediction.scores or (threshold is not None and prediction.difference > threshold):
+    if not prediction.spans or (threshold is not None and prediction.difference > threshold):
         return None
     return prediction.spans[0]
 
@@ -82,41 +73,48 @@ def no_answer_probability(prediction: Prediction, decoding: Decoding) -> float |
     """Calibrated on validation; None where that held one kind of example only."""
     if decoding.slope is None:
         return None
-    if not prediction.scores:
+    if not prediction.spans:
         return 1.0
     return float(1 / (1 + np.exp(-np.clip(decoding.slope * prediction.difference + decoding.intercept, -500, 500))))
 
 
-def answer_row(name: object, context: str, prediction: Prediction, decoding: Decoding) -> dict:
-    """What is said about one example: answer, its offsets, its probability, that of no answer, several answers."""
-    with_null = decoding.threshold is not None
-    shares = probabilities(prediction, with_null)
-    span = answer(prediction, decoding.threshold)
+def n_best(context: str, prediction: Prediction, decoding: Decoding) -> list[dict]:
+    """The n best spans with probabilities that sum to 1 (a softmax over their scores), best first.
+
+    Where answers may be empty, the empty one is among them, after the spans that are at least as probable.
+    """
+    scores = [span.score for span in prediction.spans]
+    if with_null := decoding.threshold is not None:
+        scores.append(prediction.null_score)
+    top = max(scores, default=0.0)
+    weights = [math.exp(score - top) for score in scores]
+    total = sum(weights)
+    rows = [
+        {"text": context[start:end], "start": start, "end": end, "probability": weight / total}
+        for (start, end, _), weight in zip(prediction.spans, weights)
+    ]
+    if with_null:
+        rows.append({"text": "", "start": None, "end": None, "probability": weights[-1] / total})
+        rows.sort(key=lambda row: -row["probability"])  # which leaves equal ones as they are
+    return rows
+
+
+def answer_row(name: object, context: str, prediction: Prediction, decoding: Decoding, **more: object) -> dict:
+    """What is said about one example: the answer, how sure it is, several answers, more, and the n best."""
+    span, candidates = answer(prediction, decoding.threshold), n_best(context, prediction, decoding)
+    start, end = span[:2] if span else (None, None)
+    probability = next((row["probability"] for row in candidates if (row["start"], row["end"]) == (start, end)), 1.0)
     p = no_answer_probability(prediction, decoding)
+    several = several_answers(prediction, decoding)
     return {
         "id": name,
-        "answer": context[span.start : span.end] if span else "",
-        "start": span.start if span else None,
-        "end": span.end if span else None,
-        "probability": round(shares[with_null] if span else (shares or [1.0])[0], 6),
-        "difference": round(prediction.difference, 6) if prediction.scores else None,
+        "answer": context[start:end] if span else "",
+        "start": start,
+        "end": end,
+        "probability": round(probability, 6),
+        "difference": round(prediction.difference, 6) if prediction.spans else None,
         "no_answer_probability": None if p is None else round(p, 6),
-        "answers": [
-            {"text": context[start:end], "start": start, "end": end}
-            for start, end, _ in several_answers(prediction, decoding)
-        ],
+        "answers": [{"text": context[s.start : s.end], "start": s.start, "end": s.end} for s in several],
+        **more,
+        "n_best": candidates,
     }
-
-
-def n_best(context: str, prediction: Prediction, decoding: Decoding) -> list[dict]:
-    """The n best spans with probabilities that sum to 1, best first; no answer, the empty one, is among them."""
-    with_null = decoding.threshold is not None
-    shares = probabilities(prediction, with_null)
-    rows = [
-        {"text": context[start:end], "start": start, "end": end, "probability": share}
-        for start, end, share in zip(prediction.starts, prediction.ends, shares[with_null:])
-    ]
-    if with_null:  # after the spans that are at least as probable
-        place = sum(share >= shares[0] for share in shares[1:])
-        rows.insert(place, {"text": "", "start": None, "end": None, "probability": shares[0]})
-    return rows

@@ -5,16 +5,14 @@
     pip install accelerate                                              # for the Trainer only
     python evidence_spans/bench.py --part trainer --model ... --data_dir ... --epochs 3
 
-search: from the logits of windows to the n best texts with probabilities, and to the best text alone; the sides take
-turns, medians over the rounds, of times and of ratios. The example's algorithm is written anew from its description in
-transformers' examples/pytorch/question-answering (utils_qa.py: the n best starts times the n best ends, filtered,
-sorted; version 2 with a null); the example keeps its features in a datasets.Dataset, which decodes a row for each
-window: with and without that. trainer: the Trainer on the same weights, windows, batch size, schedule and number of
-steps as train.py with the same flags, scored as train.py scores.
+search: from the logits of windows to the n best texts with probabilities; the sides take turns, medians over the
+rounds. The example's algorithm is written anew from its description in transformers' examples/pytorch/
+question-answering (utils_qa.py: the n best starts times the n best ends, filtered, sorted; version 2 with a null). It
+keeps its features in a datasets.Dataset, which decodes a row for each window: with and without that. trainer: the
+Trainer on the weights, windows, batch size, schedule and number of steps of train.py with the same flags.
 """
 
 import platform
-import statistics
 import sys
 import tempfile
 import time
@@ -22,6 +20,7 @@ from collections.abc import Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple
 
 if not __package__:  # run as a script: import from the repository root, not from this folder
@@ -31,13 +30,7 @@ import numpy as np
 import torch
 from datasets import Dataset  # mteb brings it along
 from torch import Tensor
-from transformers import (
-    AutoModelForQuestionAnswering,
-    DataCollatorWithPadding,
-    PreTrainedTokenizerFast,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import AutoModelForQuestionAnswering, DataCollatorWithPadding, Trainer, TrainingArguments
 
 from common.checkpoint import UserError
 from common.checkpoint.environment import autocast_dtype, environment, pick_device
@@ -47,12 +40,12 @@ from common.seed import seed_everything
 from evidence_spans.answers import Decoding, n_best
 from evidence_spans.cli import run_path, run_script
 from evidence_spans.config import Config
-from evidence_spans.dataset import collate, draw_windows, load_examples, longest_answer, make_split
+from evidence_spans.dataset import collate, draw_windows, load_examples, make_split
 from evidence_spans.evaluate import predict
 from evidence_spans.model import MODEL_INPUTS, build_model, find_model, find_tokenizer, load_model
 from evidence_spans.postprocess import best_pairs, merge_windows, window_predictions
 from evidence_spans.report import table
-from evidence_spans.thresholds import answer_texts, tune
+from evidence_spans.thresholds import answer_texts, tune, untuned
 from evidence_spans.train import epoch_bounds
 from evidence_spans.windows import Window
 
@@ -81,13 +74,13 @@ def random_logits(windows: int, length: int) -> Logits:
 def logits_of_run(config: Config, count: int) -> Logits:
     """Those of a run's best model on the first windows of its validation split."""
     folder = best_folder(run_path(config))
-    tokenizer, model = find_tokenizer(config, folder), load_model(folder, config)
+    tokenizer, (model, _) = find_tokenizer(config, folder), load_model(folder, config)
     examples = load_examples(config)[0]["validation"]
     windows = make_split(examples, tokenizer, config).windows[:count]
     batch = collate(windows, tokenizer.pad_token_id)
-    inputs = {name: batch[name] for name in MODEL_INPUTS if name in batch}
+    inputs = [batch[name].split(16) for name in MODEL_INPUTS if name in batch]
     with torch.inference_mode():
-        parts = [model(**{k: v[n : n + 16] for k, v in inputs.items()}) for n in range(0, len(windows), 16)]
+        parts = [model(*rows) for rows in zip(*inputs)]
     texts = [examples[window.example].context for window in windows]
     return Logits(texts, windows, *map(torch.cat, zip(*parts)), batch["context_mask"])
 
@@ -135,9 +128,9 @@ def candidate(place: tuple[int, int], start_logit: np.float32, end_logit: np.flo
     return {"place": place, "score": start_logit + end_logit, "start_logit": start_logit, "end_logit": end_logit}
 
 
-def best_texts(rows: list[list[dict]]) -> list[str]:
+def best_texts(rows: list[list[dict]]) -> np.ndarray:
     """Of each window the best answer that is not empty; "" where the search has none."""
-    return [next((row["text"] for row in some if row["text"]), "") for some in rows]
+    return np.array([next((row["text"] for row in some if row["text"]), "") for some in rows])
 
 
 def bench_search(logits: Logits, rounds: int) -> list[str]:
@@ -149,44 +142,52 @@ def bench_search(logits: Logits, rounds: int) -> list[str]:
         features.append({"input_ids": window.input_ids.tolist(), "offset_mapping": offsets})
     ours, example = partial(search_ours, logits), partial(search_example, logits, features)
     stored = partial(search_example, logits, Dataset.from_list(features))
+    sides = {  # name -> search, n best
+        "ours, n best 20": (ours, 20),
+        "ours, the best alone": (ours, 1),
+        "the example, n best 20": (example, 20),
+        "the example, n best 1": (example, 1),
+        "the example on a datasets.Dataset, n best 20": (stored, 20),
+    }
     rows = []
     for longest in (30, 100):
-        sides = {
-            "ours, n best 20": partial(ours, 20, longest),
-            "ours, the best alone": partial(ours, 1, longest),
-            "the example, n best 20": partial(example, 20, longest),
-            "the example, n best 1": partial(example, 1, longest),
-            "the example on a datasets.Dataset, n best 20": partial(stored, 20, longest),
-        }
-        exact = best_texts(ours(20, longest))
+        exact, found = best_texts(ours(20, longest)), {}
         seconds: dict[str, list[float]] = {name: [] for name in sides}
-        right = {}
         for _ in range(rounds):
-            for name, search in sides.items():
+            for name, (search, n) in sides.items():
                 began = time.perf_counter()
-                answers = search()
+                found[name] = search(n, longest)
                 seconds[name].append(time.perf_counter() - began)
-                right[name] = np.mean(np.array(best_texts(answers)) == exact)
-        for name in sides:
-            ratio = statistics.median(a / b for a, b in zip(seconds["the example, n best 20"], seconds[name]))
-            speed = len(exact) / statistics.median(seconds[name])
-            rows.append([longest, name, f"{speed:.0f}", f"{ratio:.2f}", f"{right[name]:.1%}"])
+        for name, spent in seconds.items():
+            ratio = median(a / b for a, b in zip(seconds["the example, n best 20"], spent))
+            right = np.mean(best_texts(found[name]) == exact)
+            rows.append([longest, name, f"{len(exact) / median(spent):.0f}", f"{ratio:.2f}", f"{right:.1%}"])
     header = ["longest answer", "side", "windows/s", "times the example with n best 20", "finds the best span"]
     return table(header, rows)
 
 
-def train_trainer(
-    model: torch.nn.Module, windows: list[Window], steps: int, tokenizer: PreTrainedTokenizerFast, config: Config
-) -> float:
-    """Seconds of so many steps of transformers.Trainer on the windows, in its own order; the label is one answer."""
+def bench_trainer(config: Config) -> list[str]:
+    """Rows of scores: the Trainer with as many steps as train.py would take, and the whole text as the answer.
+
+    Of ReDSM5 the Trainer sees the pairs that are drawn for the first epoch in all epochs; of several answers one.
+    """
+    if not find_spec("accelerate"):
+        raise UserError("the Trainer needs accelerate: pip install accelerate")
+    tokenizer, device = find_tokenizer(config), pick_device()
+    dtype = autocast_dtype(config.amp, device)
+    splits = {name: make_split(rows, tokenizer, config) for name, rows in load_examples(config)[0].items()}
+    train = splits["train"]
+    steps = epoch_bounds(train, config.gradient_accumulation_steps, config)[-1]
+    steps = min(steps, config.max_steps or steps)
     features = []
-    for window in windows:
-        row = {"input_ids": window.input_ids.tolist(), "attention_mask": [1] * len(window.input_ids)}
-        if window.token_type_ids is not None:
-            row["token_type_ids"] = window.token_type_ids.tolist()
+    for window in [train.windows[number] for number in draw_windows(train, config, epoch=0)]:
         start, end = window.labels[0] if window.labels else (0, 0)
-        features.append(row | {"start_positions": start, "end_positions": end})
-    dtype = autocast_dtype(config.amp, pick_device())
+        row = {"input_ids": window.input_ids.tolist(), "start_positions": start, "end_positions": end}
+        types = window.token_type_ids
+        features.append(row if types is None else row | {"token_type_ids": types.tolist()})
+
+    # Training
+    theirs = AutoModelForQuestionAnswering.from_pretrained(find_model(config), dtype=torch.float32)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder,
@@ -199,7 +200,7 @@ def train_trainer(
             max_steps=steps,
             bf16=dtype == torch.bfloat16,
             fp16=dtype == torch.float16,
-            use_cpu=pick_device().type == "cpu",
+            use_cpu=device.type == "cpu",
             optim="adamw_torch_fused",
             seed=config.seed,
             logging_strategy="no",
@@ -207,41 +208,24 @@ def train_trainer(
             report_to=[],
             disable_tqdm=True,
         )
-        trainer = Trainer(model, arguments, DataCollatorWithPadding(tokenizer), train_dataset=features)
+        trainer = Trainer(theirs, arguments, DataCollatorWithPadding(tokenizer), train_dataset=features)
         began = time.perf_counter()
         trainer.train()
-        return time.perf_counter() - began
+        seconds = time.perf_counter() - began
 
-
-def bench_trainer(config: Config) -> list[str]:
-    """Rows of scores: the Trainer with as many steps as train.py would take, and the whole text as the answer.
-
-    Of ReDSM5 the Trainer sees the pairs that are drawn for the first epoch in all epochs.
-    """
-    if not find_spec("accelerate"):
-        raise UserError("the Trainer needs accelerate: pip install accelerate")
-    tokenizer, device = find_tokenizer(config), pick_device()
-    splits = {name: make_split(rows, tokenizer, config) for name, rows in load_examples(config)[0].items()}
-    train = splits["train"]
-    steps = epoch_bounds(train, config.gradient_accumulation_steps, config)[-1]
-    steps = min(steps, config.max_steps or steps)
-    theirs = AutoModelForQuestionAnswering.from_pretrained(find_model(config), dtype=torch.float32)
-    windows = [train.windows[row] for row in draw_windows(train, config, epoch=0)]
-    seconds = train_trainer(theirs, windows, steps, tokenizer, config)
+    # Its scores, decoded as ours are
     model = build_model(config).to(device)
     model.load_state_dict(theirs.state_dict())
-
-    rows, decoding = [], Decoding(longest_answer(train, config), None, None, None, None, {})
+    rows, decoding = [], untuned(train.windows, {}, config)
     for name in ("validation", "test"):
-        examples, dtype = splits[name].examples, autocast_dtype(config.amp, device)
+        examples = splits[name].examples
         predictions, _ = predict(model, splits[name], tokenizer, decoding.max_answer_length, config, dtype)
         if name == "validation":
             decoding = tune(predictions, examples, decoding, config)
-        for side, texts in (
-            (f"Trainer, {steps} steps, {seconds:.0f} s", answer_texts(examples, predictions, decoding.threshold)),
-            ("the whole text", [example.context for example in examples]),
-        ):
-            scores = span_metrics(texts, [example.texts for example in examples])
+        texts = answer_texts(examples, predictions, decoding.threshold)
+        sides = {f"Trainer, {steps} steps, {seconds:.0f} s": texts, "the whole text": [e.context for e in examples]}
+        for side, answers in sides.items():
+            scores = span_metrics(answers, [example.texts for example in examples])
             rows.append([name, side, scores["f1"], scores["exact_match"]])
     return table(["split", "side", "f1", "exact match"], rows)
 

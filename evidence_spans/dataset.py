@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
@@ -42,32 +43,20 @@ def read_source(config: Config) -> Source:
     if path.suffix.lower() == ".csv":
         raise UserError(f"{path}: --data_dir names the folder of ReDSM5's two CSV files, or a JSON file")
     if path.is_file():
-        return read_squad([path], [], config)
-    if not path.exists():
-        raise UserError(f"{path} does not exist: --data_dir names your folder or file, --sample needs none")
+        return read_squad([path], config)
 
-    tables = [sorted(path.glob(names)) for names in ("redsm5_*posts.csv", "redsm5_annotations*.csv")]
+    posts, annotations = sorted(path.glob("redsm5_*posts.csv")), sorted(path.glob("redsm5_annotations*.csv"))
     files = sorted(path.glob("*.json"))
-    if any(tables) and files:
-        raise UserError(f"{path} holds ReDSM5's CSV files and {files[0].name}: give --data_dir the JSON file itself")
-    if any(tables):
-        for name, matches in zip(("redsm5_posts.csv", "redsm5_annotations.csv"), tables):
-            if len(matches) != 1:
-                present = " and ".join(file.name for file in matches) or f"no {name}"
-                raise UserError(f"{path} holds {present}, expected one such file")
-        return read_redsm5(tables[0][0], tables[1][0], config)
-    if not files:
-        raise UserError(
-            f"{path} holds neither redsm5_posts.csv nor SQuAD's JSON: --data_dir names your folder or file, "
-            "evidence_spans/README.md says where data sets are given, --sample needs none"
-        )
-
-    test = [file for file in files if file.name.lower().startswith(("dev", "test"))]
-    others = [file for file in files if file not in test]
-    for file in others if len(files) > 1 else ():
-        if not file.name.lower().startswith("train"):
-            raise UserError(f"{file}: of several files each is named train*, or dev* or test* for the test split")
-    return read_squad(others, test, config)
+    if len(posts) == len(annotations) == 1 and not files:
+        return read_redsm5(posts[0], annotations[0], config)
+    if files and not posts and not annotations:
+        return read_squad(files, config)
+    names = [file.name for file in (*posts, *annotations, *files)]
+    problem = f"holds {' and '.join(names) or 'no data'}" if path.exists() else "does not exist"
+    raise UserError(
+        f"{path} {problem}, expected one redsm5_posts.csv and one redsm5_annotations.csv, or SQuAD's JSON alone: "
+        "--data_dir names your folder or JSON file (evidence_spans/README.md), --sample needs none"
+    )
 
 
 def load_examples(config: Config) -> tuple[dict[str, list[Example]], Source]:
@@ -88,26 +77,17 @@ def make_split(examples: list[Example], tokenizer: PreTrainedTokenizerFast, conf
     return Split(examples, windows, owners, np.array([len(window.input_ids) for window in windows]))
 
 
-def longest_answer(train: Split, config: Config) -> int:
-    """max_answer_length in tokens: the config's, or that of the longest answer that lies in a training window."""
-    tokens = (end - start + 1 for window in train.windows for start, end in window.labels)
-    return config.max_answer_length or max(tokens, default=1)
-
-
-def draw_examples(examples: list[Example], negatives_per_positive: float, seed: int, epoch: int) -> np.ndarray:
-    """Numbers of the examples of one epoch: all answered and rejected ones, and some unannotated ones drawn anew."""
-    kinds = np.array([example.kind for example in examples])
-    unannotated = np.flatnonzero(kinds == "unannotated")
-    wanted = min(round(negatives_per_positive * int((kinds == "answered").sum())), len(unannotated))
-    generator = torch.Generator().manual_seed(mix(seed, epoch, 0))  # another stream than the batch order's
-    drawn = unannotated[torch.randperm(len(unannotated), generator=generator)[:wanted].numpy()]
-    return np.sort(np.concatenate([np.flatnonzero(kinds != "unannotated"), drawn]))
-
-
 def draw_windows(train: Split, config: Config, epoch: int) -> np.ndarray:
-    """Numbers of the windows of one epoch's examples, in order; a pure function of its arguments."""
-    drawn = draw_examples(train.examples, config.negatives_per_positive, config.seed, epoch)
-    return np.flatnonzero(np.isin(train.owners, drawn))
+    """Numbers of the windows of one epoch, in order; a pure function of its arguments.
+
+    They are those of all answered and rejected examples, and of some unannotated ones that are drawn anew.
+    """
+    kinds = np.array([example.kind for example in train.examples])
+    unannotated = np.flatnonzero(kinds == "unannotated")
+    wanted = round(config.negatives_per_positive * int((kinds == "answered").sum()))
+    generator = torch.Generator().manual_seed(mix(config.seed, epoch, 0))  # another stream than the batch order's
+    left_out = unannotated[torch.randperm(len(unannotated), generator=generator)[wanted:].numpy()]
+    return np.flatnonzero(~np.isin(train.owners, left_out))
 
 
 def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
@@ -145,17 +125,15 @@ def collate(windows: list[Window], pad_token_id: int) -> dict[str, torch.Tensor]
     input_ids, attention_mask, token_type_ids where the encoder takes them; context_mask: the tokens that may be an
     answer's; start_labels, end_labels: where the answers start and end, [CLS] where the window holds none.
     """
-    shape = len(windows), max(len(window.input_ids) for window in windows)
-    batch = {"input_ids": torch.full(shape, pad_token_id), "attention_mask": torch.zeros(shape, dtype=torch.long)}
+    ids = [torch.from_numpy(window.input_ids).long() for window in windows]
+    batch = {"input_ids": pad_sequence(ids, batch_first=True, padding_value=pad_token_id)}
+    batch["attention_mask"] = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
     if windows[0].token_type_ids is not None:
-        batch["token_type_ids"] = torch.zeros(shape, dtype=torch.long)
-    batch |= {name: torch.zeros(shape, dtype=torch.bool) for name in ("context_mask", "start_labels", "end_labels")}
+        types = [torch.from_numpy(window.token_type_ids).long() for window in windows]
+        batch["token_type_ids"] = pad_sequence(types, batch_first=True)
+    for name in ("context_mask", "start_labels", "end_labels"):
+        batch[name] = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
     for row, window in enumerate(windows):
-        length = len(window.input_ids)
-        batch["input_ids"][row, :length] = torch.from_numpy(window.input_ids)
-        batch["attention_mask"][row, :length] = 1
-        if window.token_type_ids is not None:
-            batch["token_type_ids"][row, :length] = torch.from_numpy(window.token_type_ids)
         batch["context_mask"][row, window.first : window.first + len(window.offsets)] = True
         for start, end in window.labels or ((0, 0),):
             batch["start_labels"][row, start] = batch["end_labels"][row, end] = True

@@ -3,8 +3,7 @@
     python evidence_spans/evaluate.py --run_dir evidence_spans/runs/...
     python evidence_spans/evaluate.py --run_dir evidence_spans/runs/... --split val --metrics_output val.json
 
-With --split only that split is scored, its table printed, and nothing in the run is written. --metrics_output and
---predictions_output name files of your own: all scores as JSON, and one JSON line for each example with its n best.
+With --split only that split is scored, its table printed, and nothing in the run is written.
 """
 
 import json
@@ -26,29 +25,14 @@ from common.checkpoint import UserError
 from common.checkpoint.environment import autocast_dtype, pick_device
 from common.checkpoint.files import write_json, write_text
 from common.checkpoint.run import Run, best_folder, warn_of_precision
-from evidence_spans.answers import (
-    Decoding,
-    answer,
-    answer_row,
-    n_best,
-    no_answer_probability,
-    read_decoding,
-    several_answers,
-)
+from evidence_spans.answers import Decoding, answer, answer_row, no_answer_probability, several_answers
 from evidence_spans.cli import run_path, run_script
 from evidence_spans.config import Config
 from evidence_spans.dataset import Split, fingerprint, load_examples, make_loader, make_split, sorted_batches
 from evidence_spans.formats import Example
 from evidence_spans.loss import span_loss
 from evidence_spans.model import MODEL_INPUTS, SpanModel, find_tokenizer, load_model
-from evidence_spans.postprocess import (
-    Prediction,
-    best_pairs,
-    merge_windows,
-    sentence_pairs,
-    sentences,
-    window_predictions,
-)
+from evidence_spans.postprocess import Prediction, best_pairs, merge_windows, sentence_pairs, window_predictions
 from evidence_spans.report import report, score_table
 from evidence_spans.thresholds import answer_texts, tune
 from evidence_spans.windows import UnfitSettings
@@ -80,8 +64,8 @@ def predict(
 
             windows = [split.windows[row] for row in rows]
             if config.decode == "sentence":
-                spans = [sentences(split.examples[window.example].context) for window in windows]
-                pairs = sentence_pairs(start, end, windows, spans, config.n_best_size)
+                contexts = [split.examples[window.example].context for window in windows]
+                pairs = sentence_pairs(start, end, windows, contexts, config.n_best_size)
             else:
                 pairs = best_pairs(start, end, batch["context_mask"], config.n_best_size, max_answer_length)
             for row, part in zip(rows, window_predictions(windows, start[:, 0] + end[:, 0], *pairs)):
@@ -110,10 +94,10 @@ def score_split(predictions: list[Prediction], examples: list[Example], loss: fl
         scores[name]["tokens"] = token_metrics(contexts, [[span[:2]] if span else [] for span in spans], places)
 
     if any(example.together for example in examples):
-        several = [several_answers(prediction, decoding) for prediction in predictions]
-        texts = [[context[s.start : s.end] for s in spans] for context, spans in zip(contexts, several)]
+        spans = [[span[:2] for span in several_answers(prediction, decoding)] for prediction in predictions]
+        texts = [[context[start:end] for start, end in some] for context, some in zip(contexts, spans)]
         scores["several"] = {"all": multi_span_metrics(texts, golds)}
-        scores["several"]["tokens"] = token_metrics(contexts, [[s[:2] for s in spans] for spans in several], places)
+        scores["several"]["tokens"] = token_metrics(contexts, spans, places)
         if many := [row for row, gold in enumerate(golds) if len(gold) > 1]:
             chosen = [[part[row] for row in many] for part in (texts, golds)]
             scores["several"]["posts_with_several"] = multi_span_metrics(*chosen) | {"rows": len(many)}
@@ -132,23 +116,13 @@ def validate(
     dtype: torch.dtype | None,
 ) -> tuple[dict, Decoding]:
     """Validation scores at the threshold that is best on these examples, and what was tuned on them."""
-    from common.metrics import span_metrics
-
     predictions, loss = predict(model, split, tokenizer, untuned.max_answer_length, config, dtype)
     if not math.isfinite(loss):
         raise UnfitSettings("the validation loss is not finite; best/ is untouched. A lower learning_rate may help")
     decoding = tune(predictions, split.examples, untuned, config)
-    texts = answer_texts(split.examples, predictions, decoding.threshold)
-    scores = span_metrics(texts, [example.texts for example in split.examples])
+    scores = score_split(predictions, split.examples, loss, decoding)["at_threshold"]
     at_threshold = {name: scores[name] for name in ("f1", "exact_match", "f1_balanced")}
     return {"loss": loss, **at_threshold, "f1_has_answer": scores["has_answer"]["f1"]}, decoding
-
-
-def prediction_row(split: str, example: Example, prediction: Prediction, decoding: Decoding) -> dict:
-    """What is said about an example, with its gold answers and the n best."""
-    row = answer_row(example.id, example.context, prediction, decoding)
-    row |= {"post": example.post, "question": example.question, "gold": example.texts, "split": split}
-    return row | {"n_best": n_best(example.context, prediction, decoding)}
 
 
 def write_lines(path: Path, rows: list[dict]) -> None:
@@ -161,23 +135,25 @@ def evaluate_run(
     tokenizer: PreTrainedTokenizerFast,
     config: Config,
     dtype: torch.dtype | None,
-    write: bool = True,
 ) -> tuple[dict, list[dict]]:
-    """Scores of the best model on validation and test, those that are given, and a row for each example.
+    """Scores of the best model on the given splits but train, and a row for each example.
 
-    write: predictions/ and report.md into the run.
+    Where both validation and test are given, predictions/ and report.md are written into the run.
     """
-    folder = best_folder(run.path)
-    model, decoding = load_model(folder, config).to(pick_device()), read_decoding(folder)
+    model, decoding = load_model(best_folder(run.path), config)
+    model.to(pick_device())
     scores, rows = {"decoding": asdict(decoding)}, []
-    for name in [name for name in splits if name != "train"]:
-        examples = splits[name].examples
+    names = [name for name in splits if name != "train"]
+    for name in names:
         predictions, loss = predict(model, splits[name], tokenizer, decoding.max_answer_length, config, dtype)
-        scores[name] = score_split(predictions, examples, loss, decoding)
-        rows += [prediction_row(name, *pair, decoding) for pair in zip(examples, predictions)]
-    if write:
+        scores[name] = score_split(predictions, splits[name].examples, loss, decoding)
+        for example, prediction in zip(splits[name].examples, predictions):
+            more = {"post": example.post, "question": example.question, "gold": example.texts, "split": name}
+            rows.append(answer_row(example.id, example.context, prediction, decoding, **more))
+
+    if len(names) == 2:
         (run.path / "predictions").mkdir(exist_ok=True)
-        for name in ("validation", "test"):
+        for name in names:
             lines = [{key: row[key] for key in row if key != "n_best"} for row in rows if row["split"] == name]
             write_lines(run.path / "predictions" / f"{name}_predictions.jsonl", lines)
         write_text(run.path / "report.md", report(scores, run.evaluations(), config))
@@ -198,7 +174,7 @@ def main(config: Config, split: str, metrics_output: str, predictions_output: st
         print("the run is not finished: this is its best epoch so far", file=sys.stderr)
 
     splits = {name: make_split(examples[name], tokenizer, config) for name in names}
-    scores, rows = evaluate_run(run, splits, tokenizer, config, dtype, write=split == "all")
+    scores, rows = evaluate_run(run, splits, tokenizer, config, dtype)
     run.close()
     print((path / "report.md").read_text(encoding="utf-8") if split == "all" else "\n".join(score_table(scores, names)))
     if metrics_output:

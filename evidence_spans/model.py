@@ -23,12 +23,13 @@ from common.checkpoint.pretrained import (
     new_encoder,
     save_pretrained,
 )
-from evidence_spans.answers import Decoding
+from evidence_spans.answers import Decoding, read_decoding
 from evidence_spans.config import Config
 
-# Families whose head in AutoModelForQuestionAnswering is `qa_outputs`, one Linear; the encoders of some have a pooler.
+# Families whose head in AutoModelForQuestionAnswering is `qa_outputs`, one Linear. Some would build a pooler otherwise.
 WITH_POOLER = ("bert", "roberta", "xlm-roberta", "camembert", "albert", "mpnet", "ernie", "megatron-bert")
-SUPPORTED = (*WITH_POOLER, "electra", "deberta", "deberta-v2", "distilbert")
+SUPPORTED = {family: {"add_pooling_layer": False} for family in WITH_POOLER}
+SUPPORTED |= {family: {} for family in ("electra", "deberta", "deberta-v2", "distilbert")}
 MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
@@ -38,14 +39,16 @@ class SpanModel(nn.Module):
     The encoder's attribute is its base_model_prefix (`bert`), the head's is `qa_outputs`.
     """
 
-    def __init__(self, encoder: nn.Module, dropout: float):
+    def __init__(self, encoder: nn.Module, config: Config):
         super().__init__()
         self.config, self.prefix = encoder.config, encoder.base_model_prefix
         self.add_module(self.prefix, encoder)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(config.dropout)
         self.qa_outputs = nn.Linear(self.config.hidden_size, 2)
         nn.init.normal_(self.qa_outputs.weight, std=self.config.initializer_range)
         nn.init.zeros_(self.qa_outputs.bias)
+        if config.compile_model:  # in place, so that the names of the weights stay, and once for all lengths
+            self.compile(dynamic=True)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
@@ -80,11 +83,6 @@ def load_supported_shape(source: str | Path) -> PreTrainedConfig:
     return shape
 
 
-def unused_pooler(shape: PreTrainedConfig) -> dict:
-    """What the encoders take that have a pooler, which no span model uses."""
-    return {"add_pooling_layer": False} if shape.model_type in WITH_POOLER else {}
-
-
 def build_model(config: Config) -> SpanModel:
     """Encoder with its weights (init "pretrained") or new ones (init "random"), and a new head. Raises UserError."""
     source = find_model(config)
@@ -92,19 +90,12 @@ def build_model(config: Config) -> SpanModel:
     check_positions(config.model, shape, config.max_length)
     shape.architectures = [MODEL_FOR_QUESTION_ANSWERING_MAPPING[type(shape)].__name__]
     if config.init == "random":
-        encoder = new_encoder(source, shape, **unused_pooler(shape))
+        encoder = new_encoder(source, shape, **SUPPORTED[shape.model_type])
     else:
-        encoder, _ = load_encoder(source, config=shape, **unused_pooler(shape))
+        encoder, _ = load_encoder(source, config=shape, **SUPPORTED[shape.model_type])
     if config.gradient_checkpointing:
         checkpoint_activations(encoder)
-    return compiled(SpanModel(encoder, config.dropout), config)
-
-
-def compiled(model: SpanModel, config: Config) -> SpanModel:
-    """In place, so that the names in its state dict stay; for any length, so that not each new one compiles anew."""
-    if config.compile_model:
-        model.compile(dynamic=True)
-    return model
+    return SpanModel(encoder, config)
 
 
 def save_model(model: SpanModel, tokenizer: PreTrainedTokenizerFast, decoding: Decoding, folder: Path) -> None:
@@ -113,8 +104,8 @@ def save_model(model: SpanModel, tokenizer: PreTrainedTokenizerFast, decoding: D
     write_json(folder / "decoding.json", asdict(decoding))
 
 
-def load_model(folder: Path, config: Config) -> SpanModel:
-    """The model that save_model wrote, on the CPU, in evaluation mode. Raises UserError."""
-    shape = load_shape(folder)
-    model = SpanModel(new_encoder(folder, shape, **unused_pooler(shape)), dropout=0.0)
-    return compiled(load_weights(model, folder / "model.safetensors").eval(), config)
+def load_model(folder: Path, config: Config) -> tuple[SpanModel, Decoding]:
+    """What save_model wrote, the model on the CPU and in evaluation mode. Raises UserError."""
+    shape = load_supported_shape(folder)
+    model = SpanModel(new_encoder(folder, shape, **SUPPORTED[shape.model_type]), config)
+    return load_weights(model, folder / "model.safetensors").eval(), read_decoding(folder)

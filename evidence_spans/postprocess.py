@@ -1,16 +1,16 @@
 """From logits to spans: the n best of each example, by their characters. answers.py makes answers of them.
 
-B batch of windows, T tokens, N context tokens, n best spans, L tokens of the longest answer, S sentences
+B batch of windows, T tokens, n best spans, L tokens of the longest answer, S sentences
 """
 
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_sequence
 
 from evidence_spans.windows import Window, token_spans
 
@@ -26,24 +26,15 @@ class Span(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """null_score: the smallest of the windows' [CLS] scores; scores, starts, ends: of the n best spans, best first.
-
-    Lists of numbers, not of Spans: there are n of them for each of many examples.
-    """
+    """null_score: the smallest of the windows' [CLS] scores; spans: the n best, best first."""
 
     null_score: float
-    scores: list[float]
-    starts: list[int]
-    ends: list[int]
-
-    @property
-    def spans(self) -> list[Span]:
-        return [Span(*row) for row in zip(self.starts, self.ends, self.scores)]
+    spans: list[Span]
 
     @property
     def difference(self) -> float:
         """How much "no answer" outscores the best span; inf where no span is allowed."""
-        return self.null_score - self.scores[0] if self.scores else float("inf")
+        return self.null_score - self.spans[0].score if self.spans else float("inf")
 
 
 def sliding_maximum(values: Tensor, width: int) -> Tensor:
@@ -90,16 +81,13 @@ def sentences(text: str) -> list[tuple[int, int]]:
 
 
 def sentence_pairs(
-    start_logits: Tensor, end_logits: Tensor, windows: Sequence[Window], spans: Sequence[list], n: int
+    start_logits: Tensor, end_logits: Tensor, windows: Sequence[Window], contexts: Sequence[str], n: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As best_pairs, but only a sentence's first token may start and only its last may end a pair.
-
-    spans: the sentences of each window's context; those that the window's edges cut are left out.
-    """
+    """As best_pairs, but a pair is a sentence of the window's context, of those that the window's edges do not cut."""
     shape = len(windows), n
     scores, places = torch.full(shape, -torch.inf), torch.zeros(2, *shape, dtype=torch.long)
-    for row, (window, characters) in enumerate(zip(windows, spans)):
-        starts, ends = tokens = torch.from_numpy(token_spans(window, characters)).T  # (2, S)
+    for row, (window, context) in enumerate(zip(windows, contexts)):
+        starts, ends = tokens = torch.from_numpy(token_spans(window, sentences(context))).T  # (2, S)
         candidates = start_logits[row, starts].float() + end_logits[row, ends].float()
         kept = min(n, len(candidates))
         scores[row, :kept], order = candidates.cpu().topk(kept)
@@ -111,27 +99,19 @@ def window_predictions(
     windows: Sequence[Window], null_scores: Tensor, scores: Tensor, starts: Tensor, ends: Tensor
 ) -> list[Prediction]:
     """Each window's prediction: from token positions (B, n), as best_pairs gives them, to characters."""
-    offsets = pad_sequence([torch.from_numpy(window.offsets) for window in windows], batch_first=True)  # (B, N, 2)
-    if not offsets.shape[1]:
-        return [Prediction(null, [], [], []) for null in null_scores.tolist()]
-    first = torch.tensor([window.first for window in windows])[:, None]
-    rows, last = torch.arange(len(windows))[:, None], offsets.shape[1] - 1
-    starts = offsets[rows, (starts.cpu() - first).clamp(0, last), 0].tolist()
-    ends = offsets[rows, (ends.cpu() - first).clamp(0, last), 1].tolist()
-    counts = (scores > -torch.inf).sum(1).tolist()
-    values = zip(null_scores.tolist(), scores.tolist(), starts, ends, counts)
-    return [Prediction(null, *(part[:count] for part in parts)) for null, *parts, count in values]
+    pairs = (part.cpu().numpy() for part in (scores, starts, ends))
+    predictions = []
+    for window, null_score, *row in zip(windows, null_scores.tolist(), *pairs):
+        score, start, end = (part[row[0] > -np.inf] for part in row)
+        start, end = window.offsets[start - window.first, 0], window.offsets[end - window.first, 1]
+        predictions.append(Prediction(null_score, [*map(Span, start.tolist(), end.tolist(), score.tolist())]))
+    return predictions
 
 
 def merge_windows(parts: Sequence[Prediction], n: int) -> Prediction:
     """One example's prediction from those of its windows. A span that several of them hold keeps its best score."""
-    null_score = min([part.null_score for part in parts])
-    rows = [row for part in parts for row in zip(part.scores, part.starts, part.ends)]
-    if len(parts) > 1:
-        rows.sort(key=lambda row: -row[0])
-    spans: dict[tuple[int, int], float] = {}
-    for score, start, end in rows:
-        if start < end:  # not where the only token is a blank
-            spans.setdefault((start, end), score)
-    best = list(spans.items())[:n]
-    return Prediction(null_score, [score for _, score in best], [s for (s, _), _ in best], [e for (_, e), _ in best])
+    best: dict[tuple[int, int], Span] = {}
+    for span in sorted((span for part in parts for span in part.spans), key=lambda span: -span.score):
+        if span.start < span.end:  # not where the only token is a blank
+            best.setdefault(span[:2], span)
+    return Prediction(min(part.null_score for part in parts), list(best.values())[:n])

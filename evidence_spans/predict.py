@@ -18,7 +18,6 @@ import sys
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 if not __package__:  # run as a script: import from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -28,7 +27,7 @@ from transformers import PreTrainedTokenizerFast
 from common.checkpoint import UserError
 from common.checkpoint.environment import autocast_dtype, pick_device
 from common.checkpoint.run import best_folder, warn_of_precision
-from evidence_spans.answers import Decoding, answer_row, n_best, read_decoding
+from evidence_spans.answers import Decoding, answer_row
 from evidence_spans.cli import run_path, run_script
 from evidence_spans.config import Config
 from evidence_spans.dataset import make_split
@@ -40,47 +39,15 @@ from evidence_spans.windows import check_questions
 BLOCK = 256  # lines that are read, and sorted by length, at a time
 
 
-class Row(NamedTuple):
-    """A line of the input: its place and number; its id and by criterion an example for each question, or an error."""
-
-    place: str
-    number: int
-    id: str | int | None
-    examples: dict[str | None, Example]
-    error: str = ""
-
-
-def read_lines(text: str | None, question: str | None, input: str) -> Iterator[tuple[str, int, bytes]]:
-    """Place, number and content of each line that is not blank; of --text or standard input, one line is made."""
+def read_lines(text: str | None, question: str | None, input: str) -> Iterator[tuple[int, bytes]]:
+    """Number and content of each line that is not blank; of --text or standard input, one line is made."""
     if input:
         with open(sys.stdin.fileno() if input == "-" else input, "rb", closefd=input != "-") as stream:
-            for number, line in enumerate(stream, 1):
-                if line.strip():
-                    yield f"{input}, line {number}", number, line
+            yield from ((number, line) for number, line in enumerate(stream, 1) if line.strip())
     else:
         if text is None:
             text = sys.stdin.buffer.read().decode("utf-8-sig", "surrogateescape")
-        yield "the text", 1, json.dumps({"text": text, "question": question}).encode()
-
-
-def parse_line(line: bytes) -> tuple[str, str, str | int | None]:
-    """text, question ("" where it is not given) and id of one JSON line. Raises ValueError."""
-    try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"expected a JSON object in UTF-8, found {line[:40]!r} ({error})") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"expected a JSON object, found {line[:40]!r}")
-    text, question, name = row.get("text", row.get("context")), row.get("question"), row.get("id")
-    if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"text is {text!r}, expected a non-empty string")
-    if not isinstance(question, str | None):
-        raise ValueError(f"question is {question!r}, expected a string")
-    if not isinstance(name, str | int | None):
-        raise ValueError(f"id is {name!r}, expected a number or a string")
-    if half := re.search("[\ud800-\udfff]", f"{text}{question}{name}"):
-        raise ValueError(f"expected UTF-8, found {half[0]!a}, half of a surrogate pair")
-    return text, (question or "").strip(), name
+        yield 1, json.dumps({"text": text, "question": question}).encode()
 
 
 def questions_of(given: str, decoding: Decoding, config: Config) -> dict[str | None, str]:
@@ -98,34 +65,42 @@ def questions_of(given: str, decoding: Decoding, config: Config) -> dict[str | N
     raise ValueError("there is no question: --question, or the key of that name, asks one")
 
 
-def make_row(
-    place: str, number: int, line: bytes, decoding: Decoding, tokenizer: PreTrainedTokenizerFast, config: Config
-) -> Row:
-    """What a line asks; its text has no labels."""
+def parse_line(
+    line: bytes, decoding: Decoding, tokenizer: PreTrainedTokenizerFast, config: Config
+) -> dict[str | None, Example]:
+    """By criterion, an example for each question of a JSON line, under the line's id. Raises ValueError, UserError."""
     try:
-        text, given, name = parse_line(line)
-        questions = questions_of(given, decoding, config)
-        check_questions(dict.fromkeys(questions.values(), place), tokenizer, config)
-    except (ValueError, UserError) as error:
-        return Row(place, number, None, {}, str(error).removeprefix(f"{place}: "))
-    examples = {key: Example(place, "", asked, text, (), "unannotated", False) for key, asked in questions.items()}
-    return Row(place, number, name, examples)
-
-
-def highlighted(text: str, spans: list[dict], colour: bool) -> str:
-    """The text with its spans in reverse video, or in [[ ]]."""
-    begin, end = ("\x1b[7m", "\x1b[0m") if colour else ("[[", "]]")
-    parts, place = [], 0
-    for span in spans:
-        before, inside = text[place : span["start"]], text[span["start"] : span["end"]]
-        parts += [without_controls(before), begin, without_controls(inside), end]
-        place = span["end"]
-    return "".join([*parts, without_controls(text[place:])])
+        row = json.loads(line.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"expected a JSON object in UTF-8, found {line[:40]!r} ({error})") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"expected a JSON object, found {line[:40]!r}")
+    text, question, name = row.get("text", row.get("context")), row.get("question"), row.get("id")
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"text is {text!r}, expected a non-empty string")
+    if not isinstance(question, str | None):
+        raise ValueError(f"question is {question!r}, expected a string")
+    if not isinstance(name, str | int | None):
+        raise ValueError(f"id is {name!r}, expected a number or a string")
+    f"{text}{question}{name}".encode()  # JSON can hold half of a surrogate pair; UnicodeEncodeError is a ValueError
+    questions = questions_of((question or "").strip(), decoding, config)
+    check_questions(questions.values(), tokenizer, config)
+    return {key: Example(name, "", asked, text, (), "unannotated", False) for key, asked in questions.items()}
 
 
 def without_controls(text: str) -> str:
     """The text with � for what a terminal would obey."""
     return re.sub(r"\r(?!\n)|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", "�", text)
+
+
+def highlighted(text: str, spans: list[dict], colour: bool) -> str:
+    """The text with its spans, which stand in its order, in reverse video or in [[ ]]."""
+    begin, end = ("\x1b[7m", "\x1b[0m") if colour else ("[[", "]]")
+    text = without_controls(text)  # which is as long
+    for span in reversed(spans):
+        before, inside, after = text[: span["start"]], text[span["start"] : span["end"]], text[span["end"] :]
+        text = f"{before}{begin}{inside}{end}{after}"
+    return text
 
 
 def print_highlighted(answer: dict, text: str, several: bool) -> None:
@@ -151,32 +126,37 @@ def main(
     path = run_path(config)
     folder, device = best_folder(path), pick_device()
     dtype = autocast_dtype(config.amp, device)
-    decoding, tokenizer = read_decoding(folder), find_tokenizer(config, folder)
     warn_of_precision(path, dtype)
-    model = load_model(folder, config).to(device)
+    tokenizer, (model, decoding) = find_tokenizer(config, folder), load_model(folder, config)
+    model.to(device)
 
     # Answer, a block of lines at a time; lengths are sorted inside a block only
     lines, failed = read_lines(text, question, input), False
     while block := list(islice(lines, BLOCK)):
-        rows = [make_row(*line, decoding, tokenizer, config) for line in block]
+        examples, errors = {}, {}  # by the lines' numbers
+        for number, line in block:
+            try:
+                examples[number] = parse_line(line, decoding, tokenizer, config)
+            except (ValueError, UserError) as error:
+                errors[number] = str(error)
         predictions = iter(())
-        if examples := [example for row in rows for example in row.examples.values()]:
-            split = make_split(examples, tokenizer, config)
+        if rows := [example for some in examples.values() for example in some.values()]:
+            split = make_split(rows, tokenizer, config)
             predictions = iter(predict(model, split, tokenizer, decoding.max_answer_length, config, dtype)[0])
-        for row in rows:
-            if row.error:
+
+        for number, _ in block:
+            if number in errors:
                 failed = True
-                print(f"error: {row.place}: {row.error}", file=sys.stderr)
+                place = f"{input}, line {number}" if input else "the text"
+                print(f"error: {place}: {errors[number]}", file=sys.stderr)
                 if input:
-                    print(json.dumps({"line": row.number, "error": row.error}, ensure_ascii=False))
-            for criterion, example in row.examples.items():
-                prediction = next(predictions)
-                answer = answer_row(row.id, example.context, prediction, decoding)
-                answer |= {"criterion": criterion, "question": example.question}
+                    print(json.dumps({"line": number, "error": errors[number]}, ensure_ascii=False))
+            for criterion, example in examples.get(number, {}).items():
+                asked = {"criterion": criterion, "question": example.question}
+                answer = answer_row(example.id, example.context, next(predictions), decoding, **asked)
                 if highlight:
                     print_highlighted(answer, example.context, several)
                 else:
-                    answer["n_best"] = n_best(example.context, prediction, decoding)
                     print(json.dumps(answer, ensure_ascii=False))
     return int(failed)
 

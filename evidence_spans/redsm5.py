@@ -9,7 +9,7 @@ status 1: the sentence is evidence for the symptom; 0: a clinician looked at it 
 import csv
 import io
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -96,14 +96,6 @@ def find_spans(text: str, sentence: str) -> list[tuple[int, int]]:
     return []
 
 
-def criterion_questions(config: Config) -> dict[str, str]:
-    """What is asked about each of CRITERIA, or one empty question for all of them."""
-    if config.question_form == "empty":
-        return {"": ""}
-    short = config.question_form == "name"
-    return {key: name if short else f"{name}: {text}" for key, (name, text) in CRITERIA.items()}
-
-
 def read_annotations(path: Path, posts: dict[str, str], posts_file: str) -> Iterator[tuple[int, str, str, str, str]]:
     """Line number, post id, symptom, status and sentence of each annotation. Raises UserError."""
     for line, fields in read_table(path, ("post_id", "DSM5_symptom", "status", "sentence_text")):
@@ -123,8 +115,15 @@ def read_annotations(path: Path, posts: dict[str, str], posts_file: str) -> Iter
 
 def read_redsm5(posts_path: Path, annotations_path: Path, config: Config) -> Source:
     """An example for each post and criterion, or with an empty question for each post. Raises UserError."""
-    texts, questions = read_posts(posts_path), criterion_questions(config)
-    spans: dict[tuple[str, str], set] = {}
+    texts = read_posts(posts_path)
+    questions = {
+        "criterion": {key: f"{name}: {text}" for key, (name, text) in CRITERIA.items()},
+        "name": {key: name for key, (name, _) in CRITERIA.items()},
+        "empty": {"": ""},
+    }[config.question_form]
+
+    # The spans of each pair of post and criterion
+    spans: dict[tuple[str, str], set] = defaultdict(set)
     rejected, lost, not_found, counts = set(), set(), [], Counter()
     for line, post, symptom, status, sentence in read_annotations(annotations_path, texts, posts_path.name):
         pair = (post, "" if config.question_form == "empty" else symptom)
@@ -135,20 +134,22 @@ def read_redsm5(posts_path: Path, annotations_path: Path, config: Config) -> Sou
             rejected.add(pair)
         elif places := find_spans(texts[post], sentence):
             counts["evidence"] += 1
-            spans.setdefault(pair, set()).update(places)
+            spans[pair].update(places)
         else:
             counts["evidence not found in its post"] += 1
             lost.add(pair)
             row = {"file": annotations_path.name, "line": line, "post_id": post}
             not_found.append(row | {"symptom": symptom, "sentence_text": sentence})
 
-    lost -= spans.keys()  # what is left would be a false no-answer
+    # The examples, without the pairs all of whose evidence is lost: they would be false no-answers
+    lost -= spans.keys()
     counts["pairs left out since their evidence was not found"] = len(lost)
     examples = []
-    for post, criterion in product(texts, questions):
-        if (pair := (post, criterion)) not in lost:
+    for pair in product(texts, questions):
+        if pair not in lost:
+            post, criterion = pair
             kind = "answered" if pair in spans else "rejected" if pair in rejected else "unannotated"
-            name = f"{post}:{criterion}" if criterion else post
             answers = tuple(sorted(spans.get(pair, ())))
+            name = f"{post}:{criterion}" if criterion else post
             examples.append(Example(name, post, questions[criterion], texts[post], answers, kind, together=True))
     return Source(examples, [], counts, not_found, questions if "" not in questions else {})

@@ -3,12 +3,10 @@
     python evidence_spans/search.py --sample --trials 9
     python evidence_spans/search.py --data_dir ... --trials 27 --run_dir evidence_spans/runs/my-search
 
-Trials are drawn from space() below, which you may edit. All of them train for one epoch of their own schedule, the best
-third goes on to three epochs, the best third of those to nine, until the last are through; then the best is trained
-anew, whole, in winner/, the only run that scores test. The folder is --run_dir, or the name that a run of this config
-would have, with -search. Its metrics.jsonl has a line for each trial and rung; trial-00/ ... are the trials' runs.
-
-Splits, their seed, the metric and the random seed are the config's: they are never searched.
+Trials are drawn from space() below, which you may edit. All train for one epoch of their own schedule, the best third
+for three, the best third of those for nine, until the last are through; then the best is trained anew, whole, in
+winner/, the only run that scores test. The folder is --run_dir, or that of a run of this config with -search behind
+its name; its metrics.jsonl has a line for each trial and rung.
 """
 
 import json
@@ -109,25 +107,25 @@ def main(config: Config, trials: int, eta: int, search_seed: int) -> int | None:
     run = Run(folder, run_settings(config) | study, same)
     run.restore({})  # cuts off what a kill left of a line
     lines = [line for line in run.evaluations() if line["settings"] == drawn[line["trial"]]]
+    outcomes = {line["trial"]: line for line in lines}  # the last of each trial
     known = {(line["trial"], line["rung"]): line for line in lines}
 
     # Successive halving; a rung is named by the epochs that it trains up to
-    outcomes: dict[int, dict] = {}
     alive, rung = list(range(trials)), 1
     while alive:
         for trial in alive:
-            if (trial, rung) not in known:
-                changes = ", ".join(f"{name} {value:g}" for name, value in drawn[trial].items())
-                print(f"trial {trial} up to epoch {rung}: {changes}")
-                outcome = run_trial(trial_config(config, folder / f"trial-{trial:02d}", drawn[trial]), rung)
-                if isinstance(outcome, int):
-                    run.close()
-                    return outcome
-                known[trial, rung] = {"trial": trial, "rung": rung, "settings": drawn[trial], **outcome}
-                run.log({"event": "evaluation", **known[trial, rung]})
-                run.save_last({})
-            outcomes[trial] = known[trial, rung]
-        alive = ranked({trial: outcomes[trial] for trial in alive})
+            if (trial, rung) in known:
+                continue
+            changes = ", ".join(f"{name} {value:g}" for name, value in drawn[trial].items())
+            print(f"trial {trial} up to epoch {rung}: {changes}")
+            outcome = run_trial(trial_config(config, folder / f"trial-{trial:02d}", drawn[trial]), rung)
+            if isinstance(outcome, int):
+                run.close()
+                return outcome
+            outcomes[trial] = known[trial, rung] = {"trial": trial, "rung": rung, "settings": drawn[trial], **outcome}
+            run.log({"event": "evaluation", **outcomes[trial]})
+            run.save_last({})
+        alive = ranked({trial: known[trial, rung] for trial in alive})
         if all(drawn[trial]["epochs"] <= rung for trial in alive):
             break
         alive = alive[: math.ceil(len(alive) / eta)]

@@ -27,31 +27,28 @@ def group_keys(posts: dict[str, str]) -> dict[str, str]:
     return {post: names[author] for post, author in authors.items()}
 
 
-def split_of(group: str, config: Config, has_test: bool) -> str:
-    """The split of a group, by a hash that no other group has a part in."""
-    digest = hashlib.sha256(f"{config.split_seed}\n{group}".encode()).digest()
-    share = int.from_bytes(digest[:8]) / 2**64
-    if share < config.validation_fraction:
-        return "validation"
-    return "test" if not has_test and share < config.validation_fraction + config.test_fraction else "train"
-
-
 def split_examples(source: Source, config: Config) -> dict[str, list[Example]]:
     """train, validation and test; no post, author or text stands in two of them. Raises UserError for an empty one.
 
-    Where test has a file of its own, it is that; what of the others shares a group with it is left out of them.
+    A group's split is chosen by a hash that no other group has a part in. Where test has a file of its own, it is that,
+    and what of the others shares a group with it is left out of them.
     """
     groups = group_keys({example.post: example.context for example in source.examples + source.test})
     in_test = {groups[example.post] for example in source.test}
     splits: dict[str, list[Example]] = {"train": [], "validation": [], "test": list(source.test)}
     for example in source.examples:
         group = groups[example.post]
+        digest = hashlib.sha256(f"{config.split_seed}\n{group}".encode()).digest()
+        share = int.from_bytes(digest[:8]) / 2**64
         if group in in_test:
             source.counts["left out, their text is in test"] += 1
+        elif share < config.validation_fraction:
+            splits["validation"].append(example)
+        elif not source.test and share < config.validation_fraction + config.test_fraction:
+            splits["test"].append(example)
         else:
-            splits[split_of(group, config, bool(source.test))].append(example)
+            splits["train"].append(example)
     for name, examples in splits.items():
         if not any(example.answers for example in examples):
-            posts = f"the {len(groups)} posts of {config.data_dir}"
-            raise UserError(f"{posts} cannot be split: {name} would hold no answer")
+            raise UserError(f"{len(groups)} posts of {config.data_dir} cannot be split: {name} would hold no answer")
     return splits

@@ -14,17 +14,25 @@ from evidence_spans.config import Config
 from evidence_spans.formats import Example, Source, read_text
 
 
-def read_squad(paths: list[Path], test_paths: list[Path], config: Config) -> Source:
+def read_squad(files: list[Path], config: Config) -> Source:
     """An example for each question, or with an empty question for each paragraph. Raises UserError."""
     if config.question_form == "name":
-        raise UserError(f"--question_form name: the questions of {(paths + test_paths)[0]} have no names")
-    if not paths:
-        raise UserError(f"{test_paths[0].parent} holds {test_paths[0].name} but no training file")
+        raise UserError(f"--question_form name: the questions of {files[0]} have no names")
+
+    # Of several files those named dev* or test* are the test split
+    train_files, test_files = files, []
+    if len(files) > 1:
+        train_files = [file for file in files if file.name.lower().startswith("train")]
+        test_files = [file for file in files if file.name.lower().startswith(("dev", "test"))]
+        if not train_files or len(train_files + test_files) < len(files):
+            names = ", ".join(file.name for file in files)
+            raise UserError(f"{files[0].parent} holds {names}: of several files each is named train*, dev* or test*")
+
     ids: dict[str, Path] = {}
-    examples, test = ([e for path in some for e in read_file(path, ids)] for some in (paths, test_paths))
+    examples, test = ([e for file in some for e in read_file(file, ids)] for some in (train_files, test_files))
     counts = Counter("answered" if example.answers else "without an answer" for example in examples + test)
     if test:
-        counts[f"in {', '.join(file.name for file in test_paths)} (test)"] = len(test)
+        counts[f"in {', '.join(file.name for file in test_files)} (test)"] = len(test)
     if config.question_form == "empty":
         examples, test = merge_questions(examples), merge_questions(test)
     return Source(examples, test, counts, [], {})
@@ -84,12 +92,10 @@ def expect(row: object, name: str, kind: type, place: str):
 
 def merge_questions(examples: list[Example]) -> list[Example]:
     """One example for each post, without a question, with the spans of all its questions."""
-    spans: dict[str, set] = {}
-    for example in examples:
-        spans.setdefault(example.post, set()).update(example.answers)
-    merged = []
-    for post, context in {example.post: example.context for example in examples}.items():
-        answers = tuple(sorted(spans[post]))
+    merged: dict[str, Example] = {}
+    for _, post, _, context, answers, *_ in examples:
+        if post in merged:
+            answers = tuple(sorted({*merged[post].answers, *answers}))
         kind = "answered" if answers else "rejected"
-        merged.append(Example(post, post, "", context, answers, kind, together=True))
-    return merged
+        merged[post] = Example(post, post, "", context, answers, kind, together=True)
+    return list(merged.values())

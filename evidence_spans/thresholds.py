@@ -12,6 +12,7 @@ from evidence_spans.answers import Decoding, answer, non_overlapping
 from evidence_spans.config import Config
 from evidence_spans.formats import Example
 from evidence_spans.postprocess import Prediction
+from evidence_spans.windows import Window
 
 
 def answer_texts(examples: list[Example], predictions: list[Prediction], threshold: float | None) -> list[str]:
@@ -20,8 +21,14 @@ def answer_texts(examples: list[Example], predictions: list[Prediction], thresho
     return [example.context[span.start : span.end] if span else "" for example, span in zip(examples, spans)]
 
 
-def tune(predictions: list[Prediction], examples: list[Example], untuned: Decoding, config: Config) -> Decoding:
-    """With the thresholds that are best on these examples, and the probability of no answer fitted to them."""
+def untuned(train: Sequence[Window], questions: dict[str, str], config: Config) -> Decoding:
+    """Without thresholds; answers are as long as the config says, or as the longest that lies in a training window."""
+    tokens = (end - start + 1 for window in train for start, end in window.labels)
+    return Decoding(config.max_answer_length or max(tokens, default=1), None, None, None, None, questions)
+
+
+def tune(predictions: list[Prediction], examples: list[Example], decoding: Decoding, config: Config) -> Decoding:
+    """The decoding with thresholds that are best on these examples, and the probability of no answer fitted to them."""
     from common.metrics import answer_scores  # scikit-learn, which --help has no use for
 
     golds = [example.texts for example in examples]
@@ -29,16 +36,15 @@ def tune(predictions: list[Prediction], examples: list[Example], untuned: Decodi
     differences = np.array([prediction.difference for prediction in predictions])
     threshold = None
     if unanswerable.any():
-        texts = answer_texts(examples, predictions, None)
-        column = int(config.metric != "exact_match")
-        if_answered = np.array([answer_scores(*pair)[column] for pair in zip(texts, golds)])
+        scores = [answer_scores(*pair) for pair in zip(answer_texts(examples, predictions, None), golds)]
+        if_answered = np.array([exact if config.metric == "exact_match" else f1 for exact, f1 in scores])
         weights = np.ones(len(examples))
         if config.metric == "f1_balanced":
             weights = np.where(unanswerable, 1 / unanswerable.sum(), 1 / max((~unanswerable).sum(), 1))
         threshold = tune_threshold(differences, weights * if_answered, weights * unanswerable)
     span_threshold = tune_several(predictions, examples) if any(example.together for example in examples) else None
     slope, intercept = calibrate(differences, unanswerable)
-    return replace(untuned, threshold=threshold, span_threshold=span_threshold, slope=slope, intercept=intercept)
+    return replace(decoding, threshold=threshold, span_threshold=span_threshold, slope=slope, intercept=intercept)
 
 
 def tune_several(predictions: list[Prediction], examples: list[Example]) -> float:
@@ -48,11 +54,10 @@ def tune_several(predictions: list[Prediction], examples: list[Example]) -> floa
     spans, wanted = [], 0
     for example, prediction in zip(examples, predictions):
         golds = {tuple(normalize_answer(text)) for text in example.texts}
-        differences: dict[tuple, float] = {}  # by the words of each span
-        for span in non_overlapping(prediction):
-            words = tuple(normalize_answer(example.context[span.start : span.end]))
-            differences.setdefault(words, prediction.null_score - span.score)
-        spans += [(difference, words in golds) for words, difference in differences.items()]
+        scores: dict[tuple, float] = {}  # by the words of each span, the best alone
+        for start, end, score in non_overlapping(prediction):
+            scores.setdefault(tuple(normalize_answer(example.context[start:end])), score)
+        spans += [(prediction.null_score - score, words in golds) for words, score in scores.items()]
         wanted += len(golds)
     return tune_span_threshold(spans, wanted)
 

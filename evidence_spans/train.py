@@ -24,22 +24,14 @@ from common.checkpoint.environment import autocast_dtype, environment, pick_devi
 from common.checkpoint.progress import Best, Progress, StopSignal
 from common.checkpoint.run import Run, read_results
 from common.seed import seed_everything, seed_micro_batch
-from evidence_spans.answers import Decoding
 from evidence_spans.cli import displayed, run_path, run_script, run_settings
 from evidence_spans.config import Config
-from evidence_spans.dataset import (
-    Split,
-    epoch_steps,
-    fingerprint,
-    load_examples,
-    longest_answer,
-    make_loader,
-    make_split,
-)
+from evidence_spans.dataset import Split, epoch_steps, fingerprint, load_examples, make_loader, make_split
 from evidence_spans.evaluate import evaluate_run, validate, write_lines
 from evidence_spans.loss import span_loss
 from evidence_spans.model import MODEL_INPUTS, SpanModel, build_model, find_tokenizer, save_model
 from evidence_spans.report import evaluation_line, last_line, print_summary
+from evidence_spans.thresholds import untuned
 from evidence_spans.windows import UnfitSettings
 
 
@@ -116,7 +108,7 @@ def main(config: Config, check: bool = False, pause_after: int = 0) -> int | Non
     splits = {name: make_split(rows, tokenizer, config) for name, rows in examples.items()}
     print_summary(splits, source)
     train = splits["train"]
-    decoding = Decoding(longest_answer(train, config), None, None, None, None, source.questions)
+    decoding = untuned(train.windows, source.questions, config)
     accumulation = 1 if check else config.gradient_accumulation_steps
     bounds = epoch_bounds(train, accumulation, config)
     total_steps = min(bounds[-1], config.max_steps or math.inf)

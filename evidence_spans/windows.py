@@ -3,7 +3,7 @@
 T tokens of a window, N of them the context's, S spans
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -44,7 +44,7 @@ def make_windows(examples: list[Example], tokenizer: PreTrainedTokenizerFast, co
 
     Raises UnfitSettings where a question leaves less room than doc_stride needs.
     """
-    check_questions({example.question: f"example {example.id}" for example in examples}, tokenizer, config)
+    check_questions([example.question for example in examples], tokenizer, config)
     windows = []
     for start in range(0, len(examples), 1000):
         block = examples[start : start + 1000]
@@ -74,16 +74,14 @@ def make_windows(examples: list[Example], tokenizer: PreTrainedTokenizerFast, co
     return windows
 
 
-def check_questions(questions: dict[str, str], tokenizer: PreTrainedTokenizerFast, config: Config) -> None:
-    """Raise UnfitSettings, with the name of the longest question, where it leaves less room than doc_stride needs.
-
-    questions: question -> its name.
-    """
-    lengths = map(len, tokenizer(list(questions), [""] * len(questions), verbose=False)["input_ids"])
-    longest, (question, name) = max(zip(lengths, questions.items()))
+def check_questions(questions: Iterable[str], tokenizer: PreTrainedTokenizerFast, config: Config) -> None:
+    """Raise UnfitSettings where the longest question leaves less room than doc_stride needs."""
+    distinct = sorted(set(questions))
+    lengths = map(len, tokenizer(distinct, [""] * len(distinct), verbose=False)["input_ids"])
+    longest, question = max(zip(lengths, distinct))
     if config.max_length - longest <= config.doc_stride:
         raise UnfitSettings(
-            f"{name}: max_length {config.max_length} less {longest} tokens of its question {question[:40]!r} "
+            f"max_length {config.max_length} less {longest} tokens of the question {question[:40]!r} "
             f"leaves no room beyond doc_stride {config.doc_stride}: raise max_length or lower doc_stride"
         )
 

@@ -33,18 +33,15 @@ from evidence_spans.answers import (
     n_best,
     no_answer_probability,
     non_overlapping,
-    probabilities,
     read_decoding,
     several_answers,
 )
 from evidence_spans.config import PRESETS, Config
 from evidence_spans.dataset import (
     collate,
-    draw_examples,
     draw_windows,
     epoch_steps,
     load_examples,
-    longest_answer,
     make_loader,
     make_split,
     read_source,
@@ -67,7 +64,7 @@ from evidence_spans.predict import highlighted
 from evidence_spans.redsm5 import CRITERIA, find_spans
 from evidence_spans.sample import make_model, make_sample
 from evidence_spans.splits import group_keys, split_examples
-from evidence_spans.thresholds import calibrate, tune, tune_span_threshold, tune_threshold
+from evidence_spans.thresholds import calibrate, tune, tune_span_threshold, tune_threshold, untuned
 from evidence_spans.train import epoch_bounds, evaluation_steps, make_optimizer
 from evidence_spans.windows import UnfitSettings, Window, make_windows, token_spans, without_blanks
 
@@ -116,7 +113,7 @@ def example(context: str, *answers: str, question: str = "Why?", name: str = "e"
 
 def made(null_score: float, *spans: Span) -> Prediction:
     """A prediction from its spans, best first."""
-    return Prediction(null_score, [s.score for s in spans], [s.start for s in spans], [s.end for s in spans])
+    return Prediction(null_score, list(spans))
 
 
 # Finding sentences
@@ -239,7 +236,7 @@ def test_the_sample_holds_every_trap_and_is_what_its_scripts_write(tmp_path, mon
         (None, HEADER + "\ns_1_1,0,I weep.,FATIGUE,2,w\n", ["line 2", "status is '2'", "1 (evidence)"]),
         (None, HEADER + "\ns_1_1,0,,FATIGUE,1,w\n", ["line 2", "sentence_text is empty"]),
         (None, "post_id,text\n", ["line 1", "no column DSM5_symptom"]),
-        (None, None, ["no redsm5_annotations.csv"]),
+        (None, None, ["holds redsm5_posts.csv, expected one redsm5_posts.csv and one redsm5_annotations.csv"]),
     ],
 )
 def test_a_malformed_table_is_named_with_line_and_value(posts, annotations, words, tmp_path):
@@ -320,9 +317,9 @@ def test_malformed_squad_is_named_with_its_place(part, change, words, tmp_path):
 
 def test_what_a_path_holds_must_be_one_thing(tmp_path):
     config = sample(data_dir=str(tmp_path))
-    with pytest.raises(UserError, match="holds neither redsm5_posts"):
+    with pytest.raises(UserError, match=r"holds no data, expected one redsm5_posts.csv"):
         read_source(config)
-    with pytest.raises(UserError, match="nowhere does not exist: --data_dir names"):
+    with pytest.raises(UserError, match=r"nowhere does not exist, .*: --data_dir names"):
         read_source(config.model_copy(update=dict(data_dir=str(tmp_path / "nowhere"))))
     (tmp_path / "a.json").write_text("[1", encoding="utf-8")
     with pytest.raises(UserError, match=r"a.json is not JSON: .*line 1 column"):
@@ -331,10 +328,12 @@ def test_what_a_path_holds_must_be_one_thing(tmp_path):
     with pytest.raises(UserError, match="have no names"):
         read_source(config.model_copy(update=dict(question_form="name")))
     (tmp_path / "a.json").rename(tmp_path / "dev.json")
-    with pytest.raises(UserError, match="but no training file"):
+    assert len(read_source(config).examples) == 1  # a file alone is split in three, whatever its name
+    shutil.copy(tmp_path / "dev.json", tmp_path / "test.json")
+    with pytest.raises(UserError, match=r"holds dev.json, test.json: of several files each is named train\*"):
         read_source(config)
     (tmp_path / "redsm5_posts.csv").write_text("post_id,text\n", encoding="utf-8")
-    with pytest.raises(UserError, match="give --data_dir the JSON file itself"):
+    with pytest.raises(UserError, match=r"holds redsm5_posts.csv and dev.json and .*, or SQuAD's JSON alone"):
         read_source(config)
 
 
@@ -391,16 +390,17 @@ def test_validation_and_test_hold_every_question_of_their_posts(splits):
         assert 0 <= left_out <= 4 and len(asked) > 40, name
 
 
-def test_training_takes_all_rejected_pairs_and_draws_the_others_by_seed_and_epoch(splits):
-    examples = splits["train"]
-    kinds = np.array([e.kind for e in examples])
-    drawn = [draw_examples(examples, 1.0, 42, epoch) for epoch in (0, 0, 1)]
+def test_training_takes_all_rejected_pairs_and_draws_the_others_by_seed_and_epoch(tokenizer, splits):
+    split = make_split(splits["train"], tokenizer, SAMPLE)
+    kinds = np.array([e.kind for e in split.examples])
+    drawn = [draw_windows(split, SAMPLE, epoch) for epoch in (0, 0, 1)]
     assert np.array_equal(drawn[0], drawn[1]) and not np.array_equal(drawn[0], drawn[2])
-    assert not np.array_equal(drawn[0], draw_examples(examples, 1.0, 43, 0))
+    assert not np.array_equal(drawn[0], draw_windows(split, sample(seed=43), 0))
     positives = (kinds == "answered").sum()
     for ratio in (0, 0.3, 1, 3, 1000):
-        found = draw_examples(examples, ratio, 42, 0)
-        assert len(set(found.tolist())) == len(found)
+        windows = draw_windows(split, sample(negatives_per_positive=ratio), 0)
+        found = sorted(set(split.owners[windows].tolist()))
+        assert windows.tolist() == [row for row, owner in enumerate(split.owners) if owner in set(found)]  # all of each
         counts = Counter(kinds[found].tolist())
         assert counts["answered"] == positives and counts["rejected"] == (kinds == "rejected").sum()
         assert counts["unannotated"] == min(round(ratio * positives), (kinds == "unannotated").sum())
@@ -467,7 +467,7 @@ def test_a_span_cut_by_a_windows_edge_is_no_label_there(tokenizer):
 
 def test_a_question_that_leaves_no_room_is_named(tokenizer):
     e = example("one two", question=" ".join(["so"] * 30), name="q7")
-    with pytest.raises(UserError, match=r"example q7: max_length 40 less 33 tokens .* doc_stride 7"):
+    with pytest.raises(UserError, match=r"max_length 40 less 33 tokens of the question 'so so .* doc_stride 7"):
         make_windows([e], tokenizer, sample(max_length=40, doc_stride=7))
     assert make_windows([e], tokenizer, sample(max_length=40, doc_stride=6))
 
@@ -589,7 +589,7 @@ def test_the_best_model_loads_in_transformers_and_gives_the_same_logits(model_ty
     with torch.no_grad():
         start, end = model(**batch)
         expected = theirs.eval()(**batch)
-        again = load_model(folder, config)(**batch)
+        again = load_model(folder, config)[0](**batch)
     real = batch["attention_mask"].bool()
     assert torch.equal(start[real], expected.start_logits[real]) and torch.equal(end[real], expected.end_logits[real])
     assert torch.equal(again[0][real], start[real]) and start[real].std() > 0.01
@@ -814,23 +814,24 @@ def test_probabilities_sum_to_one_and_the_threshold_points_the_right_way():
     assert prediction.difference == -2.0
     assert answer(prediction, -2.0) == answer(prediction, 0.0) == answer(prediction, None) == Span(0, 4, 3.0)
     assert answer(prediction, -2.1) is None  # empty iff null - best > threshold
-    weights = np.exp([1.0, 3.0, 2.5])
-    assert probabilities(prediction, True) == pytest.approx(weights / weights.sum())
-    assert probabilities(prediction, False) == pytest.approx(weights[1:] / weights[1:].sum())
-    for threshold in (0.0, None):
+    weights = np.exp([3.0, 2.5, 1.0])
+    for threshold, n in ((0.0, 3), (None, 2)):
         decoding = Decoding(10, threshold, 0.0, None, None, {})
         rows = n_best("abcd efgh", prediction, decoding)
-        assert sum(row["probability"] for row in rows) == pytest.approx(1) and rows[0]["text"] == "abcd"
-        assert [row["text"] for row in rows] == ["abcd", "efgh"] + [""] * (threshold is not None)
-    sharp = made(-1e5, Span(0, 4, 1e5), Span(5, 9, -1e5))
-    assert probabilities(sharp, True) == [0.0, 1.0, 0.0]  # no overflow
+        assert [row["text"] for row in rows] == ["abcd", "efgh", ""][:n]
+        assert [row["probability"] for row in rows] == pytest.approx(weights[:n] / weights[:n].sum())
+    empty_first = n_best("abcd efgh", prediction._replace(null_score=2.7), replace(decoding, threshold=0.0))
+    assert [row["text"] for row in empty_first] == ["abcd", "", "efgh"]
+    sharp = n_best("abcd efgh", made(-1e5, Span(0, 4, 1e5), Span(5, 9, -1e5)), replace(decoding, threshold=0.0))
+    assert [row["probability"] for row in sharp] == [1.0, 0.0, 0.0] and sharp[2]["text"] == ""  # no overflow
 
 
 def test_an_example_without_any_span_is_a_no_answer_and_does_not_crash(tokenizer):
     nothing = made(-3.0)
     decoding = Decoding(10, -5.0, 0.0, 1.0, 0.0, {})
     assert nothing.difference == math.inf and answer(nothing, 1e9) is None and answer(nothing, None) is None
-    assert probabilities(nothing, True) == [1.0] and probabilities(nothing, False) == []
+    assert [row["probability"] for row in n_best("", nothing, decoding)] == [1.0]
+    assert n_best("", nothing, replace(decoding, threshold=None)) == []
     assert several_answers(nothing, decoding) == [] and no_answer_probability(nothing, decoding) == 1.0
     control = example("\u200b\u200b", question="Why?")  # the tokenizer drops every character
     model = tiny_model(tokenizer)
@@ -955,12 +956,12 @@ def test_sentence_decoding_takes_the_best_whole_sentence(tokenizer, splits):
     batch = collate(windows, 0)
     torch.manual_seed(0)
     start, end = torch.randn(2, *batch["input_ids"].shape)
-    spans = [sentences(rows[w.example].context) for w in windows]
-    scores, starts, ends = sentence_pairs(start, end, windows, spans, 3)
+    contexts = [rows[w.example].context for w in windows]
+    scores, starts, ends = sentence_pairs(start, end, windows, contexts, 3)
     whole = 0
     for row, window in enumerate(windows):
         pairs = []
-        for first, stop in spans[row]:
+        for first, stop in sentences(contexts[row]):
             inside = [n for n, (a, b) in enumerate(window.offsets) if a < stop and first < b]
             if inside and window.offsets[0, 0] <= first and stop <= window.offsets[-1, 1]:
                 i, j = window.first + inside[0], window.first + inside[-1]
@@ -1051,8 +1052,8 @@ def test_scores_of_several_spans_are_those_of_the_several_answers():
 def test_the_longest_training_answer_is_the_limit(tokenizer, splits):
     split = make_split(splits["train"], tokenizer, SAMPLE)
     expected = max(b - a + 1 for w in split.windows for a, b in w.labels)
-    assert longest_answer(split, SAMPLE) == expected > 12
-    assert longest_answer(split, sample(max_answer_length=3)) == 3
+    assert untuned(split.windows, {}, SAMPLE).max_answer_length == expected > 12
+    assert untuned(split.windows, {}, sample(max_answer_length=3)).max_answer_length == 3
 
 
 # predict.py and search.py
@@ -1182,7 +1183,7 @@ def test_no_text_of_the_test_file_is_trained_on(tmp_path):
     trained = {e.context for name in ("train", "validation") for e in found[name]}
     assert trained == set(texts[5:]) and source.counts["in Dev-v2.json (test)"] == 5
     write_json(tmp_path / "valid.json", squad(*rows[:1]))
-    with pytest.raises(UserError, match=r"valid.json: of several files each is named train\*"):
+    with pytest.raises(UserError, match=r"valid.json: of several files each is named train\*, "):
         read_source(sample(data_dir=str(tmp_path)))
 
 
@@ -1290,4 +1291,4 @@ def test_sentence_decoding_and_prediction_without_questions(small, tmp_path, cap
     with pytest.raises(UserError, match="--several is for --highlight"):
         predict_main(config, text, **(settings | {"several": True}))
     assert predict_main(config, "abc\udcff", **settings) == 1
-    assert "expected UTF-8, found '\\udcff', half of a surrogate pair" in capsys.readouterr().err
+    assert "can't encode character '\\udcff' in position 3: surrogates not allowed" in capsys.readouterr().err

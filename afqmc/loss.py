@@ -9,7 +9,6 @@ from torch.nn import functional as F
 
 from afqmc.config import Config
 from afqmc.dataset import LABELS
-from common.checkpoint import UserError
 
 
 def class_weights(setting: str, labels: Tensor) -> Tensor | None:
@@ -18,9 +17,7 @@ def class_weights(setting: str, labels: Tensor) -> Tensor | None:
         return None
     if setting != "balanced":
         return torch.tensor([float(weight) for weight in setting.split(",")])
-    counts = torch.bincount(labels, minlength=len(LABELS))
-    if (counts == 0).any():
-        raise UserError(f"no training pair has label {int(counts.argmin())}: class_weights balanced needs both labels")
+    counts = torch.bincount(labels, minlength=len(LABELS))  # no label is without a pair: split_pairs sees to it
     return len(labels) / (len(LABELS) * counts)
 
 

@@ -31,7 +31,7 @@ except ImportError:  # Windows
     fcntl = None
     import msvcrt
 
-FORMAT = 1  # of a run; raised by any change that moves a number or a name. Runs of before it was written have none
+FORMAT = 1  # of a run; raised by any change that moves a number or a name. Runs older than this number have none
 
 
 def read_run(path: Path) -> dict:
@@ -246,7 +246,7 @@ class Run:
     ) -> str:
         """Log one optimizer step: its mean loss, the rate it was taken with, the gradient's norm before clipping.
 
-        epoch: so many are over, the part of the current one included. Returns the line to print.
+        epoch: how many are over, the part of the current one included. Returns the line to print.
         """
         figures = {"loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm}
         figures["tokens_per_second"] = progress.tokens_per_second

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, PreTrainedConfig, PreTrainedTokenizerFast
+from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, PreTrainedTokenizerFast
 
 from afqmc.config import Config
 from afqmc.dataset import LABELS
@@ -69,9 +69,12 @@ class PairClassifier(nn.Module):
         self.config, self.prefix = encoder.config, encoder.base_model_prefix
         self.add_module(self.prefix, encoder)
         size, family = self.config.hidden_size, self.config.model_type
-        head = PooledHead(size, dropout) if family in POOLED else FirstTokenHead(size, dropout, FIRST_TOKEN[family])
-        self.classifier = head
-        for module in head.modules():
+        if family in POOLED:
+            self.classifier = PooledHead(size, dropout)
+        else:
+            self.classifier = FirstTokenHead(size, dropout, FIRST_TOKEN[family])
+            encoder.pooler = None  # RoBERTa's is unused, so it would get no gradient
+        for module in self.classifier.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=self.config.initializer_range)
                 nn.init.zeros_(module.bias)
@@ -103,11 +106,6 @@ def find_tokenizer(config: Config, folder: Path | None = None) -> PreTrainedToke
     return load_tokenizer(source, load_shape(source), config.max_length)
 
 
-def unused_pooler(shape: PreTrainedConfig) -> dict:
-    """What the encoders take whose classifiers leave out their pooler."""
-    return {"add_pooling_layer": False} if shape.model_type in ("roberta", "xlm-roberta") else {}
-
-
 def build_model(config: Config) -> PairClassifier:
     """Encoder with its weights (init "pretrained") or new ones (init "random"), and a new head. Raises UserError."""
     source = find_model(config)
@@ -126,10 +124,10 @@ def build_model(config: Config) -> PairClassifier:
             setattr(shape, name, config.dropout)
 
     if config.init == "random":
-        encoder = new_encoder(source, shape, **unused_pooler(shape))
+        encoder = new_encoder(source, shape)
     else:
-        encoder, new_pooler = load_encoder(source, config=shape, may_lack="pooler.", **unused_pooler(shape))
-        if new_pooler:
+        encoder, new_pooler = load_encoder(source, config=shape, may_lack="pooler.")
+        if new_pooler and shape.model_type in POOLED:
             print(f"{config.model} has no pooler: it starts at random, like the classifier")
     if config.gradient_checkpointing:
         checkpoint_activations(encoder)
@@ -144,8 +142,7 @@ def save_model(model: PairClassifier, tokenizer: PreTrainedTokenizerFast, thresh
 
 def load_model(folder: Path) -> PairClassifier:
     """The classifier that save_model wrote, on the CPU, in evaluation mode. Raises UserError."""
-    shape = load_shape(folder)
-    model = PairClassifier(new_encoder(folder, shape, **unused_pooler(shape)), dropout=0.0)
+    model = PairClassifier(new_encoder(folder, load_shape(folder)), dropout=0.0)
     return load_weights(model, folder / "model.safetensors").eval()
 
 

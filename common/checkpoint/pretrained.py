@@ -69,7 +69,8 @@ def load_tokenizer(
 
     A cased vocabulary without a word on case (SpanBERT's), which transformers would read as lower case, is loaded as
     cased, and that is said. decoder: where there is no padding token, EOS fills the masked places. The attribute
-    vocab_limit is the number of the model's embeddings, for check_ids. Raises UserError.
+    vocab_limit, for check_ids, is the number of the model's embeddings where there are more tokens than that.
+    Raises UserError.
     """
     tokenizer = load_part(source, "tokenizer", spm_or_auto_tokenizer)
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # what transformers makes up where there are no files
@@ -95,7 +96,8 @@ def load_tokenizer(
         tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
     tokenizer.padding_side = tokenizer.truncation_side = "right"
     tokenizer.model_max_length = max_length  # so that pipeline(..., truncation=True) cuts where training did
-    tokenizer.vocab_limit = shape.get_text_config().vocab_size
+    vocab_size = shape.get_text_config().vocab_size
+    tokenizer.vocab_limit = vocab_size if max(tokenizer.get_vocab().values()) >= vocab_size else None
     return tokenizer
 
 
@@ -125,7 +127,7 @@ def check_ids(rows: Sequence[list[int]], tokenizer: PreTrainedTokenizerFast, nam
 
     name: says which text the row of that number is. Raises UserError.
     """
-    if len(tokenizer) <= tokenizer.vocab_limit:
+    if tokenizer.vocab_limit is None:
         return
     for number, ids in enumerate(rows):
         if (highest := max(ids, default=0)) >= tokenizer.vocab_limit:

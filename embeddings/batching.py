@@ -26,10 +26,11 @@ WAITING_BATCHES = 4  # batches' worth of the waiting rows that are tried for eac
 
 
 class Tokens(NamedTuple):
-    """The ids of N texts, one text after another, in 2 bytes each where none is larger."""
+    """The ids of N texts, one text after another."""
 
     ids: np.ndarray  # (sum of lengths,)
     starts: np.ndarray  # (N + 1,), of each text and the end
+    pad_token_id: int
 
     @property
     def lengths(self) -> np.ndarray:
@@ -60,16 +61,16 @@ def tokenize(
         block = list(texts[first : first + TOKENIZED_TEXTS])
         input_ids = tokenizer(block, truncation=True, max_length=config.max_length)["input_ids"]
         check_ids(input_ids, tokenizer, lambda row, block=block: f"the text {block[row][:60]!r}")
-        ids = np.fromiter(chain.from_iterable(input_ids), np.int32)
-        blocks.append(ids.astype(np.uint16) if ids.max(initial=0) < 2**16 else ids)
+        blocks.append(np.fromiter(chain.from_iterable(input_ids), np.int32))
         lengths.extend(map(len, input_ids))
-    ids, starts = np.concatenate(blocks or [np.zeros(0, np.uint16)]), np.cumsum([0, *lengths])
+    ids, starts = np.concatenate(blocks or [np.zeros(0, np.int32)]), np.cumsum([0, *lengths])
 
     if 0 in lengths:
         raise UserError(f"{config.model}: its tokenizer makes no token of {texts[lengths.index(0)]!r}")
     if config.pooling == "last" and (wrong := np.flatnonzero(ids[starts[1:] - 1] != tokenizer.eos_token_id)).size:
-        raise UserError(f"{config.model}: its tokenizer does not end {texts[wrong[0]][:40]!r} in {tokenizer.eos_token}")
-    return Tokens(ids, starts)
+        text = texts[wrong[0]][:40]
+        raise UserError(f"{tokenizer.name_or_path}: this tokenizer does not end {text!r} in {tokenizer.eos_token}")
+    return Tokens(ids, starts, tokenizer.pad_token_id)
 
 
 def tokenize_rows(triplets: list[Triplet], tokenizer: PreTrainedTokenizerFast, config: Config) -> tuple[Tokens, Rows]:
@@ -86,11 +87,11 @@ def tokenize_rows(triplets: list[Triplet], tokenizer: PreTrainedTokenizerFast, c
     return tokens, Rows(numbers, same, tokens.lengths[numbers].max(1))
 
 
-def pad(tokens: Tokens, chosen: np.ndarray, pad_token_id: int) -> dict[str, Tensor]:
+def pad(tokens: Tokens, chosen: np.ndarray) -> dict[str, Tensor]:
     """The chosen texts' input_ids and attention_mask (B, T), padded on the right to the longest of them."""
     lengths = tokens.lengths_of(chosen)
     mask = np.arange(lengths.max()) < lengths[:, None]
-    input_ids = np.full(mask.shape, pad_token_id, dtype=np.int64)
+    input_ids = np.full(mask.shape, tokens.pad_token_id, dtype=np.int64)
     input_ids[mask] = np.concatenate([tokens.ids[tokens.starts[n] : tokens.starts[n + 1]] for n in chosen])
     return {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(mask.astype(np.int64))}
 

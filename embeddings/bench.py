@@ -24,7 +24,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from functools import partial
-from importlib import import_module, metadata
+from importlib import metadata
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -136,9 +136,7 @@ def bench_encode(config: Config, number: int, rounds: int, sizes: list[int]) -> 
     difference = float(np.abs(encode().astype(np.float32) - ours()).max())
     check_agreement("vectors", difference, dtype)
     sides = {OURS: partial(timed, ours)} | {size: partial(timed, partial(encode, batch_size=size)) for size in sizes}
-    lengths = [len(ids) for ids in tokenizer(texts, truncation=True, max_length=config.max_length)["input_ids"]]
-    spread = "{:.0f} / {:.0f} / {:.0f} tokens (median, 95 %, longest)".format(*np.percentile(lengths, [50, 95, 100]))
-    print(f"encode: {len(texts)} texts of {spread}, {rounds} rounds; vectors at most {difference:.1e} apart\n")
+    print(f"encode: {len(texts)} texts, {rounds} rounds; vectors at most {difference:.1e} apart\n")
     names = {OURS: f"ours, eval_tokens {config.eval_tokens}"}
     print_rates(measure(sides, rounds), len(texts), "texts", lambda side: names.get(side, f"encode, batch_size {side}"))
 
@@ -254,9 +252,8 @@ def peak_bytes(side: str, config: Config) -> int:
 
 def peak_memory(side: str, config: Config) -> str:
     """MB of one step in a fresh process."""
-    measured = import_module("embeddings.bench").peak_bytes  # by its module's name, which a new process can import
     with ProcessPoolExecutor(1, get_context("spawn"), disable_progress_bar) as pool:
-        return f"{pool.submit(measured, side, config).result() / 1e6:.0f}"
+        return f"{pool.submit(peak_bytes, side, config).result() / 1e6:.0f}"
 
 
 def bench_memory(config: Config, sizes: list[int]) -> None:

@@ -11,13 +11,13 @@ adapter; then --model names one.
 """
 
 import json
-import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
 if not __package__:  # run as a script: import from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -26,7 +26,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common.checkpoint import UserError
-from common.checkpoint.files import flush
+from common.checkpoint.files import write_atomically
 from embeddings.batching import tokenize
 from embeddings.cli import run_script
 from embeddings.config import Config
@@ -62,47 +62,33 @@ def read_texts(stream: BinaryIO, name: str, skip_blank: bool) -> dict[int, str]:
     return texts
 
 
-def write_jsonl(stream: BinaryIO, name: str, encode: Encode, write: Callable[[str], object]) -> int:
-    """A JSON line for each line that is not blank, block after block; 1 if one was not UTF-8."""
-    failed, lines = 0, read_lines(stream)
+def write_jsonl(stream: BinaryIO, name: str, encode: Encode, counts: Counter, file: TextIO) -> None:
+    """A JSON line for each line that is not blank, block after block; counts those that are not UTF-8."""
+    lines = read_lines(stream)
     with tqdm(unit="line", disable=None) as bar:
         while block := list(islice(lines, BLOCK)):
             texts = [text for _, text in block if isinstance(text, str) and text]
             vectors = iter(encode(texts) if texts else ())
             for number, text in block:
                 if isinstance(text, ValueError):
-                    failed = 1
+                    counts["not UTF-8"] += 1
                     print(f"error: {name}, line {number}: {text}", file=sys.stderr)
-                    write(json.dumps({"line": number, "error": str(text)}) + "\n")
+                    file.write(json.dumps({"line": number, "error": str(text)}) + "\n")
                 elif text:
-                    write(json.dumps({"line": number, "vector": [round(float(x), 7) for x in next(vectors)]}) + "\n")
+                    vector = [round(float(x), 7) for x in next(vectors)]
+                    file.write(json.dumps({"line": number, "vector": vector}) + "\n")
             bar.update(len(block))
-    return failed
 
 
-def write_npy(texts: list[str], encode: Encode, file: BinaryIO) -> None:
+def write_npy(texts: list[str], encode: Encode, path: Path) -> None:
     """The array (N, D), block after block."""
-    for first in tqdm(range(0, len(texts), BLOCK), unit="block", disable=None):
-        vectors = encode(texts[first : first + BLOCK]).astype("<f4")
-        if first == 0:
-            header = {"descr": "<f4", "fortran_order": False, "shape": (len(texts), vectors.shape[1])}
-            np.lib.format.write_array_header_1_0(file, header)
-        file.write(vectors.tobytes())
-
-
-@contextmanager
-def new_file(path: Path) -> Iterator[BinaryIO]:
-    """A file that gets its name when it is complete, and is gone after an error. Raises UserError on a full disk."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-        flush(temporary)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"could not write {path}: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with open(path, "wb") as file:
+        for first in tqdm(range(0, len(texts), BLOCK), unit="block", disable=None):
+            vectors = encode(texts[first : first + BLOCK]).astype("<f4")
+            if first == 0:
+                header = {"descr": "<f4", "fortran_order": False, "shape": (len(texts), vectors.shape[1])}
+                np.lib.format.write_array_header_1_0(file, header)
+            file.write(vectors.tobytes())
 
 
 def print_nearest(query: np.ndarray, lines: dict[int, str], vectors: np.ndarray, top: int) -> None:
@@ -121,51 +107,45 @@ def check_flags(output: str, query: str | None, top: int, prompt: str) -> None:
         raise UserError(f"--output {output}: there is no folder {path.parent}")
     if query is None:
         return
-    if output != "-":
-        raise UserError(f"--output {output}: --query prints its lines on standard output")
-    if not query.strip():
-        raise UserError("--query is empty")
-    try:
-        query.encode()
-    except UnicodeEncodeError as error:  # a command line is bytes
-        raise UserError(f"--query: expected UTF-8, found {error.object[error.start]!a}") from error
-    if prompt != "none":
-        raise UserError(f"--prompt {prompt}: with --query the prompts are query_prompt and, for lines, document_prompt")
-    if top < 1:
-        raise UserError(f"--top {top} is out of range: at least 1")
+    if output != "-" or prompt != "none":
+        raise UserError("--query prints lines, by query_prompt and document_prompt: give no --output or --prompt")
+    if not query.strip() or top < 1:
+        raise UserError(f"--query {query!r} --top {top}: a text and at least 1 are needed")
 
 
 def main(config: Config, input: str, output: str, query: str | None, top: int, prompt: str, base: bool) -> int:
     check_flags(output, query, top, prompt)
-    path, failed, cut = Path(output), 0, 0
+    counts = Counter()
     prompts = {"none": "", "query": config.query_prompt, "document": config.document_prompt}
     model, tokenizer = load_embedder(config, base)
 
     def encode(texts: list[str], kind: str = prompt) -> np.ndarray:
-        nonlocal cut
         texts = [prompts[kind] + text for text in texts]
         tokens = tokenize(texts, tokenizer, config)
         if full := [texts[number] for number in np.flatnonzero(tokens.lengths == config.max_length)]:
-            cut += sum(len(ids) > config.max_length for ids in tokenizer(full, verbose=False)["input_ids"])
-        return embed_tokens(model, tokens, np.arange(len(texts)), tokenizer.pad_token_id, config).numpy()
+            counts["cut"] += sum(len(ids) > config.max_length for ids in tokenizer(full, verbose=False)["input_ids"])
+        return embed_tokens(model, tokens, np.arange(len(texts)), config).numpy()
+
+    def write_lines(path: Path) -> None:
+        with open(path, "w", encoding="utf-8", newline="\n") as file:
+            write_jsonl(stream, input, encode, counts, file)
 
     with open(sys.stdin.fileno() if input == "-" else input, "rb", closefd=input != "-") as stream:
         if query is not None:
             lines = read_texts(stream, input, skip_blank=True)
             vectors = encode(list(lines.values()), "document")
             print_nearest(encode([query], "query")[0], lines, vectors, top)
-        elif path.suffix == ".npy":
-            texts = list(read_texts(stream, input, skip_blank=False).values())
-            with new_file(path) as file:
-                write_npy(texts, encode, file)
         elif output == "-":
-            failed = write_jsonl(stream, input, encode, sys.stdout.write)
+            write_jsonl(stream, input, encode, counts, sys.stdout)
+        elif output.endswith(".npy"):
+            texts = list(read_texts(stream, input, skip_blank=False).values())
+            write_atomically(Path(output), partial(write_npy, texts, encode))
         else:
-            with new_file(path) as file:
-                failed = write_jsonl(stream, input, encode, lambda line: file.write(line.encode()))
-    if cut:
-        print(f"{cut} texts are longer than max_length {config.max_length}: their ends were not read", file=sys.stderr)
-    return failed
+            write_atomically(Path(output), write_lines)
+    if counts["cut"]:
+        cut = f"{counts['cut']} texts are longer than max_length {config.max_length}"
+        print(f"{cut}: their ends were not read", file=sys.stderr)
+    return int(counts["not UTF-8"] > 0)
 
 
 if __name__ == "__main__":

@@ -42,17 +42,15 @@ def correlation(vectors: Tensor, pairs: list[Pair]) -> tuple[dict, np.ndarray]:
     first, second = vectors.double().chunk(2)
     cosines = (first * second).sum(1).numpy()
     if np.ptp(cosines) < 1e-6:  # rounding alone
-        raise UserError("all pairs have the same cosine: as with pooling cls, which shows a causal decoder one token")
+        raise UserError("all pairs have the same cosine")
     return correlation_metrics([pair.score for pair in pairs], cosines.tolist()), cosines
 
 
-def validate(
-    model: Embedder, tokens: Tokens, pairs: list[Pair], pad_token_id: int, config: Config, processes: Processes
-) -> dict:
+def validate(model: Embedder, tokens: Tokens, pairs: list[Pair], config: Config, processes: Processes) -> dict:
     """The correlations on sts-dev.csv, which choose the step; each process embeds its share of the texts."""
     vectors = torch.zeros(2 * len(pairs), model.encoder.config.hidden_size)
     own = np.arange(len(vectors))[processes.rank :: processes.world]
-    vectors[own] = embed_tokens(model, tokens, own, pad_token_id, config)
+    vectors[own] = embed_tokens(model, tokens, own, config)
     return correlation(all_reduce(vectors, processes), pairs)[0]
 
 

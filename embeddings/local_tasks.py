@@ -20,7 +20,7 @@ from pydantic import BaseModel, Field
 from common.checkpoint import UserError
 from embeddings.config import Config
 from embeddings.dataset import Text, parse_row, read_lines, read_pairs
-from embeddings.mteb_encoder import run_tasks, score_rows, score_table
+from embeddings.mteb_encoder import report_tasks
 
 BEIR_FILES = ("corpus.jsonl", "queries.jsonl", "qrels/test.tsv")
 QRELS_HEADER = ["query-id", "corpus-id", "score"]
@@ -31,23 +31,6 @@ METRICS = {
     "recall_at_10": "recall@10",
     "recall_at_100": "recall@100",
 }
-
-
-class LocalTask:
-    """A task whose one split is in memory."""
-
-    def __init__(self, metadata: TaskMetadata, split: Dataset | RetrievalSplitData):
-        self.metadata = metadata
-        super().__init__()
-        self.dataset, self.data_loaded = {"default": {"test": split}}, True
-
-
-class LocalSTS(LocalTask, AbsTaskSTS):
-    pass
-
-
-class LocalRetrieval(LocalTask, AbsTaskRetrieval):
-    pass
 
 
 class Query(BaseModel):
@@ -63,29 +46,34 @@ class Document(BaseModel):
     text: str
 
 
-def local_metadata(path: Path, files: list[Path], kind: str, main_score: str) -> TaskMetadata:
-    """A task's metadata; its name ends in a digest of the files: a changed file is another task to the cache."""
+def local_task(
+    kind: type[AbsTask], path: Path, files: list[Path], main_score: str, split: Dataset | RetrievalSplitData
+) -> AbsTask:
+    """mteb's task of that kind, its one split in memory.
+
+    Its name ends in a digest of the files: a changed file is another task to the cache.
+    """
     digest = hashlib.sha256()
     for file in files:
-        with open(file, "rb") as content:
-            digest.update(hashlib.file_digest(content, "sha256").digest())
-    return TaskMetadata(
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    metadata = TaskMetadata(
         name=f"{path.resolve().stem}-{digest.hexdigest()[:8]}",
         dataset={"path": str(path), "revision": digest.hexdigest()},
-        description=f"{kind} in {path}",
-        type=kind,
-        category="t2t",
-        eval_splits=["test"],
+        description=f"a task in {path}",
+        type=kind.__name__.removeprefix("AbsTask"),
         eval_langs=["eng-Latn"],
         main_score=main_score,
     )
+    task = type("LocalTask", (kind,), {"metadata": metadata})()
+    task.dataset, task.data_loaded = {"default": {"test": split}}, True
+    return task
 
 
-def sts_task(path: str) -> LocalSTS:
+def sts_task(path: str) -> AbsTask:
     """STS on a file of pairs. Raises UserError naming file and line."""
     pairs = read_pairs(Path(path))
     columns = {name: [getattr(pair, name) for pair in pairs] for name in ("sentence1", "sentence2", "score")}
-    task = LocalSTS(local_metadata(Path(path), [Path(path)], "STS", "cosine_spearman"), Dataset.from_dict(columns))
+    task = local_task(AbsTaskSTS, Path(path), [Path(path)], "cosine_spearman", Dataset.from_dict(columns))
     task.min_score, task.max_score = min(columns["score"]), max(columns["score"])  # a scale: it moves no correlation
     return task
 
@@ -111,24 +99,21 @@ def read_qrels(path: Path, queries: dict, corpus: dict) -> dict[str, dict[str, i
         expected = f"{' '.join(QRELS_HEADER)} with tabs between"
         raise UserError(f"{path}, line {number}: the header is {header[:60]!r}, expected {expected}")
     for number, line in lines:
-        fields = line.split("\t")
-        if len(fields) != 3:
-            raise UserError(f"{path}, line {number}: {len(fields)} fields, expected 3 with tabs between: {line[:60]!r}")
-        query, document, relevance = fields
-        ids = ((query, queries, BEIR_FILES[1]), (document, corpus, BEIR_FILES[0]))
-        for name, (value, known, file) in zip(QRELS_HEADER, ids):
-            if value not in known:
-                raise UserError(f"{path}, line {number}: {name} is {value!r}, which {file} does not hold")
-        if not relevance.removeprefix("-").isdecimal():
-            raise UserError(f"{path}, line {number}: the score is {relevance!r}, expected a whole number")
-        if qrels.setdefault(query, {}).setdefault(document, int(relevance)) != int(relevance):
-            raise UserError(f"{path}, line {number}: {query} and {document} have another score in an earlier line")
+        try:
+            query, document, relevance = line.split("\t")
+            qrels.setdefault(query, {})[document] = int(relevance)
+        except ValueError as error:
+            expected = f"{' '.join(QRELS_HEADER)} with tabs between, the score a whole number"
+            raise UserError(f"{path}, line {number}: {line[:60]!r}, expected {expected}") from error
+        if query not in queries or document not in corpus:
+            unknown = f"{query!r} is not in queries.jsonl, or {document!r} not in corpus.jsonl"
+            raise UserError(f"{path}, line {number}: {unknown}")
     if not any(relevance > 0 for documents in qrels.values() for relevance in documents.values()):
         raise UserError(f"{path} names no relevant document")
     return qrels
 
 
-def retrieval_task(folder: str) -> LocalRetrieval:
+def retrieval_task(folder: str) -> AbsTask:
     """Retrieval on a BEIR folder. Raises UserError naming file and line."""
     files = [Path(folder) / name for name in BEIR_FILES]
     for file in files:
@@ -141,14 +126,10 @@ def retrieval_task(folder: str) -> LocalRetrieval:
         relevant_docs=read_qrels(files[2], queries, corpus),
         top_ranked=None,
     )
-    return LocalRetrieval(local_metadata(Path(folder), files, "Retrieval", "ndcg_at_10"), split)
+    return local_task(AbsTaskRetrieval, Path(folder), files, "ndcg_at_10", split)
 
 
 def evaluate_files(config: Config, base: bool, sts: list[str], beir: list[str]) -> str:
-    """A Markdown table of the files' scores: the run's, or with base those of its model without the adapter.
-
-    MAP is trec_eval's over the first 1000 documents. Raises UserError.
-    """
-    tasks: list[AbsTask] = [*map(sts_task, sts), *map(retrieval_task, beir)]
-    results = run_tasks(config, base, tasks)
-    return "\n".join([f"# {results.model_name}", "", *score_table(score_rows(results, tasks, METRICS))])
+    """A table of the files' scores. MAP is trec_eval's over the first 1000 documents. Raises UserError."""
+    tasks = [*map(sts_task, sts), *map(retrieval_task, beir)]
+    return report_tasks(config, base, "files", tasks, METRICS, {})

@@ -19,6 +19,7 @@ import shutil
 import sys
 from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
+from typing import Literal
 
 if not __package__:  # run as a script: import from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -39,7 +40,6 @@ TOKENIZER = ("tokenizer.json", "tokenizer.model")  # one at least
 TOKENIZER_FILES = (*TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 PROBE = "Two dogs, 3 cats; naïve: 两只狗。"
 
-
 # What is taken over as it is, where it is said: both models have the same defaults.
 OPTIONAL = ("hidden_act", "max_position_embeddings", "initializer_range", "num_key_value_heads")
 OPTIONAL += ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -48,6 +48,7 @@ OPTIONAL += ("bos_token_id", "eos_token_id", "pad_token_id")
 class MiniCPMConfig(BaseModel, strict=True, allow_inf_nan=False):
     """What MiniCPM's config.json must say; the last three are of variants that are not converted."""
 
+    model_type: Literal["minicpm"] = "minicpm"  # MiniCPM-2B's own code names the class in architectures, also alone
     vocab_size: PositiveInt
     hidden_size: PositiveInt
     intermediate_size: PositiveInt
@@ -72,16 +73,12 @@ def read_config(folder: Path) -> tuple[MiniCPMConfig, dict]:
         command = f"hf download openbmb/MiniCPM-2B-dpo-bf16 --local-dir {folder}"
         raise UserError(f"{path} not found: get the model ({command}), or name the folder that holds it")
     values = read_json(path)
-    # MiniCPM-2B's own code names the class in architectures, also where model_type is left out.
-    by_class = values.get("model_type") is None and "MiniCPMForCausalLM" in (values.get("architectures") or ())
-    if values.get("model_type") != "minicpm" and not by_class:
-        raise UserError(f"{path}: model_type is {values.get('model_type')!r}, expected 'minicpm'")
     try:
         config = MiniCPMConfig.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"{path}: {first['loc'][0]} is {first['input']!r:.100}: {first['msg']}") from error
-    own = {"scale_emb", "scale_depth", "rope_theta", "rope_scaling", "rope_parameters", "num_experts"}
+    own = {"model_type", "scale_emb", "scale_depth", "rope_theta", "rope_scaling", "rope_parameters", "num_experts"}
     fields = config.model_dump(exclude=own) | {name: values[name] for name in OPTIONAL if name in values}
     return config, fields | {"rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta}}
 
@@ -116,7 +113,7 @@ def fold_scales(model: LlamaModel, scale_emb: float, scale_depth: float) -> None
                 raise UserError(f"tensor {name} times {scale:.4g} has values that are not finite in {weight.dtype}")
 
 
-def copy_tokenizer(source: Path, folder: Path, vocab_size: int) -> None:
+def copy_tokenizer(source: Path, folder: Path) -> None:
     """Copy the tokenizer's files beside the Llama's config.json. Raises UserError where it does not load as it is."""
     files = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
     if not any(file.name in TOKENIZER for file in files):
@@ -129,8 +126,6 @@ def copy_tokenizer(source: Path, folder: Path, vocab_size: int) -> None:
         if own != tokenizer(PROBE, add_special_tokens=False)["input_ids"]:
             advice = 'tokenizer_config.json with "tokenizer_class": "PreTrainedTokenizerFast" loads it as it is'
             raise UserError(f"{source}: {type(tokenizer).__name__} is not what tokenizer.json says; {advice}")
-    if len(tokenizer) > vocab_size:
-        raise UserError(f"{source}: the tokenizer has {len(tokenizer)} tokens, but vocab_size is {vocab_size}")
 
 
 def main(source: Path, target: Path) -> None:
@@ -145,7 +140,7 @@ def main(source: Path, target: Path) -> None:
     shutil.rmtree(temporary, ignore_errors=True)  # of a call that was killed
     temporary.mkdir(parents=True)
     try:
-        copy_tokenizer(source, temporary, minicpm.vocab_size)
+        copy_tokenizer(source, temporary)
         model.save_pretrained(temporary, max_shard_size=SHARD_SIZE)
         for file in (*temporary.iterdir(), temporary):
             flush(file)
@@ -167,16 +162,11 @@ def run(argv: list[str] | None = None) -> int:
     parser.add_argument("SRC", type=Path, help="folder of MiniCPM-2B as it was downloaded")
     parser.add_argument("DST", type=Path, help="folder to be made, for --model")
     arguments = parser.parse_args(argv)
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="utf-8")
     try:
         main(arguments.SRC.expanduser().resolve(), arguments.DST.expanduser().resolve())
     except (UserError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
     return 0
 
 

@@ -35,7 +35,7 @@ from embeddings.cli import run_path
 from embeddings.config import Config
 from embeddings.lora import add_adapters, load_adapter, merge_adapters
 from embeddings.loss import parse_dims
-from embeddings.tokenizer import end_in_eos, ends_in_eos, save_tokenizer
+from embeddings.tokenizer import end_in_eos, save_tokenizer
 
 POOLING_MODES = {"last": "lasttoken", "mean": "mean_tokens", "cls": "cls_token"}  # in sentence-transformers' files
 
@@ -88,10 +88,8 @@ def find_tokenizer(config: Config, folder: Path | None = None) -> PreTrainedToke
     """
     source = folder or find_model(config)
     tokenizer = load_tokenizer(source, load_shape(source), config.max_length, decoder=True)
-    if config.pooling == "last" and folder is None:
+    if config.pooling == "last" and folder is None:  # that of best/ does; if it is damaged, tokenize says so
         end_in_eos(tokenizer, config.model)
-    elif config.pooling == "last" and not ends_in_eos(tokenizer):
-        raise UserError(f"{folder}: its tokenizer does not end a text in {tokenizer.eos_token}, as the run's did")
     return tokenizer
 
 
@@ -128,6 +126,12 @@ def load_backbone(config: Config, dtype: torch.dtype | None, folder: Path | None
 def build_model(config: Config, device: torch.device, dtype: torch.dtype | None) -> Embedder:
     """The frozen backbone in dtype (None: fp32), with new adapters in fp32. Raises UserError."""
     encoder = load_backbone(config, dtype or torch.float32).to(device)
+    if config.pooling == "cls":
+        two = torch.tensor([[0, 1], [0, 2]], device=device)
+        with torch.no_grad():
+            states = encoder(input_ids=two, attention_mask=torch.ones_like(two)).last_hidden_state
+        if torch.equal(states[0, 0], states[1, 0]):
+            raise UserError(f"{config.model}: with pooling cls, but the first token of a causal decoder sees no other")
     seed_everything(config.seed, config.deterministic)
     add_adapters(encoder, config.targets, config.rank, config.alpha, config.adapter_dropout)
     if config.gradient_checkpointing:
@@ -152,15 +156,13 @@ def load_embedder(config: Config, base: bool = False) -> tuple[Embedder, PreTrai
 
     Before the run's end best/ holds only the adapter: it is merged here. Raises UserError.
     """
-    device = pick_device()
+    device, folder = pick_device(), None
     dtype = autocast_dtype(config.amp, device)
-    folder = None if base else best_folder(run_path(config))
     if not base:
+        folder = best_folder(run_path(config))
         warn_of_precision(run_path(config), dtype)
     dtype = dtype or torch.float32
-    if base:
-        tokenizer, encoder = find_tokenizer(config), load_backbone(config, dtype)
-    elif (folder / "modules.json").exists():
+    if base or (folder / "modules.json").exists():
         tokenizer, encoder = find_tokenizer(config, folder), load_backbone(config, dtype, folder)
     else:
         print("the run is not finished: this is its best step so far", file=sys.stderr)
@@ -197,32 +199,26 @@ def save_merged(config: Config, tokenizer: PreTrainedTokenizerFast, best: Path, 
 
 
 def embed_texts(
-    model: Embedder,
-    tokenizer: PreTrainedTokenizerFast,
-    texts: Sequence[str],
-    config: Config,
-    progress: bool = False,
+    model: Embedder, tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], config: Config, progress: bool = False
 ) -> np.ndarray:
     """The texts' vectors (N, D) in fp32, each of length 1, in order. Texts are cut to max_length tokens."""
     tokens = tokenize(texts, tokenizer, config, progress)
-    return embed_tokens(model, tokens, np.arange(len(texts)), tokenizer.pad_token_id, config, progress).numpy()
+    return embed_tokens(model, tokens, np.arange(len(texts)), config, progress).numpy()
 
 
-def embed_tokens(
-    model: Embedder, tokens: Tokens, chosen: np.ndarray, pad_token_id: int, config: Config, progress: bool = False
-) -> Tensor:
+def embed_tokens(model: Embedder, tokens: Tokens, chosen: np.ndarray, config: Config, progress: bool = False) -> Tensor:
     """The same for the chosen ones of tokenised texts, on the CPU; in batches of like length, longest first."""
     device = next(model.parameters()).device
     dtype = autocast_dtype(config.amp, device)
     vectors = torch.zeros(len(chosen), model.encoder.config.hidden_size)
     budget = config.eval_tokens or (16384 if device.type == "cuda" else 512)  # what fits a core's cache
     batches = make_chunks(tokens.lengths_of(chosen), budget)
+    bar = tqdm(batches, desc="encoding", leave=False, disable=None if progress else True)
     training = model.training
     model.eval()
-    bar = tqdm(batches, desc="encoding", leave=False, disable=None if progress else True)
     with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype is not None):
         for places in bar:
-            batch = {name: tensor.to(device) for name, tensor in pad(tokens, chosen[places], pad_token_id).items()}
+            batch = {name: tensor.to(device) for name, tensor in pad(tokens, chosen[places]).items()}
             vectors[places] = F.normalize(model(**batch), dim=-1).cpu()
     model.train(training)
     return vectors

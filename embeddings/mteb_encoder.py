@@ -53,12 +53,7 @@ class TextEncoder(AbsEncoder):
         self.mteb_model_meta = ModelMeta.create_empty(meta | {"similarity_fn_name": ScoringFunction.COSINE})
 
     def encode(
-        self,
-        inputs: DataLoader,
-        *,
-        task_metadata: TaskMetadata,
-        prompt_type: PromptType | None = None,
-        **settings: Any,
+        self, inputs: DataLoader, *, task_metadata: TaskMetadata, prompt_type: PromptType | None = None, **settings: Any
     ) -> np.ndarray:
         """(N, D) of the batches' "text" (where mteb joins a document's title and text), in order.
 
@@ -154,27 +149,23 @@ def score_rows(results: ModelResult, tasks: list[AbsTask], metrics: dict[str, st
     return rows
 
 
-def score_table(rows: list[list]) -> list[str]:
-    """A Markdown table of score_rows, values times 100."""
-    return table(["task", "subset", "split", "metric", "x 100"], [[*row, f"{100 * score:.2f}"] for *row, score in rows])
-
-
 def report_tasks(
     config: Config,
     base: bool,
     file: str,
     tasks: list[AbsTask],
-    metric: tuple[str, str],
+    metrics: dict[str, str],
     averages: dict[str, list[str]],
 ) -> str:
-    """Run the tasks; their table and averages (label -> names of tasks), also written to the results folder.
+    """Run the tasks; their scores times 100 and averages as Markdown, also written to the results folder.
 
-    An average is given where all its tasks are among those to run. metric: mteb's name of it and the one to print.
+    metrics: mteb's name -> the name to print. averages: label -> names of tasks; one is given where all of these ran.
     """
     results = run_tasks(config, base, tasks)
-    rows = score_rows(results, tasks, dict([metric]))
+    rows = score_rows(results, tasks, metrics)
     about = f"Revision {results.model_revision}; texts cut to {config.max_length} tokens; mteb {version('mteb')}."
-    lines = [f"# {results.model_name}", "", about, "", *score_table(rows)]
+    cells = [[*row, f"{100 * score:.2f}"] for *row, score in rows]
+    lines = [f"# {results.model_name}", "", about, "", *table(["task", "subset", "split", "metric", "x 100"], cells)]
     by_name = {row[0]: row[-1] for row in rows}
     for label, names in averages.items():
         scores = [by_name[name] for name in names if name in by_name]
@@ -182,5 +173,5 @@ def report_tasks(
         value = f"{100 * np.mean(scores):.2f}" if complete else f"not given, {len(scores)} of {len(names)} tasks"
         lines.append(f"- average of {label}: {value}")
     path = results_folder(config, base) / f"{file}{'-base' * base}.md"
-    write_text(path, "\n".join(lines) + "\n")
+    write_text(path, "\n".join(lines).rstrip() + "\n")
     return "\n".join([*lines, "", f"written: {displayed(path)}"])

@@ -27,7 +27,7 @@ TASKS += ["NFCorpus", "NQ", "QuoraRetrieval", "SCIDOCS", "SciFact", "Touche2020"
 
 def main(config: Config, tasks: list[str], base: bool) -> None:
     chosen = [mteb.get_task(name) for name in dict.fromkeys(tasks)]
-    print(report_tasks(config, base, "retrieval", chosen, ("ndcg_at_10", "nDCG@10"), {"fifteen tasks": TASKS}))
+    print(report_tasks(config, base, "retrieval", chosen, {"ndcg_at_10": "nDCG@10"}, {"fifteen tasks": TASKS}))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ AVERAGES = {"ten sets": TASKS, "nine sets without STS22 (arXiv 2408.00690 averag
 
 def main(config: Config, tasks: list[str], base: bool) -> None:
     chosen = [mteb.get_task(name, hf_subsets=ENGLISH.get(name)) for name in dict.fromkeys(tasks)]
-    print(report_tasks(config, base, "sts", chosen, ("cosine_spearman", "cosine Spearman"), AVERAGES))
+    print(report_tasks(config, base, "sts", chosen, {"cosine_spearman": "cosine Spearman"}, AVERAGES))
 
 
 if __name__ == "__main__":

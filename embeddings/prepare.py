@@ -72,22 +72,9 @@ def read_sts(folder: Path) -> tuple[dict[str, bytes], set[str]]:
     return contents, texts
 
 
-def reason_to_drop(triplet: Triplet) -> str:
-    """Why a triplet teaches nothing; empty where it does."""
-    anchor, positive, negative = (text and text.casefold() for text in triplet[:3])
-    if positive == anchor:
-        return "positive is the anchor"
-    if negative == positive:
-        return "negative is the positive"
-    return "negative is the anchor" if negative == anchor else ""
-
-
-def kept_triplets(sources: dict[Path, Source], judged: set[str]) -> tuple[list[Triplet], set]:
-    """What is trained on, and the texts that are not as they stand in the STS files too; counts the rest by reason.
-
-    Raises UserError where some triplets have a negative and others none.
-    """
-    kept, seen, in_sts = [], set(), set()
+def kept_triplets(sources: dict[Path, Source], judged: set[str]) -> list[Triplet]:
+    """What is trained on; the rest is counted by reason. Raises UserError where only some triplets have a negative."""
+    kept, seen = [], set()
     first = next(((path, triplets[0]) for path, (_, triplets, _) in sources.items() if triplets), None)
     for path, (_, triplets, counts) in sources.items():
         for triplet in triplets:
@@ -96,16 +83,23 @@ def kept_triplets(sources: dict[Path, Source], judged: set[str]) -> tuple[list[T
                 other = f"unlike {first[0]}, line {first[1].line}: all rows have one, or none"
                 raise UserError(f"{path}, line {triplet.line}: has {has} negative, {other}")
             texts = [text for text in triplet[:3] if text is not None]
-            identity, common = tuple(map(str.casefold, texts)), {text for text in texts if letters(text) in judged}
-            reason = reason_to_drop(triplet) or ("repeated" if identity in seen else "")
-            if not reason and common:
-                in_sts |= common
+            anchor, positive, *negative = identity = tuple(map(str.casefold, texts))
+            if positive == anchor:
+                reason = "positive is the anchor"
+            elif positive in negative:
+                reason = "negative is the positive"
+            elif anchor in negative:
+                reason = "negative is the anchor"
+            elif identity in seen:
+                reason = "repeated"
+            elif any(letters(text) in judged for text in texts):
                 reason = "text of the STS files"
-            seen.add(identity)
-            counts[reason or "kept"] += 1
-            if not reason:
+            else:
+                reason = "kept"
                 kept.append(triplet)
-    return kept, in_sts
+            seen.add(identity)
+            counts[reason] += 1
+    return kept
 
 
 def pilot(rows: list[Triplet], num_rows: int, seed: int) -> list[Triplet]:
@@ -121,8 +115,8 @@ def json_line(triplet: Triplet) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def summary(sources: dict[Path, Source], rows: list[Triplet], in_sts: set) -> list[str]:
-    """What was read, what of it was dropped and why, and what is written, as Markdown."""
+def summary(sources: dict[Path, Source], written: int) -> list[str]:
+    """What was read, and what of it was dropped and why, as Markdown."""
     of_pairs = ("no gold label", "premises without both hypotheses")
     columns = [["format", *COUNTS]]
     for form, _, counts in sources.values():
@@ -130,19 +124,11 @@ def summary(sources: dict[Path, Source], rows: list[Triplet], in_sts: set) -> li
     lines = [TITLE, "", *table(["source", *map(str, sources)], zip(*columns))]
 
     total = sum((counts for _, _, counts in sources.values()), Counter())
-    if len(rows) < total["kept"]:
-        lines += [f"A pilot: {len(rows)} of the {total['kept']} triplets that were kept.", ""]
-    if in_sts:
-        dropped = f"{total['text of the STS files']} triplets with them are not trained on"
-        lines += [f"Warning: {len(in_sts)} texts also stand in the STS files, so {dropped}.", ""]
-
-    lengths = []
-    for key, texts in zip(TRIPLET, list(zip(*rows))[:3]):
-        if None not in texts:
-            percentiles = np.percentile([len(text.split()) for text in texts], [50, 95, 99, 100])
-            words = " / ".join(f"{words:.0f}" for words in percentiles)
-            lengths.append([key, len(texts), len({text.casefold() for text in texts}), words])
-    return lines + table(["train.jsonl", "texts", "distinct", "words 50 / 95 / 99 / 100 %"], lengths)
+    if written < total["kept"]:
+        lines += [f"A pilot: {written} of the {total['kept']} triplets that were kept.", ""]
+    if dropped := total["text of the STS files"]:
+        lines += [f"Warning: {dropped} triplets have a text of the STS files and are not trained on.", ""]
+    return lines
 
 
 def check_folder(folder: Path, sts: Path) -> None:
@@ -163,11 +149,11 @@ def main(config: Config, nli: list[str], sts: str, num_rows: int) -> None:
     check_folder(folder, sts_folder)
     contents, judged = read_sts(sts_folder)
     sources = {path: read_source(path) for path in source_files(nli)}
-    kept, in_sts = kept_triplets(sources, judged)
+    kept = kept_triplets(sources, judged)
     if not kept:
         raise UserError(f"{', '.join(map(str, sources))}: no triplet is left to train on")
     rows = pilot(kept, num_rows, config.seed) if num_rows else kept
-    lines = summary(sources, rows, in_sts)
+    lines = summary(sources, len(rows))
 
     folder.mkdir(parents=True, exist_ok=True)
     if "sts-test.csv" not in contents and (folder / "sts-test.csv").exists():

@@ -19,15 +19,12 @@ def ends_in_eos(tokenizer: PreTrainedTokenizerFast) -> bool:
 def end_in_eos(tokenizer: PreTrainedTokenizerFast, model: str) -> None:
     """Let the tokenizer's own post-processor add EOS, so that truncation keeps it and every later loader has it.
 
-    Raises UserError where there is no EOS, or a tokenizer that does not take it.
+    Raises UserError where there is no EOS; tokenize raises it where a text does not end in it.
     """
     if tokenizer.eos_token is None:
         raise UserError(f"{model}: its tokenizer has no EOS token, which pooling last needs: mean or cls do not")
-    if ends_in_eos(tokenizer):
-        return
-    append_to_template(tokenizer.backend_tokenizer, tokenizer.eos_token, tokenizer.eos_token_id)
     if not ends_in_eos(tokenizer):
-        raise UserError(f"{model}: its tokenizer does not take {tokenizer.eos_token} at the end of a text")
+        append_to_template(tokenizer.backend_tokenizer, tokenizer.eos_token, tokenizer.eos_token_id)
 
 
 def append_to_template(backend: Tokenizer, token: str, token_id: int) -> None:

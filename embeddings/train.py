@@ -1,9 +1,9 @@
 """Train a sentence embedder; started again after a stop of any kind, it goes on where it was.
 
-    python embeddings/train.py --sample             # offline, the bundled triplets, about a minute on 2 cores
-    python embeddings/train.py --check              # read all data, run one batch, write nothing
-    python embeddings/train.py                      # the real run, after prepare.py and minicpm.py
-    torchrun --nproc_per_node 2 embeddings/train.py
+python embeddings/train.py --sample             # offline, the bundled triplets, about a minute on 2 cores
+python embeddings/train.py --check              # read all data, run one batch, write nothing
+python embeddings/train.py                      # the real run, after prepare.py and minicpm.py
+torchrun --nproc_per_node 2 embeddings/train.py
 """
 
 import math
@@ -82,7 +82,6 @@ def embed_chunk(
     model: Embedder,
     tokens: Tokens,
     chunks: list[np.ndarray],
-    pad_token_id: int,
     autocast: Callable,
     seeds: tuple[int, int, int],
     number: int,
@@ -90,7 +89,7 @@ def embed_chunk(
     """The vectors (S, D) of a chunk's texts, with the dropout that belongs to its number."""
     seed, step, rank = seeds
     seed_micro_batch(seed, step, number, rank)
-    batch = pad(tokens, chunks[number], pad_token_id)
+    batch = pad(tokens, chunks[number])
     with autocast():
         return model(**{name: tensor.to(model.encoder.device, non_blocking=True) for name, tensor in batch.items()})
 
@@ -143,7 +142,7 @@ def main(config: Config, check: bool = False) -> int | None:
     # Resume
     best, progress, trained = Best("max", config.patience), Progress(), TrainedParameters(model)
     state = dict(model=trained, optimizer=optimizer, scheduler=scheduler, scaler=scaler, best=best, progress=progress)
-    score_dev = partial(validate, model, dev_tokens, splits.validation, tokenizer.pad_token_id, config, processes)
+    score_dev = partial(validate, model, dev_tokens, splits.validation, config, processes)
     if not check:
         same = {"data_sha256": fingerprint(splits), "autocast": str(dtype), "processes": world}
         run = rank_0_first(partial(Run, path, run_settings(config), same, info, writes=rank == 0), processes)
@@ -169,7 +168,7 @@ def main(config: Config, check: bool = False) -> int | None:
 
                 # GradCache: all vectors, the gradient of the loss on them, and each chunk again to take its part of it
                 seeds = config.seed, progress.step, rank
-                embed = partial(embed_chunk, model, tokens, chunks, tokenizer.pad_token_id, autocast, seeds)
+                embed = partial(embed_chunk, model, tokens, chunks, autocast, seeds)
                 scaled = cached_backward(embed, partial(batch_loss, order, scaler, config), len(chunks))
                 all_reduce_gradients(model.trained_parameters(), processes)
                 parts = torch.tensor([scaled.item() / scaler.get_scale(), stop.number], dtype=torch.float64)

@@ -34,7 +34,7 @@ def test_bench_prints_its_tables(small, monkeypatch, capsys):
     given = {"texts": 12, "steps": 1, "rounds": 1, "encode_sizes": [4], "batches": ["random"], "memory_sizes": [4, 8]}
     bench.main(small, parts=["encode", "step", "memory"], **given)
     out = capsys.readouterr().out
-    for words in ("1 threads", "sentence-transformers ", "amp off", small.model, "12 texts of ", "of 6 triplets"):
+    for words in ("1 threads", "sentence-transformers ", "amp off", small.model, "12 texts, ", "of 6 triplets"):
         assert words in out
     figures = dict(re.findall(r"^\| (.+?) \| [\d.]+ \| ([\d.]+) \|$", out.split("memory:")[0], re.MULTILINE))
     assert figures.pop(f"ours, eval_tokens {small.eval_tokens}") == figures.pop("ours") == "1.00"

@@ -261,8 +261,8 @@ def refused(convert, tmp_path, *words: str) -> None:
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"model_type": "llama"}, ["model_type is 'llama', expected 'minicpm'"]),
-        ({"model_type": None, "architectures": None}, ["model_type is None, expected 'minicpm'"]),
+        ({"model_type": "llama"}, ["model_type is 'llama': Input should be 'minicpm'"]),
+        ({"model_type": None}, ["model_type is None: Input should be 'minicpm'"]),
         ({"num_experts": 8}, ["num_experts is 8: Input should be None"]),
         ({"rope_scaling": {"type": "longrope"}}, ["rope_scaling is {'type': 'longrope'}: Input should be None"]),
         ({"rope_parameters": {"rope_theta": 5}}, ["rope_parameters is {'rope_theta': 5}: Input should be None"]),
@@ -336,8 +336,6 @@ def test_a_tokenizer_that_would_tokenize_otherwise_is_refused(source, convert, t
     refused(convert, tmp_path, "LlamaTokenizer is not what tokenizer.json says", '"PreTrainedTokenizerFast"')
     write(source / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
     assert convert(tmp_path / "other")[0] == 0
-    write_tokenizer(source, words=301)
-    refused(convert, tmp_path, "the tokenizer has 301 tokens, but vocab_size is 300")
     (source / "tokenizer.json").unlink()
     refused(convert, tmp_path, "holds no tokenizer, expected tokenizer.json or tokenizer.model")
 

@@ -28,7 +28,7 @@ from embeddings.cli import run_settings
 from embeddings.config import Config
 from embeddings.local_tasks import evaluate_files, retrieval_task, sts_task
 from embeddings.model import embed_texts, load_embedder
-from embeddings.mteb_encoder import TextEncoder, revision, run_tasks, score_rows, score_table
+from embeddings.mteb_encoder import TextEncoder, revision, run_tasks, score_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = ["a", "the", "red", "blue", "old", "new", "cat", "dog", "bird", "car", "tree", "house", "sits", "runs", "sings"]
@@ -271,7 +271,8 @@ def test_local_sts_is_scipys_spearman(config, pairs, tmp_path):
     lines += [f"{n}\t{a}\t{b}\t{score:.1f}\tNEUTRAL" for n, (a, b, score) in enumerate(rows)]
     sick.write_text("\n".join(lines) + "\n", encoding="utf-8")
     table = evaluate_files(config, False, [pairs, str(sick)], []).splitlines()
-    for line, (first, second), column in zip(table[4:], ((0, 2), (6, 7)), (4, 3)):
+    assert (tmp_path / "run/mteb/files.md").read_text(encoding="utf-8").splitlines() == table[:8]
+    for line, (first, second), column in zip(table[6:], ((0, 2), (6, 7)), (4, 3)):
         path = Path(pairs) if column == 4 else sick
         read = path.read_text(encoding="utf-8").splitlines()[column == 3 :]
         gold = [float(row.split("\t")[column]) for row in read]
@@ -305,7 +306,7 @@ def test_local_retrieval_is_trec_evals_by_brute_force(config, beir):
     assert {name: found[name] for name in metrics} == pytest.approx(
         {name: np.mean(values) for name, values in metrics.items()}, abs=1e-5
     )
-    table = evaluate_files(config, False, [], [beir]).splitlines()[4:]
+    table = evaluate_files(config, False, [], [beir]).splitlines()[6:10]
     values = [f"{100 * found[name]:.2f}" for name in metrics]
     assert [line.split(" | ")[-1].removesuffix(" |") for line in table] == values
     assert [line.split(" | ")[3] for line in table] == list(local_tasks.METRICS.values())[1:]
@@ -332,10 +333,10 @@ def test_a_query_can_have_a_documents_id(config, tmp_path):
         ("corpus.jsonl", 3, b'{"_id": "x", "text": "\xff"}', "expected UTF-8, found byte 0xff"),
         ("queries.jsonl", 1, b'{"_id": "q0", "text": " "}', "text is ' ', expected a non-empty string"),
         ("qrels/test.tsv", 1, b"q0\td0\t1", "the header is 'q0\\\\td0\\\\t1', expected query-id corpus-id score"),
-        ("qrels/test.tsv", 2, b"q0 d0 1", "1 fields, expected 3 with tabs between: 'q0 d0 1'"),
-        ("qrels/test.tsv", 3, b"q99\td0\t1", "query-id is 'q99', which queries.jsonl does not hold"),
-        ("qrels/test.tsv", 3, b"q0\td99\t1", "corpus-id is 'd99', which corpus.jsonl does not hold"),
-        ("qrels/test.tsv", 3, b"q0\td0\t.5", "the score is '.5', expected a whole number"),
+        ("qrels/test.tsv", 2, b"q0 d0 1", "'q0 d0 1', expected query-id corpus-id score with tabs between"),
+        ("qrels/test.tsv", 3, b"q99\td0\t1", "'q99' is not in queries.jsonl"),
+        ("qrels/test.tsv", 3, b"q0\td99\t1", ".* or 'd99' not in corpus.jsonl"),
+        ("qrels/test.tsv", 3, b"q0\td0\t.5", ".* the score a whole number"),
     ],
 )
 def test_bad_beir_lines_are_named(beir, name, line, text, message):
@@ -349,10 +350,6 @@ def test_bad_beir_lines_are_named(beir, name, line, text, message):
 
 def test_bad_beir_folders_are_named(beir):
     qrels = Path(beir) / "qrels/test.tsv"
-    with open(qrels, "a", encoding="utf-8") as file:
-        file.write("q6\td1\t2\n")
-    with pytest.raises(UserError, match="q6 and d1 have another score in an earlier line"):
-        retrieval_task(beir)
     qrels.write_text("query-id\tcorpus-id\tscore\nq0\td0\t0\n", encoding="utf-8")
     with pytest.raises(UserError, match="names no relevant document"):
         retrieval_task(beir)
@@ -492,7 +489,6 @@ def test_a_score_is_of_the_tasks_own_subset_and_finite():
     results = ModelResult(model_name="a/b", model_revision="c", task_results=[made])
     rows = score_rows(results, [task], {"cosine_spearman": "Spearman", "ndcg_at_10": "nDCG@10"})
     assert rows == [["STS17", "en-en", "test", "Spearman", 0.9]]
-    assert score_table(rows)[2] == "| STS17 | en-en | test | Spearman | 90.00 |"
     made.scores["test"][1]["cosine_spearman"] = math.nan
     with pytest.raises(UserError, match="STS17: cosine_spearman is nan"):
         score_rows(results, [task], {"cosine_spearman": "Spearman"})

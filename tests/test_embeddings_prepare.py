@@ -230,7 +230,7 @@ def test_texts_of_the_sts_files_are_not_trained_on(raw, call, rows):
     assert found == [TREE, ("d", "e", "Hail fell today.")]
     assert table["text of the STS files"] == ["4"] and table["kept"] == ["2"]
     out = call("own.jsonl")[1]
-    warning = "Warning: 3 texts also stand in the STS files, so 4 triplets with them are not trained on."
+    warning = "Warning: 4 triplets have a text of the STS files and are not trained on."
     assert warning in out.splitlines()
     write_jsonl(raw / "own.jsonl", [TREE])
     assert "Warning" not in call("own.jsonl")[1]
@@ -261,14 +261,10 @@ def test_sts_files_that_lie_in_the_data_folder_stay(raw, call):
     assert len(read_triplets(raw / "sts/train.jsonl")) == 2
 
 
-def test_the_summary_is_kept_and_says_how_long_texts_are(raw, call):
-    write_jsonl(raw / "own.jsonl", [(" ".join("x" * n), f"one {n}", "two words ") for n in range(1, 102)])
+def test_the_summary_is_kept(raw, call):
     code, out, _ = call("own.jsonl")
     text = (raw / "out/summary.md").read_text(encoding="utf-8")
     assert code == 0 and text.startswith("# Prepared triplets\n") and out.startswith(text)
-    assert "| anchor | 101 | 101 | 51 / 96 / 100 / 101 |" in text.splitlines()
-    assert "| positive | 101 | 101 | 2 / 2 / 2 / 2 |" in text.splitlines()
-    assert "| negative | 101 | 1 | 2 / 2 / 2 / 2 |" in text.splitlines()
 
 
 def test_a_smaller_pilot_is_inside_a_larger_one(raw, call, rows):

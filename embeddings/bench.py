@@ -72,7 +72,7 @@ class Steps(NamedTuple):
     peaks: list[int]
 
 
-def measure(sides: dict[object, Callable[[], float]], rounds: int) -> dict[object, list[float]]:
+def measure(sides: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
     """Seconds of each side in each round, the sides in turn, every other round backwards; one more warms up."""
     seconds: dict = {side: [] for side in sides}
     for number in range(-1, rounds):
@@ -83,16 +83,17 @@ def measure(sides: dict[object, Callable[[], float]], rounds: int) -> dict[objec
     return seconds
 
 
-def ratio(seconds: dict, side: object) -> float:
-    """How much faster ours is than a side: the median over the rounds."""
-    return statistics.median(theirs / ours for ours, theirs in zip(seconds[OURS], seconds[side]))
+def ratio(seconds: dict[str, list[float]], side: str) -> float:
+    """How much faster ours, the first side, is than a side: the median over the rounds."""
+    ours = next(iter(seconds.values()))
+    return statistics.median(theirs / our for our, theirs in zip(ours, seconds[side]))
 
 
-def print_rates(seconds: dict, count: int, unit: str, name: Callable[[object], str] = str) -> None:
+def print_rates(seconds: dict[str, list[float]], count: int, unit: str) -> None:
     """count: of texts or triplets in a round."""
     rows = []
     for side, spent in seconds.items():
-        rows.append([name(side), f"{count / statistics.median(spent):.1f}", f"{ratio(seconds, side):.2f}"])
+        rows.append([side, f"{count / statistics.median(spent):.1f}", f"{ratio(seconds, side):.2f}"])
     print("\n".join(table(["side", f"{unit}/s", "ours is faster by"], rows)))
 
 
@@ -135,10 +136,10 @@ def bench_encode(config: Config, number: int, rounds: int, sizes: list[int]) -> 
     encode = partial(theirs.encode, texts, show_progress_bar=False)
     difference = float(np.abs(encode().astype(np.float32) - ours()).max())
     check_agreement("vectors", difference, dtype)
-    sides = {OURS: partial(timed, ours)} | {size: partial(timed, partial(encode, batch_size=size)) for size in sizes}
+    sides = {f"ours, eval_tokens {config.eval_tokens}": partial(timed, ours)}
+    sides |= {f"encode, batch_size {size}": partial(timed, partial(encode, batch_size=size)) for size in sizes}
     print(f"encode: {len(texts)} texts, {rounds} rounds; vectors at most {difference:.1e} apart\n")
-    names = {OURS: f"ours, eval_tokens {config.eval_tokens}"}
-    print_rates(measure(sides, rounds), len(texts), "texts", lambda side: names.get(side, f"encode, batch_size {side}"))
+    print_rates(measure(sides, rounds), len(texts), "texts")
 
 
 def ordered_batches(order: str, rows: Rows, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:

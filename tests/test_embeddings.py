@@ -242,7 +242,7 @@ def test_pooling_takes_the_real_tokens_whichever_side_is_padded():
 @pytest.mark.parametrize("pooling, encoder", [("last", tiny_llama()), ("mean", tiny_bert()), ("cls", tiny_bert())])
 def test_a_vector_does_not_depend_on_its_batch_or_on_padding(pooling, encoder):
     model, tokens = Embedder(encoder, pooling), random_tokens(40)
-    alone = torch.cat([model(**pad(tokens, np.array([n]), 0)) for n in range(40)]).detach()
+    alone = torch.cat([model(**pad(tokens, np.array([n]))) for n in range(40)]).detach()
     alone = F.normalize(alone, dim=-1)
     for budget in (1, 60, 10**6):
         found = embed_tokens(model, tokens, np.arange(40), sample(eval_tokens=budget))
@@ -511,7 +511,7 @@ def test_without_dropout_the_cached_gradient_is_that_of_the_whole_batch():
     for budget in (1, 25, 70):
         cached_loss, cached = gradient_of(model, tokens, texts, changed(config, chunk_tokens=budget))
         assert cached_loss == pytest.approx(loss, rel=1e-5) and largest_difference(cached, whole) < 1e-5
-    vectors = [model(**pad(tokens, texts[:, column], 0)) for column in range(3)]
+    vectors = [model(**pad(tokens, texts[:, column])) for column in range(3)]
     assert info_nce(torch.stack(vectors), 0.05).item() / 8 == pytest.approx(loss, rel=1e-5)
     masked = changed(config, mask_false_negatives=True, matryoshka_dims="8", chunk_tokens=25)
     assert gradient_of(model, tokens, texts, masked)[0] == pytest.approx(

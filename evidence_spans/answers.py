@@ -29,10 +29,6 @@ class Decoding:
     intercept: float | None
     questions: dict[str, str]
 
-    def __post_init__(self):
-        if (self.slope is None) != (self.intercept is None):
-            raise ValueError("slope and intercept go together")
-
 
 def read_decoding(folder: Path) -> Decoding:
     """How the model of a best folder turns logits into text. Raises UserError."""
@@ -40,9 +36,9 @@ def read_decoding(folder: Path) -> Decoding:
     try:
         return Decoding(**read_json(path))
     except ValidationError as error:
-        problem = error.errors()[0]
-        name = ".".join(map(str, problem["loc"]))
-        raise UserError(f"{path}: {name} is {problem['input']!r}, which no run writes: {problem['msg']}") from error
+        first = error.errors()[0]
+        message = f"{first['loc'][0]} is {first['input']!r}, which no run writes: {first['msg']}"
+        raise UserError(f"{path}: {message}") from error
 
 
 def answer(prediction: Prediction, threshold: float | None) -> Span | None:

@@ -8,6 +8,7 @@ import json
 import signal
 from collections.abc import Iterable
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from common.checkpoint import ROOT, UserError
 from common.seed import epoch_generator, mix
 from evidence_spans.config import Config
-from evidence_spans.formats import Example, Source
+from evidence_spans.formats import Example, Source, merge_questions
 from evidence_spans.redsm5 import read_redsm5
 from evidence_spans.splits import split_examples
 from evidence_spans.squad import read_squad
@@ -38,8 +39,18 @@ class Split(NamedTuple):
 
 
 def read_source(config: Config) -> Source:
-    """The examples of the config's path, in either format. Raises UserError with file, place and value."""
-    path = ROOT / config.data_dir
+    """The examples of the config's path, in the config's form of question. Raises UserError with file and value."""
+    source = read_path(ROOT / config.data_dir, config)
+    examples, test, questions = source.examples, source.test, source.questions
+    if config.question_form == "empty":
+        examples, test, questions = merge_questions(examples), merge_questions(test), {}
+    kept = [example for example in examples if example.kind != "lost"]  # it would be a false no-answer
+    source.counts["pairs left out since their evidence was not found"] = len(examples) - len(kept)
+    return source._replace(examples=kept, test=test, questions=questions)
+
+
+def read_path(path: Path, config: Config) -> Source:
+    """What a path holds, in either format, with a question for each example. Raises UserError."""
     if path.suffix.lower() == ".csv":
         raise UserError(f"{path}: --data_dir names the folder of ReDSM5's two CSV files, or a JSON file")
     if path.is_file():

@@ -6,16 +6,19 @@ end exclusive.
 
 from collections import Counter
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from common.checkpoint import UserError
 
+# answered; lost: has an answer that was not found in the post; rejected: a human looked at it and found no answer;
+# unannotated: the same is assumed. Of several statements about an example the first of these holds.
+KINDS = ("answered", "lost", "rejected", "unannotated")
+
 
 class Example(NamedTuple):
-    """id: unique; post: its post's; answers: distinct (start, end), sorted.
+    """id: unique; post: its post's; answers: distinct (start, end), sorted; kind: one of KINDS.
 
-    kind: answered; rejected, which a human looked at and found no answer in; or unannotated, of which the same is
-    assumed. together: the answers are all true at once (ReDSM5's sentences), or annotators' alternatives (SQuAD).
+    together: the answers are all true at once (ReDSM5's sentences), or annotators' alternatives (SQuAD).
     """
 
     id: str
@@ -23,7 +26,7 @@ class Example(NamedTuple):
     question: str
     context: str
     answers: tuple[tuple[int, int], ...]
-    kind: Literal["answered", "rejected", "unannotated"]
+    kind: str
     together: bool
 
     @property
@@ -43,6 +46,17 @@ class Source(NamedTuple):
     counts: Counter
     not_found: list[dict]
     questions: dict[str, str]
+
+
+def merge_questions(examples: list[Example]) -> list[Example]:
+    """One example for each post, without a question, with the spans of all its questions."""
+    merged: dict[str, Example] = {}
+    for _, post, _, context, answers, kind, _ in examples:
+        if post in merged:
+            answers = tuple(sorted({*merged[post].answers, *answers}))
+            kind = min(kind, merged[post].kind, key=KINDS.index)
+        merged[post] = Example(post, post, "", context, answers, kind, together=True)
+    return list(merged.values())
 
 
 def read_text(path: Path) -> str:

@@ -82,7 +82,8 @@ def parse_line(
         raise ValueError(f"question is {question!r}, expected a string")
     if not isinstance(name, str | int | None):
         raise ValueError(f"id is {name!r}, expected a number or a string")
-    f"{text}{question}{name}".encode()  # JSON can hold half of a surrogate pair; UnicodeEncodeError is a ValueError
+    if half := re.search("[\ud800-\udfff]", f"{text}{question}{name}"):
+        raise ValueError(f"expected UTF-8, found {half[0]!a}, half of a surrogate pair")
     questions = questions_of((question or "").strip(), decoding, config)
     check_questions(questions.values(), tokenizer, config)
     return {key: Example(name, "", asked, text, (), "unannotated", False) for key, asked in questions.items()}

@@ -16,10 +16,11 @@ from pathlib import Path
 
 from common.checkpoint import UserError
 from evidence_spans.config import Config
-from evidence_spans.formats import Example, Source, read_text
+from evidence_spans.formats import KINDS, Example, Source, read_text
 
 OTHER_NAMES = {"symptom_label": "DSM5_symptom"}  # of columns, in redsm5_annotations_long.csv
 SPECIAL_CASE = "SPECIAL_CASE"  # the label of what an expert marked but is none of the nine
+COUNTED = {"answered": "evidence", "lost": "evidence not found in its post", "rejected": "rejected"}  # kinds of rows
 
 # What is asked about each symptom: DSM-5, major depressive episode, A.1 to A.9, in this project's words.
 CRITERIA = {
@@ -114,42 +115,30 @@ def read_annotations(path: Path, posts: dict[str, str], posts_file: str) -> Iter
 
 
 def read_redsm5(posts_path: Path, annotations_path: Path, config: Config) -> Source:
-    """An example for each post and criterion, or with an empty question for each post. Raises UserError."""
+    """An example for each post and criterion. Raises UserError."""
     texts = read_posts(posts_path)
-    questions = {
-        "criterion": {key: f"{name}: {text}" for key, (name, text) in CRITERIA.items()},
-        "name": {key: name for key, (name, _) in CRITERIA.items()},
-        "empty": {"": ""},
-    }[config.question_form]
+    questions = {key: f"{name}: {text}" for key, (name, text) in CRITERIA.items()}
+    if config.question_form == "name":
+        questions = {key: name for key, (name, _) in CRITERIA.items()}
 
-    # The spans of each pair of post and criterion
-    spans: dict[tuple[str, str], set] = defaultdict(set)
-    rejected, lost, not_found, counts = set(), set(), [], Counter()
+    # The spans of each pair of post and criterion, and what its annotations say together
+    spans, kinds = defaultdict(set), defaultdict(lambda: "unannotated")
+    not_found, counts = [], Counter()
     for line, post, symptom, status, sentence in read_annotations(annotations_path, texts, posts_path.name):
-        pair = (post, "" if config.question_form == "empty" else symptom)
         if symptom == SPECIAL_CASE:
             counts[SPECIAL_CASE] += 1
-        elif status == "0":
-            counts["rejected"] += 1
-            rejected.add(pair)
-        elif places := find_spans(texts[post], sentence):
-            counts["evidence"] += 1
-            spans[pair].update(places)
-        else:
-            counts["evidence not found in its post"] += 1
-            lost.add(pair)
+            continue
+        places = find_spans(texts[post], sentence) if status == "1" else []
+        kind = "answered" if places else "lost" if status == "1" else "rejected"
+        spans[post, symptom].update(places)
+        kinds[post, symptom] = min(kind, kinds[post, symptom], key=KINDS.index)
+        counts[COUNTED[kind]] += 1
+        if kind == "lost":
             row = {"file": annotations_path.name, "line": line, "post_id": post}
             not_found.append(row | {"symptom": symptom, "sentence_text": sentence})
 
-    # The examples, without the pairs all of whose evidence is lost: they would be false no-answers
-    lost -= spans.keys()
-    counts["pairs left out since their evidence was not found"] = len(lost)
     examples = []
-    for pair in product(texts, questions):
-        if pair not in lost:
-            post, criterion = pair
-            kind = "answered" if pair in spans else "rejected" if pair in rejected else "unannotated"
-            answers = tuple(sorted(spans.get(pair, ())))
-            name = f"{post}:{criterion}" if criterion else post
-            examples.append(Example(name, post, questions[criterion], texts[post], answers, kind, together=True))
-    return Source(examples, [], counts, not_found, questions if "" not in questions else {})
+    for post, key in product(texts, CRITERIA):
+        answers, kind = tuple(sorted(spans[post, key])), kinds[post, key]
+        examples.append(Example(f"{post}:{key}", post, questions[key], texts[post], answers, kind, together=True))
+    return Source(examples, [], counts, not_found, questions)

@@ -17,7 +17,6 @@ from pathlib import Path
 if not __package__:  # run as a script: import from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import numpy as np
 import torch
 
 from common.checkpoint import UserError
@@ -32,7 +31,7 @@ from evidence_spans.windows import UnfitSettings
 
 
 def space(config: Config) -> dict:
-    """What is drawn for each trial: a list of values, or a distribution of scipy."""
+    """What is drawn for each trial: a list of numbers, or a distribution of scipy."""
     from scipy.stats import loguniform, randint, uniform
 
     return {
@@ -51,8 +50,8 @@ def draw_trials(config: Config, trials: int, search_seed: int) -> list[dict]:
 
     drawn = []
     for settings in ParameterSampler(space(config), trials, random_state=search_seed):
-        plain = {name: v.item() if isinstance(v, np.generic) else v for name, v in sorted(settings.items())}
-        drawn.append({name: float(f"{v:.3g}") if isinstance(v, float) else v for name, v in plain.items()})
+        plain = {name: float(f"{v:.3g}") if isinstance(v, float) else int(v) for name, v in settings.items()}
+        drawn.append(dict(sorted(plain.items())))
     return drawn
 
 

@@ -15,7 +15,7 @@ from evidence_spans.formats import Example, Source, read_text
 
 
 def read_squad(files: list[Path], config: Config) -> Source:
-    """An example for each question, or with an empty question for each paragraph. Raises UserError."""
+    """An example for each question. Raises UserError."""
     if config.question_form == "name":
         raise UserError(f"--question_form name: the questions of {files[0]} have no names")
 
@@ -33,8 +33,6 @@ def read_squad(files: list[Path], config: Config) -> Source:
     counts = Counter("answered" if example.answers else "without an answer" for example in examples + test)
     if test:
         counts[f"in {', '.join(file.name for file in test_files)} (test)"] = len(test)
-    if config.question_form == "empty":
-        examples, test = merge_questions(examples), merge_questions(test)
     return Source(examples, test, counts, [], {})
 
 
@@ -88,14 +86,3 @@ def expect(row: object, name: str, kind: type, place: str):
     if kind is str and re.search("[\ud800-\udfff]", value):
         raise UserError(f"{place}: {name} holds half of a surrogate pair: {value!a:.60}")
     return value
-
-
-def merge_questions(examples: list[Example]) -> list[Example]:
-    """One example for each post, without a question, with the spans of all its questions."""
-    merged: dict[str, Example] = {}
-    for _, post, _, context, answers, *_ in examples:
-        if post in merged:
-            answers = tuple(sorted({*merged[post].answers, *answers}))
-        kind = "answered" if answers else "rejected"
-        merged[post] = Example(post, post, "", context, answers, kind, together=True)
-    return list(merged.values())

@@ -1232,7 +1232,7 @@ def test_alternatives_are_not_wanted_all_at_once_and_equal_texts_count_once():
 
 
 @pytest.mark.parametrize(
-    "change", [{"max_answer_length": 0}, {"max_answer_length": True}, {"threshold": "x"}, {"slope": None},
+    "change", [{"max_answer_length": 0}, {"max_answer_length": True}, {"threshold": "x"}, {"slope": []},
                {"span_threshold": math.nan}, {"questions": {"A": 1}}, {"questions": None}]
 )  # fmt: skip
 def test_a_damaged_decoding_is_refused(change, tmp_path):
@@ -1291,4 +1291,4 @@ def test_sentence_decoding_and_prediction_without_questions(small, tmp_path, cap
     with pytest.raises(UserError, match="--several is for --highlight"):
         predict_main(config, text, **(settings | {"several": True}))
     assert predict_main(config, "abc\udcff", **settings) == 1
-    assert "can't encode character '\\udcff' in position 3: surrogates not allowed" in capsys.readouterr().err
+    assert "expected UTF-8, found '\\udcff', half of a surrogate pair" in capsys.readouterr().err

@@ -32,7 +32,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel, Gemma3TextConfig
 
 from common.checkpoint.environment import environment, peak_memory_bytes, pick_device
@@ -42,17 +41,16 @@ from redsm5_nli.bidirectional import make_bidirectional
 from redsm5_nli.cli import run_script
 from redsm5_nli.config import Config
 from redsm5_nli.criteria import CRITERIA
-from redsm5_nli.dataset import join_all
+from redsm5_nli.dataset import join
 from redsm5_nli.dora import TARGETS, DoRALinear, add_adapters
 from redsm5_nli.loss import pair_loss
 from redsm5_nli.model import Matcher, decoder_dtype
 from redsm5_nli.report import table
 from redsm5_nli.train import make_optimizer, update
 
-# gemma-3-1b's text decoder, and inputs and outputs of its projections.
+# gemma-3-1b's text decoder.
 SHAPE = {"hidden_size": 1152, "intermediate_size": 6912, "num_attention_heads": 4, "num_key_value_heads": 1}
 SHAPE |= {"head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 512, "max_position_embeddings": 32768}
-PROJECTIONS = {"q_proj": (1152, 1024), "k_proj": (1152, 256), "v_proj": (1152, 256), "o_proj": (1024, 1152)}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 MICRO_BATCHES = 4  # that a weight formed once serves, in the side of that name
 DROPOUT = 0.05  # of the sides that name it
@@ -80,8 +78,6 @@ def measure(sides: dict, rounds: int, calls: int = 1) -> dict:
 
 def ratio(seconds: dict, a: object, b: object) -> str:
     """The seconds of side a over those of side b: the median over the rounds."""
-    if a not in seconds or b not in seconds:
-        return "not run"
     return f"{statistics.median(x / y for x, y in zip(seconds[a], seconds[b])):.2f}"
 
 
@@ -90,8 +86,20 @@ def runnable(sides: tuple[str, ...]) -> list[str]:
     return [side for side in sides if find_spec("peft") or not side.startswith("PEFT")]
 
 
-def adapt(decoder: nn.Module, side: str, config: Config) -> None:
-    """Put the adapters of the side's name into a decoder, in place, with an update that is not zero."""
+def make_decoder(layers: int, vocab: int, dtype: torch.dtype, checkpointing: bool = False) -> nn.Module:
+    """A random Gemma 3 decoder of the 1B model's shapes, bidirectional and frozen."""
+    full = min(5, layers - 1)  # of six layers the last sees all tokens; where there are fewer, the last of them
+    kinds = ["full_attention" if number % 6 == full else "sliding_attention" for number in range(layers)]
+    shape = Gemma3TextConfig(vocab_size=vocab, num_hidden_layers=layers, layer_types=kinds, **SHAPE)
+    decoder = AutoModel.from_config(shape, dtype=dtype).to(pick_device())
+    if checkpointing:
+        checkpoint_activations(decoder)
+    return make_bidirectional(decoder).requires_grad_(False)
+
+
+def adapted(decoder: nn.Module, side: str, config: Config) -> nn.Module:
+    """A copy that shares the frozen weights, with the adapters of the side's name and an update that is not zero."""
+    decoder = copy.deepcopy(decoder, {id(parameter): parameter for parameter in decoder.parameters()})
     dropout = DROPOUT * ("dropout" in side)
     if side.startswith("PEFT"):
         from peft import LoraConfig, get_peft_model
@@ -103,6 +111,7 @@ def adapt(decoder: nn.Module, side: str, config: Config) -> None:
     for name, parameter in decoder.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.01)
+    return decoder
 
 
 def textbook(layer: DoRALinear, x: Tensor) -> Tensor:
@@ -110,71 +119,57 @@ def textbook(layer: DoRALinear, x: Tensor) -> Tensor:
     weight = layer.base.weight
     direction = weight.float() + layer.scaling * (layer.lora_B @ layer.lora_A)
     norm = direction.norm(dim=1, keepdim=True).detach()
-    adapted = layer.lora_magnitude_vector[:, None] * direction / norm
-    return F.linear(x, adapted.to(weight.dtype))
+    return F.linear(x, (layer.lora_magnitude_vector[:, None] * direction / norm).to(weight.dtype))
 
 
-def make_block(side: str, dtype: torch.dtype, tokens: int, config: Config) -> Callable[[], None]:
-    """Forward and backward of an attention block's four projections, its weights formed anew as a step's are."""
-    torch.manual_seed(config.seed)
-    settings, decoder = {"device": pick_device(), "dtype": dtype}, nn.Module()
-    decoder.layers = nn.ModuleList([nn.Module()])
-    linears = {name: nn.Linear(*size, bias=False, **settings) for name, size in PROJECTIONS.items()}
-    decoder.layers[0].self_attn = attention = nn.ModuleDict(linears).requires_grad_(False)
-    data = {name: [torch.randn(tokens, size, **settings) for size in sizes] for name, sizes in PROJECTIONS.items()}
-    adapt(decoder, side, config)
+def make_block(side: str, decoder: nn.Module, tokens: int, config: Config) -> Callable[[], None]:
+    """Forward and backward of a layer's four projections, its weights formed anew as a step's are."""
+    plain, attention = decoder.layers[0].self_attn, adapted(decoder, side, config).layers[0].self_attn
+    data = []
+    for name in TARGETS:
+        outputs, inputs = getattr(plain, name).weight.shape
+        x, dy = (torch.randn(tokens, size, device=decoder.device, dtype=decoder.dtype) for size in (inputs, outputs))
+        data.append((getattr(attention, name), x.requires_grad_(), dy))
     calls, every = count(), MICRO_BATCHES if side == ACCUMULATING else 1
 
     def run() -> None:
         anew = next(calls) % every == 0
-        for name, layer in attention.items():
+        for layer, x, dy in data:
             if anew and isinstance(layer, DoRALinear):
                 layer.forget()
-            x, dy = data[name][0].requires_grad_(), data[name][1]
             y = textbook(layer, x) if side == "textbook DoRA" else layer(x)
             torch.autograd.grad(y, [x, *(p for p in layer.parameters() if p.requires_grad)], dy)
 
     return run
 
 
-def bench_layer(config: Config, dtype: str, tokens: int, rounds: int) -> None:
+def bench_layer(dtype: str, tokens: int, rounds: int, config: Config) -> None:
     """Print ms and ratios of q, k, v and o together."""
-    sides = runnable(LAYER_SIDES + DROPOUT_SIDES)
-    seconds = measure({side: make_block(side, DTYPES[dtype], tokens, config) for side in sides}, rounds, MICRO_BATCHES)
+    decoder = make_decoder(1, 64, DTYPES[dtype])
+    blocks = {side: make_block(side, decoder, tokens, config) for side in runnable(LAYER_SIDES + DROPOUT_SIDES)}
+    seconds = measure(blocks, rounds, MICRO_BATCHES)
     print(f"layer: forward and backward of q, k, v and o, {dtype}, {tokens} tokens, {rounds} rounds\n")
     for sides in (LAYER_SIDES, DROPOUT_SIDES):
         references = ("frozen linear", next(side for side in sides if side.startswith("PEFT LoRA")))
         rows = []
         for side in sides:
+            times = [ratio(seconds, side, b) if {side, b} <= seconds.keys() else "not run" for b in references]
             ms = f"{1000 * statistics.median(seconds[side]):.2f}" if side in seconds else "not run"
-            rows.append([side, ms, *(ratio(seconds, side, reference) for reference in references)])
+            rows.append([side, ms, *times])
         print("\n".join(table(["side", "ms", *(f"times {reference}" for reference in references)], rows)))
 
 
-def make_decoder(layers: int, vocab: int, checkpointing: bool, config: Config) -> nn.Module:
-    """A random Gemma 3 decoder of the 1B model's shapes, bidirectional and frozen."""
-    full = min(5, layers - 1)  # of six layers the last sees all tokens; where there are fewer, the last of them
-    kinds = ["full_attention" if number % 6 == full else "sliding_attention" for number in range(layers)]
-    shape = Gemma3TextConfig(vocab_size=vocab, num_hidden_layers=layers, layer_types=kinds, **SHAPE)
-    decoder = AutoModel.from_config(shape, dtype=decoder_dtype(config.amp, pick_device())).to(pick_device())
-    if checkpointing:
-        checkpoint_activations(decoder)
-    return make_bidirectional(decoder).requires_grad_(False)
-
-
 def make_step(side: str, decoder: nn.Module, micro_batches: list[dict], config: Config) -> Callable[[], None]:
-    """A side's optimizer step, as train.py makes it, on a copy of the decoder that shares its frozen weights."""
-    decoder = copy.deepcopy(decoder, {id(parameter): parameter for parameter in decoder.parameters()})
-    adapt(decoder, side, config)
-    model = Matcher(decoder, config.pooler, config.dropout).to(pick_device()).train()
+    """A side's optimizer step, as train.py makes it."""
+    model = Matcher(adapted(decoder, side, config), config.pooler, config.dropout).to(decoder.device).train()
     optimizer, scheduler = make_optimizer(model, 1000, config)
-    micro_batches = [{name: tensor.to(pick_device()) for name, tensor in batch.items()} for batch in micro_batches]
-    pairs = sum(batch["labels"].numel() for batch in micro_batches)
+    batches = [{name: tensor.to(decoder.device) for name, tensor in batch.items()} for batch in micro_batches]
+    labels = [batch.pop("labels") for batch in batches]
+    pairs = sum(part.numel() for part in labels)
 
     def step() -> None:
-        for batch in micro_batches:
-            inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-            (pair_loss(model(**inputs), batch["labels"], None).sum() / pairs).backward()
+        for batch, part in zip(batches, labels):
+            (pair_loss(model(**batch), part, None).sum() / pairs).backward()
         clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
         update(optimizer, scheduler)
 
@@ -203,33 +198,29 @@ def bench_step(decoder: nn.Module, batch: dict[str, Tensor], rounds: int, config
 
 def make_batches(longest: int, post_tokens: int, vocab: int, batch_size: int) -> dict[str, list[dict[str, Tensor]]]:
     """The micro-batches of one optimizer step on the same posts and criteria: as pairs, and with shared posts."""
-    posts = [torch.randint(1, vocab, (post_tokens,)) for _ in range(POSTS)]
-    criteria = [torch.randint(1, vocab, (longest - n * longest // 20,)) for n in range(len(CRITERIA))]
+    posts = [torch.randint(1, vocab, (post_tokens,)).tolist() for _ in range(POSTS)]
+    criteria = [torch.randint(1, vocab, (longest - n * longest // 20,)).tolist() for n in range(len(CRITERIA))]
     labels = torch.randint(0, 2, (POSTS, len(CRITERIA)))
-    ids, answers = [torch.cat([post, part]) for part in criteria for post in posts], labels.T.reshape(-1, 1)
-    pairs = []
-    for start in range(0, len(ids), batch_size):
-        input_ids = pad_sequence(ids[start : start + batch_size], batch_first=True)
-        batch = {"input_ids": input_ids, "attention_mask": (input_ids > 0).long()}
-        pairs.append(batch | {"labels": answers[start : start + batch_size]})
-    shared = [join_all([post], criteria, 0) | {"labels": row[None]} for post, row in zip(posts, labels)]
+    rows, answers, pairs = [[post, part] for part in criteria for post in posts], labels.T.reshape(-1, 1), []
+    for start in range(0, len(rows), batch_size):
+        batch = join(rows[start : start + batch_size], 0) | {"labels": answers[start : start + batch_size]}
+        pairs.append({name: batch[name] for name in ("input_ids", "attention_mask", "labels")})
+    shared = [join([[post, *criteria]], 0) | {"labels": row[None]} for post, row in zip(posts, labels)]
     return {"pairs": pairs, "shared": shared}
 
 
 def bench_share(decoder: nn.Module, post_tokens: int, batch_size: int, rounds: int, config: Config) -> None:
     """Print pairs/s of the training step, with one criterion a sequence and with all."""
-    batches = {}
-    for longest in CRITERION_TOKENS:
-        forms = make_batches(longest, post_tokens, decoder.config.vocab_size, batch_size)
-        batches |= {(longest, form): micro_batches for form, micro_batches in forms.items()}
-    seconds = measure({key: make_step("ours, merged", decoder, some, config) for key, some in batches.items()}, rounds)
     print(f"share: a step of {POSTS} posts of {post_tokens} tokens with {len(CRITERIA)} criteria each\n")
     rows = []
-    for (longest, form), some in batches.items():
-        tokens = sum(int(batch["attention_mask"].sum()) for batch in some)
-        speed = POSTS * len(CRITERIA) / statistics.median(seconds[longest, form])
-        gain = ratio(seconds, (longest, "pairs"), (longest, form))
-        rows.append([longest, form, len(some), tokens, f"{speed:.2f}", gain])
+    for longest in CRITERION_TOKENS:
+        forms = make_batches(longest, post_tokens, decoder.config.vocab_size, batch_size)
+        steps = {form: make_step("ours, merged", decoder, batches, config) for form, batches in forms.items()}
+        seconds = measure(steps, rounds)
+        for form, batches in forms.items():
+            tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+            speed = POSTS * len(CRITERIA) / statistics.median(seconds[form])
+            rows.append([longest, form, len(batches), tokens, f"{speed:.2f}", ratio(seconds, "pairs", form)])
     header = ["longest criterion", "form", "micro-batches", "tokens a step", "pairs/s", "faster than pairs by"]
     print("\n".join(table(header, rows)))
 
@@ -237,11 +228,12 @@ def bench_share(decoder: nn.Module, post_tokens: int, batch_size: int, rounds: i
 def main(config: Config, part: str, rounds: int, memory_of: str, **given) -> None:
     """given: the sizes of the parts' data and of their decoder."""
     seed_everything(config.seed)
-    device, sizes = pick_device(), (given["layers"], given["vocab"], given["checkpointing"])
+    device, dtype = pick_device(), decoder_dtype(config.amp, pick_device())
     ids = torch.randint(1, given["vocab"], (given["batch"], given["length"]))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, :1] % 2}
+    sizes = given["layers"], given["vocab"], dtype, given["checkpointing"]
     if memory_of:
-        step = make_step(memory_of, make_decoder(*sizes, config), [batch], config)
+        step = make_step(memory_of, make_decoder(*sizes), [batch], config)
         for _ in range(2):  # the optimizer's state appears at the end of the first
             step()
         print(json.dumps({"peak_memory_bytes": peak_memory_bytes(device)}))
@@ -252,10 +244,10 @@ def main(config: Config, part: str, rounds: int, memory_of: str, **given) -> Non
     print(f"peft {peft} | {torch.get_num_threads()} threads | {rounds} rounds\n")
     if part in ("layer", "all"):
         for dtype, tokens in product(given["dtypes"], given["tokens"]):
-            bench_layer(config, dtype, tokens, rounds)
+            bench_layer(dtype, tokens, rounds, config)
     if part != "layer":
-        decoder = make_decoder(*sizes, config)
-        print("{} layers, vocabulary {}, checkpointing {}".format(*sizes) + f", {decoder.dtype}\n")
+        decoder = make_decoder(*sizes)
+        print("{} layers, vocabulary {}, {}, checkpointing {}\n".format(*sizes))
     if part in ("step", "all"):
         bench_step(decoder, batch, rounds, config)
     if part in ("share", "all"):

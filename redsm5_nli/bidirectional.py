@@ -84,20 +84,12 @@ def block_masks(model: nn.Module, segments: Tensor, position_ids: Tensor) -> Ten
     no row is empty; nothing sees padding.
     """
     query, key = segments[:, :, None], segments[:, None, :]
-    full = ((key == 0) | (key == query)) & (key >= 0)  # (B, T, T)
-    config = model.config
-    kinds, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
-    if kinds is None:  # one kind of layer: Gemma 1, Llama; all sliding: Mistral
-        return as_attention_mask(model, full if window is None else full & within(window, position_ids))
-    masks = {"full_attention": full}
-    if "sliding_attention" in kinds:
-        masks["sliding_attention"] = full & within(window, position_ids)
-    return {kind: as_attention_mask(model, mask) for kind, mask in masks.items()}
-
-
-def within(window: int, position_ids: Tensor) -> Tensor:
-    """(B, T) -> (B, T, T): |i - j| <= window, as transformers' bidirectional sliding mask has it."""
-    return (position_ids[:, :, None] - position_ids[:, None, :]).abs() <= window
+    full = near = ((key == 0) | (key == query)) & (key >= 0)  # (B, T, T)
+    if (window := getattr(model.config, "sliding_window", None)) is not None:  # as transformers' bidirectional mask
+        near = full & ((position_ids[:, :, None] - position_ids[:, None, :]).abs() <= window)
+    masks = {"full_attention": as_attention_mask(model, full), "sliding_attention": as_attention_mask(model, near)}
+    # Without layer_types there is one kind of layer: Gemma 1, Llama; all sliding: Mistral
+    return masks if getattr(model.config, "layer_types", None) else masks["sliding_attention"]
 
 
 def as_attention_mask(model: nn.Module, allowed: Tensor) -> Tensor:

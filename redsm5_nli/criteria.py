@@ -1,6 +1,7 @@
 """The criteria that a post is matched with: DSM-5, major depressive episode, A.1 to A.9, in this project's words."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -39,10 +40,11 @@ CRITERIA = (
 CRITERIA_FILE = TypeAdapter(Annotated[tuple[Criterion, ...], Field(min_length=1)])
 
 
-def load_criteria(file: str) -> tuple[Criterion, ...]:
+def load_criteria(file: str | Path) -> tuple[Criterion, ...]:
     """The nine criteria, or those of a JSON file: a list of {"id": ..., "name": ..., "description": ...}.
 
-    Raises UserError as parse_criteria does, and for a file that is missing or not JSON.
+    A run's criteria.json, {"criteria": the list}, does as well. Raises UserError naming the file where it is missing or
+    not JSON, for a missing or empty text and for a repeated id.
     """
     if not file:
         return CRITERIA
@@ -51,20 +53,14 @@ def load_criteria(file: str) -> tuple[Criterion, ...]:
         raise UserError(f"{path} not found: criteria_file is a JSON list of criteria, empty means DSM-5's")
     try:
         rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    return parse_criteria(rows, path)
-
-
-def parse_criteria(rows: object, path: Path) -> tuple[Criterion, ...]:
-    """The criteria of a JSON value. Raises UserError naming path for a missing or empty text and a repeated id."""
-    try:
-        criteria = CRITERIA_FILE.validate_python(rows)
+        criteria = CRITERIA_FILE.validate_python(rows.get("criteria") if isinstance(rows, dict) else rows)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))  # such as 0.name
         raise UserError(f"{path}: {place} {first['msg']}, found {first['input']!r}") from error
-    ids = [SPECIAL_CASE, *(criterion.id for criterion in criteria)]
-    if repeated := [id for n, id in enumerate(ids) if id in ids[:n]]:
-        raise UserError(f"{path}: the id {repeated[0]} is taken")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    ids = Counter([SPECIAL_CASE, *(criterion.id for criterion in criteria)])
+    if ids.most_common(1)[0][1] > 1:
+        raise UserError(f"{path}: the id {ids.most_common(1)[0][0]} is taken")
     return criteria

@@ -44,18 +44,19 @@ def main(config: Config, quick: bool) -> int | None:
         if code := train(config.model_copy(update={"fold": number, "run_dir": str(fold)})):
             return code
 
+    # The scores of all folds
     scores = [test_scores(fold) for fold in folds]
-    columns = {name: [fold[name] for fold in scores] for name in scores[0]}
-    spread = {name: (statistics.mean(values), statistics.stdev(values)) for name, values in columns.items()}
-    rows = [[name, *spread[name], min(values), max(values)] for name, values in columns.items()]
+    rows = []
+    for name in scores[0]:
+        values = [fold[name] for fold in scores]
+        rows.append([name, statistics.mean(values), statistics.stdev(values), min(values), max(values)])
     lines = table(["test score", "mean", "standard deviation", "min", "max"], rows)
     write_json(path / "cross_validation.json", {"folds": scores})
     write_text(path / "cross_validation.md", "\n".join([f"# {config.folds} folds", "", *lines]))
     print("\n".join(lines))
-    macro, positive = ("{:.4f} ± {:.4f}".format(*spread[f"{name}, .5"]) for name in ("f1_macro", "f1_positive"))
-    print(
-        f"done | {config.folds} folds | test f1_macro {macro} | f1_positive {positive} | results in {displayed(path)}"
-    )
+    macro, positive = (f"{row[1]:.4f} ± {row[2]:.4f}" for row in rows[1:3])  # at .5
+    where = f"results in {displayed(path)}"
+    print(f"done | {config.folds} folds | test f1_macro {macro} | f1_positive {positive} | {where}")
     return None
 
 

@@ -8,6 +8,7 @@ import json
 import signal
 from collections import Counter, defaultdict
 from collections.abc import Iterable
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -30,9 +31,10 @@ BUCKET = 100  # batches that are sorted by length together
 
 
 class Example(NamedTuple):
-    """What the model reads at once: a post, and the positions of one criterion or of all."""
+    """What the model reads at once: a post, and the numbers of one criterion or of all."""
 
     post: Post
+    input_ids: list[int]  # of the post, before cutting
     criteria: tuple[int, ...]
 
 
@@ -58,63 +60,64 @@ class Collator:
     ):
         self.tokenizer, self.criteria = tokenizer, criteria
         self.max_length, self.share_post = max_length, share_post
-        texts = [criterion.text for criterion in criteria]
-        start = len(tokenizer("")["input_ids"])
-        self.segments = [ids[start:] for ids in tokenizer([""] * len(texts), texts)["input_ids"]]
-        self.room = max_length - max(map(len, self.segments))  # tokens of a post that stands before the longest
-        if self.room < start + 8:
-            longest = max(range(len(criteria)), key=lambda number: len(self.segments[number]))
+        pairs = tokenizer(["post"] * len(criteria), [criterion.text for criterion in criteria])
+        # 0 where a token is the post's, 1 the criterion's, None where it is a special one
+        places = [pairs.sequence_ids(row) for row in range(len(criteria))]
+        ends = [len(place) - place[::-1].index(0) for place in places]
+        self.start = pairs["input_ids"][0][: places[0].index(0)]  # special tokens before a post
+        self.segments = [ids[end:] for ids, end in zip(pairs["input_ids"], ends)]
+        longest = max(range(len(criteria)), key=lambda number: len(self.segments[number]))
+        self.room = max_length - len(self.segments[longest])  # tokens of a post that stands before the longest
+        if self.room < len(self.start) + 8:
             raise UserError(
                 f"criterion {criteria[longest].id} leaves {self.room} tokens of max_length {max_length} for a post"
             )
 
     def make_split(self, posts: list[Post]) -> Split:
         """Each post once with all criteria, or once with each. Raises UserError for a token without an embedding."""
-        ids = self.tokenizer([post.text for post in posts], verbose=False)["input_ids"]  # verbose warns of long ones
-        check_ids(ids, self.tokenizer, lambda row: f"post {posts[row].id}")
-        tokens = np.array([len(row) for row in ids])  # (P,)
-        added = np.array([len(segment) for segment in self.segments])  # (C,)
+        texts = [post.text for post in posts]
+        rows = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]  # it warns of long ones
+        check_ids(rows, self.tokenizer, lambda row: f"post {posts[row].id}")
+        rows = [self.start + ids for ids in rows]
         numbers = range(len(self.criteria))
-        if self.share_post:
-            examples = [Example(post, tuple(numbers)) for post in posts]
-            lengths = np.minimum(tokens, self.room) + added.sum()
-        else:
-            examples = [Example(post, (number,)) for post in posts for number in numbers]
-            lengths = (np.minimum(tokens[:, None], self.max_length - added) + added).ravel()  # (P, C) -> (N,)
+        groups = [tuple(numbers)] if self.share_post else [(number,) for number in numbers]
+        examples = [Example(post, ids, group) for post, ids in zip(posts, rows) for group in groups]
+        lengths = np.array([sum(map(len, self.parts(example))) for example in examples])
         labels = np.array([post.labels for post in posts])
-        return Split(posts, labels, examples, lengths, int((tokens > self.room).sum()))
+        return Split(posts, labels, examples, lengths, sum(len(ids) > self.room for ids in rows))
+
+    def parts(self, example: Example) -> list[list[int]]:
+        """The ids of the post, cut so that the longest of its criteria fits behind it, and those of each criterion."""
+        segments = [self.segments[number] for number in example.criteria]
+        return [example.input_ids[: self.max_length - max(map(len, segments))], *segments]
 
     def __call__(self, examples: list[Example]) -> dict[str, Tensor]:
-        """A batch, padded on the right to its longest: input_ids and attention_mask (B, T), labels (B, C) where known.
-
-        With a shared post also segments (0 the post, 1 to C the criteria, -1 padding) and position_ids, which restart
-        after the post; both (B, T).
-        """
-        posts = [example.post.text for example in examples]
-        if self.share_post:
-            ids = self.tokenizer(posts, truncation=True, max_length=self.room)["input_ids"]
-            parts = [[torch.tensor(row, dtype=torch.long) for row in side] for side in (ids, self.segments)]
-            batch = join_all(*parts, self.tokenizer.pad_token_id)
-        else:
-            texts = [self.criteria[number].text for _, (number,) in examples]
-            settings = {"truncation": "only_first", "max_length": self.max_length, "padding": True}
-            pairs = self.tokenizer(posts, texts, return_tensors="pt", **settings)
-            batch = {name: pairs[name] for name in ("input_ids", "attention_mask")}
+        """join's batch, and labels (B, C) where they are known; a pair needs neither segments nor position_ids."""
+        batch = join([self.parts(example) for example in examples], self.tokenizer.pad_token_id)
+        if not self.share_post:
+            batch = {name: batch[name] for name in ("input_ids", "attention_mask")}
         if examples[0].post.labels:
-            batch["labels"] = torch.tensor([[post.labels[c] for c in criteria] for post, criteria in examples])
+            batch["labels"] = torch.tensor([[post.labels[c] for c in criteria] for post, _, criteria in examples])
         return batch
 
 
-def join_all(posts: list[Tensor], criteria: list[Tensor], pad_token_id: int) -> dict[str, Tensor]:
-    """The batch of posts (T,) that share a sequence with all criteria (T,), as Collator describes it."""
-    rows = defaultdict(list)
-    for post in posts:
-        parts, starts = [post, *criteria], [0] + [len(post)] * len(criteria)
-        rows["input_ids"].append(torch.cat(parts))
-        rows["segments"].append(torch.cat([torch.full_like(part, n) for n, part in enumerate(parts)]))
-        rows["position_ids"].append(torch.cat([n + torch.arange(len(part)) for n, part in zip(starts, parts)]))
+def join(rows: list[list[list[int]]], pad_token_id: int) -> dict[str, Tensor]:
+    """A batch of posts, each followed by one or more criteria, padded on the right to the longest: (B, T) each.
+
+    input_ids, attention_mask, segments (0 the post, 1 to C the criteria, -1 padding), and position_ids, which for each
+    criterion go on where the post ends.
+    """
+    columns = defaultdict(list)
+    for parts in rows:
+        starts = [0] + [len(parts[0])] * (len(parts) - 1)
+        columns["input_ids"].append(list(chain(*parts)))
+        columns["segments"].append([n for n, part in enumerate(parts) for _ in part])
+        columns["position_ids"].append([place for n, part in zip(starts, parts) for place in range(n, n + len(part))])
     padding = {"input_ids": pad_token_id, "segments": -1, "position_ids": 0}
-    batch = {name: pad_sequence(rows[name], batch_first=True, padding_value=n) for name, n in padding.items()}
+    batch = {
+        name: pad_sequence([torch.tensor(row) for row in columns[name]], batch_first=True, padding_value=value)
+        for name, value in padding.items()
+    }
     return batch | {"attention_mask": (batch["segments"] >= 0).long()}
 
 
@@ -168,7 +171,7 @@ def ignore_signals(worker: int) -> None:
 def make_loader(
     examples: list[Example], batches: Iterable[list[int]], collator: Collator, config: Config
 ) -> DataLoader:
-    """Batches in the given order, tokenised as they are needed; pinned where a GPU will take them."""
+    """Batches in the given order; pinned where a GPU will take them."""
     return DataLoader(
         examples,
         batch_sampler=batches,

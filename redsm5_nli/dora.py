@@ -4,6 +4,7 @@ N tokens (all leading dimensions), I in, O out, R rank
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,58 +24,60 @@ def count_step(*_) -> None:
 register_optimizer_step_post_hook(count_step)  # a fused optimizer changes neither _version nor data_ptr of a weight
 
 
-class MergedDoRA(torch.autograd.Function):
-    """y = x W'^T + bias with W' formed in advance: one (N, I, O) product forward and one back, as a frozen layer has.
+class Formed(NamedTuple):
+    """What forward and backward need of the weights, once per optimizer step; scale and c in fp32, the rest as W is."""
 
-    The gradients of A and B need no (O, I) product: with the row scale c = m / ||W + s B A||,
-    dB = s c (dy^T (x A^T)), dA = (dy (s c B))^T x; and dm = sum over tokens of dy x W'^T / m.
+    weight: Tensor  # (O, I): W' where merged, else W
+    low_A: Tensor  # (R, I): A
+    low_B: Tensor | None  # (O, R): s B; None where merged
+    scaled_B: Tensor  # (O, R): s c B
+    scale: Tensor  # (O,): s c
+    c: Tensor | None  # (O,): m / ||W + s B A||; None where merged and for LoRA
+
+
+class AdaptedLinear(torch.autograd.Function):
+    """y = c (x W^T + s drop(x) A^T B^T) + bias, or merged y = x W'^T + bias.
+
+    Unmerged, the low-rank term is where the base product starts to accumulate: the sum is rounded once, whatever the
+    size of its parts, and a bf16 output follows an update far below the rounding of W. The scaling by c rounds again.
+
+    The gradients of A and B need no (O, I) product: dB = s c (dy^T (x A^T)), dA = (dy (s c B))^T x; and y without the
+    bias is m times its derivative by m.
     """
 
     @staticmethod
-    def forward(ctx, x, A, B, magnitude, bias, weight, low_A, scaled_B, scale):
-        y = F.linear(x, weight)
-        ctx.save_for_backward(x, y, magnitude, weight, low_A, scaled_B, scale)
-        return y if bias is None else y + bias
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, y, magnitude, weight, low_A, scaled_B, scale = ctx.saved_tensors
-        dx = dy @ weight if ctx.needs_input_grad[0] else None
-        dy, x = dy.flatten(0, -2), x.flatten(0, -2)  # (N, O), (N, I)
-        dA = (dy @ scaled_B).T @ x
-        dB = scale[:, None] * (dy.T @ (x @ low_A.T))
-        return dx, dA.float(), dB.float(), magnitude_gradient(dy, y, magnitude), *[None] * 5
-
-
-class UnmergedDoRA(torch.autograd.Function):
-    """y = c (x W^T + s drop(x) A^T B^T) + bias: the low-rank term is where the base product starts to accumulate.
-
-    So the sum x W^T + s B A x is rounded once, whatever the size of its parts, and a bf16 output follows an update far
-    below the rounding of W itself. The scaling by c rounds again.
-    """
-
-    @staticmethod
-    def forward(ctx, x, A, B, magnitude, bias, weight, low_A, low_B, scaled_B, scale, c, p):
-        ctx.shape, ctx.p, x = x.shape, p, x.flatten(0, -2)
-        kept = dropout_mask(x, p) if p else None
-        u = dropped(x, kept) @ low_A.T / (1 - p)  # (N, R)
-        y = torch.addmm(u @ low_B.T, x, weight.T)
-        if c is not None:
-            y.mul_(c)  # c is fp32: the product is rounded once
-        ctx.save_for_backward(x, y, u, kept, magnitude, weight, low_A, scaled_B, scale, c)
+    def forward(ctx, x, A, B, magnitude, bias, formed, p):
+        ctx.shape, ctx.formed, ctx.p = x.shape, formed, p
+        x, u, kept = x.flatten(0, -2), None, None  # (N, I)
+        if formed.low_B is None:
+            y = F.linear(x, formed.weight)
+        else:
+            kept = dropout_mask(x, p) if p else None
+            u = dropped(x, kept) @ formed.low_A.T / (1 - p)  # (N, R)
+            y = torch.addmm(u @ formed.low_B.T, x, formed.weight.T)
+        if formed.c is not None:
+            y.mul_(formed.c)  # c is fp32: the product is rounded once
+        ctx.save_for_backward(x, y, u, kept, magnitude)
         return (y if bias is None else y + bias).view(*ctx.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx, dy):
-        x, y, u, kept, magnitude, weight, low_A, scaled_B, scale, c = ctx.saved_tensors
+        x, y, u, kept, magnitude = ctx.saved_tensors
+        weight, low_A, low_B, scaled_B, scale, c = ctx.formed
         dy = dy.flatten(0, -2)  # (N, O)
         v = dy @ scaled_B / (1 - ctx.p)  # (N, R)
+        u = x @ low_A.T if u is None else u
+
         dx = None
         if ctx.needs_input_grad[0]:
             base_dy = dy if c is None else (dy * c).to(dy.dtype)
-            dx = torch.addmm(dropped(v @ low_A, kept), base_dy, weight).view(ctx.shape)
-        dA, dB = v.T @ dropped(x, kept), scale[:, None] * (dy.T @ u)
-        return dx, dA.float(), dB.float(), magnitude_gradient(dy, y, magnitude), *[None] * 8
+            dx = dy @ weight if low_B is None else torch.addmm(dropped(v @ low_A, kept), base_dy, weight)
+            dx = dx.view(ctx.shape)
+        dA, dB, dm = v.T @ dropped(x, kept), scale[:, None] * (dy.T @ u), None
+        if magnitude is not None:
+            dm = (dy * y).sum(0, dtype=torch.float32) / magnitude
+            dm = torch.where(magnitude == 0, 0.0, dm)  # a zero row of W: its output stays zero
+        return dx, dA.float(), dB.float(), dm, None, None, None
 
 
 def dropout_mask(x: Tensor, p: float) -> Tensor:
@@ -91,17 +94,6 @@ def dropped(x: Tensor, kept: Tensor | None) -> Tensor:
     return x if kept is None else torch.where(kept, x, 0.0)
 
 
-def magnitude_gradient(dy: Tensor, y: Tensor, magnitude: Tensor | None) -> Tensor | None:
-    """dm (O,) in fp32 from dy (N, O) and the output before the bias y (..., O), which is m times its derivative.
-
-    A row with m = 0 is a zero row of W: its output stays zero, and so does its gradient here.
-    """
-    if magnitude is None:
-        return None
-    total = (dy * y.flatten(0, -2)).sum(0, dtype=torch.float32)
-    return torch.where(magnitude == 0, 0.0, total / magnitude)
-
-
 class DoRALinear(nn.Module):
     """A frozen nn.Linear with weight W (O, I) and a trained W' = m * (W + s B A) / ||W + s B A||_row, s = alpha / rank.
 
@@ -109,10 +101,8 @@ class DoRALinear(nn.Module):
     outside the scaling. m, A, B, the norm and m / norm are fp32: in bf16 m / norm would be exactly 1 at first and
     the magnitude could not be seen. magnitude=False is LoRA (arXiv 2106.09685), W' = W + s B A.
 
-    Two exact ways to compute it (bench.py compares them):
     merged (needs dropout 0, and is then the default): W' is formed in fp32 and rounded once to W's type, as the forward
-    weights of mixed precision are. In bf16 an update far below W's grid is not seen until it has added up.
-    unmerged: c (x W^T + s drop(x) A^T B^T), rounded after the sum and after c; sees the smallest update of A and B.
+    weights of mixed precision are; an update far below W's grid is not seen until it has added up. bench.py compares.
 
     What depends on weights only is formed once per optimizer step (of any torch optimizer) and serves accumulation,
     checkpoint recomputation and evaluation. Whoever writes to m, A or B by other means calls forget().
@@ -145,7 +135,7 @@ class DoRALinear(nn.Module):
 
     def forget(self) -> None:
         """Form everything anew at the next call."""
-        self.formed, self.formed_at = None, -1
+        self.formed, self.formed_at = None, -1  # a step's number
 
     def _apply(self, fn, recurse=True):
         self.forget()
@@ -166,29 +156,27 @@ class DoRALinear(nn.Module):
         """c = m / ||W + s B A||, (O,) in fp32; None for LoRA."""
         return None if self.lora_magnitude_vector is None else self.lora_magnitude_vector.detach() / self.weight_norm()
 
-    def form(self) -> tuple:
-        """What a forward and its backward need of the weights, formed once per optimizer step."""
+    def form(self) -> Formed:
         if self.formed is None or self.formed_at != optimizer_steps:
             # An evaluation's inference mode must not leave tensors behind that no later backward may use.
             with torch.inference_mode(False), torch.no_grad():
                 W, A, B, s, c = self.base.weight, self.lora_A, self.lora_B, self.scaling, self.row_scale()
                 scale = torch.full_like(self.weight_squared, s) if c is None else s * c
-                low_A, scaled_B = A.to(W.dtype), (scale[:, None] * B).to(W.dtype)
+                low_A, low_B, scaled_B = (part.to(W.dtype) for part in (A, s * B, scale[:, None] * B))
                 if self.merged:
                     weight = torch.addmm(W.float(), B, A, alpha=s)
                     weight = weight if c is None else weight.mul_(c[:, None])
-                    self.formed = weight.to(W.dtype), low_A, scaled_B, scale
+                    self.formed = Formed(weight.to(W.dtype), low_A, None, scaled_B, scale, None)
                 else:
-                    self.formed = W, low_A, (s * B).to(W.dtype), scaled_B, scale, c
+                    self.formed = Formed(W, low_A, low_B, scaled_B, scale, c)
             self.formed_at = optimizer_steps
         return self.formed
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O) in W's type."""
-        trained = x, self.lora_A, self.lora_B, self.lora_magnitude_vector, self.base.bias
-        if self.merged:
-            return MergedDoRA.apply(*trained, *self.form())
-        return UnmergedDoRA.apply(*trained, *self.form(), self.dropout if self.training else 0.0)
+        trained = self.lora_A, self.lora_B, self.lora_magnitude_vector
+        p = self.dropout if self.training else 0.0
+        return AdaptedLinear.apply(x, *trained, self.base.bias, self.form(), p)
 
 
 def add_adapters(

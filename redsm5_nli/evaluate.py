@@ -9,6 +9,7 @@ import csv
 import io
 import sys
 from pathlib import Path
+from typing import TextIO
 
 if not __package__:  # run as a script: import from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -28,7 +29,8 @@ from redsm5_nli.criteria import Criterion, load_criteria
 from redsm5_nli.dataset import LABELS, Collator, Split, fingerprint, load_splits, make_loader, sorted_batches
 from redsm5_nli.loss import class_weights, pair_loss
 from redsm5_nli.model import Matcher, build_model, decoder_dtype, find_collator, load_weights
-from redsm5_nli.report import report
+from redsm5_nli.redsm5 import Post
+from redsm5_nli.report import COLUMNS, report
 
 
 def predict_logits(model: Matcher, split: Split, collator: Collator, config: Config) -> Tensor:
@@ -107,7 +109,7 @@ def validate(
         raise UserError("the validation logits are not finite; best/ is untouched. A lower learning_rate may help")
     thresholds = tune_thresholds(probabilities(logits), split.labels, collator.criteria)
     scores = score_split(logits, split.labels, thresholds, weights)
-    at_half = {name: scores["at_half"][name] for name in ("f1_macro", "f1_positive", "accuracy")}
+    at_half = {name: scores["at_half"][name] for name in COLUMNS}
     return {"loss": scores["loss"], **at_half, "auprc": scores["auprc"]}, thresholds
 
 
@@ -122,35 +124,40 @@ def evaluate_run(
     scores: dict = {"thresholds": thresholds, "posts_cut": {name: split.cut for name, split in splits.items()}}
     (run.path / "predictions").mkdir(exist_ok=True)
     for name in ("validation", "test"):
-        logits = predict_logits(model, splits[name], collator, config)
-        scores[name] = score_split(logits, splits[name].labels, thresholds, weights)
-        text = predictions_csv(logits, splits[name], collator.criteria, name)
-        write_text(run.path / "predictions" / f"{name}_predictions.csv", text)
+        split, text = splits[name], io.StringIO()
+        logits = predict_logits(model, split, collator, config)
+        scores[name] = score_split(logits, split.labels, thresholds, weights)
+        more = {"label": split.labels, "split": np.full(split.labels.shape, name)}
+        write_pairs(text, split.posts, collator.criteria, probabilities(logits), more)
+        write_text(run.path / "predictions" / f"{name}_predictions.csv", text.getvalue())
     write_text(run.path / "report.md", report(scores, splits, run.evaluations(), config))
     return scores
 
 
-def predictions_csv(logits: Tensor, split: Split, criteria: tuple[Criterion, ...], name: str) -> str:
-    """post_id, criterion, probability of yes, annotated label, split."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["post_id", "criterion", "probability", "label", "split"])
-    for post, row in zip(split.posts, probabilities(logits).tolist()):
-        for criterion, p, label in zip(criteria, row, post.labels):
-            writer.writerow([post.id, criterion.id, f"{p:.6f}", label, name])
-    return text.getvalue()
+def write_pairs(
+    file: TextIO, posts: list[Post], criteria: tuple[Criterion, ...], probability: np.ndarray, more: dict
+) -> None:
+    """A CSV row for each pair: post_id, criterion, probability of yes, and what more has, column -> (P, C)."""
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["post_id", "criterion", "probability", *more])
+    for row, post in enumerate(posts):
+        for column, criterion in enumerate(criteria):
+            cells = [values[row, column] for values in more.values()]
+            writer.writerow([post.id, criterion.id, f"{probability[row, column]:.6f}", *cells])
 
 
 def read_thresholds(folder: Path, criteria: tuple[Criterion, ...]) -> dict:
     """The thresholds that were tuned with the model in a best folder. Raises UserError."""
     path = folder / "thresholds.json"
     thresholds = read_json(path)
-    own = thresholds.get("criteria")
-    if not isinstance(own, dict) or list(own) != [criterion.id for criterion in criteria]:
-        raise UserError(f"{path} holds no threshold for each of {', '.join(criterion.id for criterion in criteria)}")
-    for name, value in {"global": thresholds.get("global"), **own}.items():
-        if not isinstance(value, float) or not 0 <= value <= 1:
-            raise UserError(f"{path}: {name} is {value!r}, expected a number from 0 to 1")
+    ids = [criterion.id for criterion in criteria]
+    try:
+        values = [thresholds["global"], *(thresholds["criteria"][id] for id in ids)]
+        valid = all(0 <= value <= 1 for value in values)
+    except (KeyError, TypeError):
+        valid = False
+    if not valid:
+        raise UserError(f"{path} holds no thresholds from 0 to 1: global, and in criteria {', '.join(ids)}")
     return thresholds
 
 

@@ -26,7 +26,7 @@ from redsm5_nli.config import Config
 from redsm5_nli.criteria import Criterion
 from redsm5_nli.dataset import LABELS, Collator
 from redsm5_nli.dora import adapters, add_adapters
-from redsm5_nli.poolers import make_pooler
+from redsm5_nli.poolers import Pooler
 
 
 class Matcher(nn.Module):
@@ -36,7 +36,7 @@ class Matcher(nn.Module):
         super().__init__()
         self.decoder, self.prefix = decoder, prefix  # of its names in AutoModel of the same checkpoint
         hidden_size = decoder.config.hidden_size
-        self.pooler, self.dropout = make_pooler(pooler, hidden_size), nn.Dropout(dropout)
+        self.pooler, self.dropout = Pooler(pooler, hidden_size), nn.Dropout(dropout)
         self.head = nn.Linear(hidden_size, len(LABELS))
         nn.init.normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
@@ -103,25 +103,21 @@ def build_model(config: Config, device: torch.device, dtype: torch.dtype) -> Mat
     return Matcher(decoder, config.pooler, config.dropout, prefix).to(device)
 
 
-def adapter_tensors(model: Matcher) -> dict[str, nn.Parameter]:
-    """What the adapters train, by the names that PEFT gives it in its files."""
-    tensors = {}
-    for name, layer in adapters(model.decoder).items():
-        key = f"base_model.model.{model.prefix}{name}"
-        tensors |= {f"{key}.lora_A.weight": layer.lora_A, f"{key}.lora_B.weight": layer.lora_B}
-        if layer.lora_magnitude_vector is not None:
-            tensors[f"{key}.lora_magnitude_vector"] = layer.lora_magnitude_vector
-    return tensors
-
-
-def head_tensors(model: Matcher) -> dict[str, nn.Parameter]:
-    """Pooler and head."""
-    return {name: tensor for name, tensor in model.named_parameters() if not name.startswith("decoder.")}
+def trained_tensors(model: Matcher) -> dict[str, dict[str, nn.Parameter]]:
+    """What is trained, for each file of best/: the adapters by the names that PEFT gives them, and pooler and head."""
+    files: dict[str, dict[str, nn.Parameter]] = {"adapter_model": {}, "head": {}}
+    for name, parameter in model.named_parameters():
+        if not name.startswith("decoder."):
+            files["head"][name] = parameter
+        elif parameter.requires_grad:
+            name = name.removeprefix("decoder.") + ("" if name.endswith("magnitude_vector") else ".weight")
+            files["adapter_model"][f"base_model.model.{model.prefix}{name}"] = parameter
+    return files
 
 
 def save_model(model: Matcher, config: Config, criteria: tuple[Criterion, ...], thresholds: dict, folder: Path) -> None:
     """Write the adapter as PEFT reads it for AutoModel of the same base, pooler and head, criteria and thresholds."""
-    for name, tensors in (("adapter_model", adapter_tensors(model)), ("head", head_tensors(model))):
+    for name, tensors in trained_tensors(model).items():
         tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
         save_file(tensors, folder / f"{name}.safetensors", metadata={"format": "pt"})
     adapter_config = {
@@ -144,7 +140,7 @@ def save_model(model: Matcher, config: Config, criteria: tuple[Criterion, ...], 
 @torch.no_grad()
 def load_weights(model: Matcher, folder: Path) -> None:
     """Fill what trains with what save_model wrote. Raises UserError where a file is damaged or has other weights."""
-    for file, tensors in (("adapter_model", adapter_tensors(model)), ("head", head_tensors(model))):
+    for file, tensors in trained_tensors(model).items():
         path = folder / f"{file}.safetensors"
         try:
             saved = load_file(path)

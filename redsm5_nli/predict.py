@@ -8,7 +8,6 @@ A CSV file has the columns post_id and text; out come post_id, criterion, probab
 the run's threshold on, tuned on validation: one for all criteria, or with --thresholds criteria one for each.
 """
 
-import csv
 import sys
 from pathlib import Path
 from typing import Literal
@@ -16,15 +15,16 @@ from typing import Literal
 if not __package__:  # run as a script: import from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import numpy as np
+
 from common.checkpoint import UserError
 from common.checkpoint.environment import pick_device
-from common.checkpoint.files import read_json
 from common.checkpoint.run import best_folder, warn_of_precision
 from redsm5_nli.cli import run_path, run_script
 from redsm5_nli.config import Config
-from redsm5_nli.criteria import parse_criteria
+from redsm5_nli.criteria import load_criteria
 from redsm5_nli.dataset import LABELS
-from redsm5_nli.evaluate import predict_logits, probabilities, read_thresholds
+from redsm5_nli.evaluate import predict_logits, probabilities, read_thresholds, write_pairs
 from redsm5_nli.model import build_model, decoder_dtype, find_collator, load_weights
 from redsm5_nli.redsm5 import Post, decode, read_texts
 
@@ -52,9 +52,9 @@ def main(config: Config, text: str | None, input: str, thresholds: Literal["glob
     # The model, the criteria that it was trained on, and its thresholds
     path, device = run_path(config), pick_device()
     folder, dtype = best_folder(path), decoder_dtype(config.amp, device)
-    criteria = parse_criteria(read_json(folder / "criteria.json").get("criteria"), folder / "criteria.json")
+    criteria = load_criteria(folder / "criteria.json")
     tuned = read_thresholds(folder, criteria)
-    limits = [tuned["criteria"][c.id] if thresholds == "criteria" else tuned["global"] for c in criteria]
+    limits = np.array([tuned["criteria"][c.id] if thresholds == "criteria" else tuned["global"] for c in criteria])
     posts = read_input(text, input)
     collator = find_collator(config, criteria)
     warn_of_precision(path, dtype, "dtype")
@@ -63,21 +63,18 @@ def main(config: Config, text: str | None, input: str, thresholds: Literal["glob
 
     # Answers
     split = collator.make_split(posts)
-    rows = probabilities(predict_logits(model, split, collator, config)).tolist()
+    probability = probabilities(predict_logits(model, split, collator, config))  # (P, C)
+    predicted = (probability >= limits).astype(int)
     if split.cut:
         ends = f"{split.cut} posts are longer than max_length {config.max_length}: their ends were not read"
         print(ends, file=sys.stderr)
     print(NO_DIAGNOSIS, file=sys.stdout if input == "-" else sys.stderr)
-    if input == "-":
-        width = max(len(criterion.id) for criterion in criteria)
-        for criterion, p, limit in zip(criteria, rows[0], limits):
-            print(f"{criterion.id:<{width}} {p:.4f} {LABELS[p >= limit]} (yes from {limit:.4f})")
+    if input != "-":
+        write_pairs(sys.stdout, posts, criteria, probability, {"predicted": predicted})
         return
-    writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerow(["post_id", "criterion", "probability", "predicted"])
-    for post, row in zip(posts, rows):
-        for criterion, p, limit in zip(criteria, row, limits):
-            writer.writerow([post.id, criterion.id, f"{p:.6f}", int(p >= limit)])
+    width = max(len(criterion.id) for criterion in criteria)
+    for criterion, p, label, limit in zip(criteria, probability[0], predicted[0], limits):
+        print(f"{criterion.id:<{width}} {p:.4f} {LABELS[label]} (yes from {limit:.4f})")
 
 
 if __name__ == "__main__":

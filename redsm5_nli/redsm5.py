@@ -9,7 +9,7 @@ status 1: a psychologist found the symptom in the sentence; 0: looked at it and 
 import csv
 import io
 from collections import Counter
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -91,40 +91,24 @@ def read_texts(path: Path) -> dict[str, str]:
     return texts
 
 
-def read_positives(
-    path: Path, posts: Container[str], criteria: tuple[Criterion, ...]
-) -> tuple[set[tuple[str, str]], Counter]:
-    """The (post id, criterion id) pairs that have a row with status 1, and how many rows there are of each kind.
-
-    Raises UserError naming the line of an unknown post, symptom or status.
-    """
-    wanted = {criterion.id for criterion in criteria}
-    known = wanted | {criterion.id for criterion in CRITERIA} | {SPECIAL_CASE}
-    positives, kinds = set(), Counter()
+def read_posts(folder: Path, criteria: tuple[Criterion, ...]) -> tuple[list[Post], Counter]:
+    """All posts with their labels, and the kinds of annotation rows. Raises UserError with file, line and value."""
+    texts, path = read_texts(find_file(folder, POSTS_FILES)), find_file(folder, ANNOTATIONS_FILES)
+    numbers = {criterion.id: number for number, criterion in enumerate(criteria)}
+    known = numbers.keys() | {criterion.id for criterion in CRITERIA} | {SPECIAL_CASE}
+    labels, kinds = {post: [0] * len(criteria) for post in texts}, Counter()
     for line, (post, symptom, status) in read_table(path, ("post_id", "DSM5_symptom", "status")):
         place = f"{path}, line {line}"
-        if post not in posts:
+        if post not in texts:
             raise UserError(f"{place}: post_id {post!r} is not in the posts file")
         if symptom not in known:
             raise UserError(f"{place}: symptom {symptom!r} is unknown, expected {', '.join(sorted(known))}")
         if status not in ("0", "1"):
             raise UserError(f"{place}: status is {status!r}, expected 1 (present) or 0 (rejected)")
 
-        if symptom == SPECIAL_CASE:
-            kinds[SPECIAL_CASE] += 1
-        elif symptom not in wanted:
-            kinds["of no criterion asked for"] += 1
-        elif status == "0":
-            kinds["rejected"] += 1
+        if symptom in numbers:
+            kinds["present" if status == "1" else "rejected"] += 1
+            labels[post][numbers[symptom]] |= int(status)
         else:
-            kinds["present"] += 1
-            positives.add((post, symptom))
-    return positives, kinds
-
-
-def read_posts(folder: Path, criteria: tuple[Criterion, ...]) -> tuple[list[Post], Counter]:
-    """All posts with their labels, and the kinds of annotation rows. Raises UserError with file, line and value."""
-    texts = read_texts(find_file(folder, POSTS_FILES))
-    positives, kinds = read_positives(find_file(folder, ANNOTATIONS_FILES), texts, criteria)
-    labels = {post: tuple(int((post, criterion.id) in positives) for criterion in criteria) for post in texts}
-    return [Post(post, text, labels[post]) for post, text in texts.items()], kinds
+            kinds[SPECIAL_CASE if symptom == SPECIAL_CASE else "of no criterion asked for"] += 1
+    return [Post(post, text, tuple(labels[post])) for post, text in texts.items()], kinds

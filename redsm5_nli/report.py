@@ -1,6 +1,7 @@
 """Tables for people: what is trained on, and what a run scored."""
 
 from collections import Counter
+from itertools import product
 
 import numpy as np
 
@@ -72,36 +73,32 @@ def report(scores: dict, splits: dict[str, Split], evaluations: list[dict], conf
         "",
         "## All pairs",
         "",
-        *scores_tables(scores),
     ]
-    per_criterion = scores["test"]["at_half"]["criteria"]["per_label"]
-    if absent := [name for name, row in per_criterion.items() if not row["support"]]:
+
+    # Over all pairs: scores by split and rule, areas and loss by split
+    by_rule, areas = [], []
+    for name, (key, rule) in product(("validation", "test"), RULES.items()):
+        row, tuned_here = scores[name][key], name == "validation" and key != "at_half"
+        values = [row[column] for column in COLUMNS]
+        by_rule.append([name, rule + ", tuned here" * tuned_here, *values, row["criteria"]["f1_macro"]])
+    for name in ("validation", "test"):
+        areas.append([name, *(scores[name][column] for column in ("auprc", "auc", "loss"))])
+    lines += table(["split", "threshold", *COLUMNS, "mean f1 of the criteria"], by_rule)
+    lines += table(["split", "auprc", "auc", "loss"], areas)
+
+    # One line for each criterion, and their mean
+    test, thresholds, columns = scores["test"], scores["thresholds"], ("precision", "recall", "f1", "support")
+    per_label = test["at_half"]["criteria"]["per_label"]
+    if absent := [name for name, row in per_label.items() if not row["support"]]:
         lines += [f"Without a positive test pair, and 0 in the means: {', '.join(absent)}.", ""]
     for key, rule in RULES.items():
-        lines += [f"## Test, {rule}", "", *criteria_table(scores["test"][key]["criteria"], key, scores["thresholds"])]
-    columns = ["epoch", "step", "train_loss", "loss", *COLUMNS, "auprc"]
-    epochs = [[row[column] for column in columns] for row in evaluations]
-    return "\n".join([*lines, "## Epochs (validation, threshold .5)", "", *table(columns, epochs)])
+        means, rows = test[key]["criteria"], []
+        for name, row in means["per_label"].items():
+            threshold = {"at_half": 0.5, "at_global": thresholds["global"]}.get(key, thresholds["criteria"][name])
+            rows.append([name, threshold, *(row[column] for column in columns)])
+        rows.append(["mean", "", *(means[f"{column}_macro"] for column in columns[:3]), ""])
+        lines += [f"## Test, {rule}", "", *table(["criterion", "threshold", *columns], rows)]
 
-
-def scores_tables(scores: dict) -> list[str]:
-    """Over all pairs: scores by split and rule, areas and loss by split."""
-    by_rule, areas = [], []
-    for name in ("validation", "test"):
-        for key, rule in RULES.items():
-            row, tuned_here = scores[name][key], name == "validation" and key != "at_half"
-            values = [row[column] for column in COLUMNS]
-            by_rule.append([name, rule + ", tuned here" * tuned_here, *values, row["criteria"]["f1_macro"]])
-        areas.append([name, *(scores[name][column] for column in ("auprc", "auc", "loss"))])
-    header = ["split", "threshold", *COLUMNS, "mean f1 of the criteria"]
-    return table(header, by_rule) + table(["split", "auprc", "auc", "loss"], areas)
-
-
-def criteria_table(scores: dict, rule: str, thresholds: dict) -> list[str]:
-    """One line for each criterion, and their mean."""
-    columns, rows = ["precision", "recall", "f1", "support"], []
-    for name, row in scores["per_label"].items():
-        threshold = {"at_half": 0.5, "at_global": thresholds["global"]}.get(rule, thresholds["criteria"][name])
-        rows.append([name, threshold, *(row[column] for column in columns)])
-    rows.append(["mean", "", *(scores[f"{column}_macro"] for column in columns[:3]), ""])
-    return table(["criterion", "threshold", *columns], rows)
+    names = ["epoch", "step", "train_loss", "loss", *COLUMNS, "auprc"]
+    epochs = [[row[name] for name in names] for row in evaluations]
+    return "\n".join([*lines, "## Epochs (validation, threshold .5)", "", *table(names, epochs)])

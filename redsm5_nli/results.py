@@ -5,6 +5,7 @@
 """
 
 import sys
+from itertools import product
 from pathlib import Path
 
 if not __package__:  # run as a script: import from the repository root, not from this folder
@@ -22,14 +23,13 @@ SCORES = ("f1_macro", "f1_positive", "auprc")
 
 def read_row(path: Path) -> tuple[dict, dict]:
     """Settings of a run, and its scores at .5: dashes where it is not finished. Raises UserError."""
-    settings = read_run(path)["config"]
-    names = [(split, name) for split in ("validation", "test") for name in SCORES]
-    if not (path / "results.json").exists():
-        return settings, {f"{split} {name}": None for split, name in names} | {"epoch": "unfinished"}
-    results = read_json(path / "results.json")
+    settings, scores = read_run(path)["config"], {}
+    finished = (path / "results.json").exists()
+    results = read_json(path / "results.json") if finished else {}
     try:
-        scores = {split: results[split]["at_half"] | {"auprc": results[split]["auprc"]} for split, _ in names}
-        return settings, {f"{split} {name}": scores[split][name] for split, name in names} | {"epoch": results["epoch"]}
+        for split, name in product(("validation", "test"), SCORES):
+            scores[f"{split} {name}"] = (results[split]["at_half"] | results[split])[name] if finished else None
+        return settings, scores | {"epoch": results["epoch"] if finished else "unfinished"}
     except KeyError as error:
         raise UserError(f"{path / 'results.json'} has no {error}: not a run of this project") from error
 

@@ -36,7 +36,7 @@ from redsm5_nli.dora import DoRALinear, adapters, add_adapters, dropout_mask
 from redsm5_nli.evaluate import predict_logits, probabilities, score_split, tune_threshold, tune_thresholds
 from redsm5_nli.loss import class_weights, pair_loss
 from redsm5_nli.model import build_model, find_collator, load_weights, save_model
-from redsm5_nli.poolers import make_pooler
+from redsm5_nli.poolers import Pooler
 from redsm5_nli.redsm5 import Post, read_posts
 from redsm5_nli.sample.make_sample import base_corpus
 from redsm5_nli.sample.make_sample import main as make_sample
@@ -375,7 +375,7 @@ def make_peft_bidirectional(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("name", ["mean", "cls", "max", "attention"])
 def test_poolers_equal_brute_force_and_are_blind_to_what_the_mask_leaves_out(name):
     torch.manual_seed(0)
-    pooler = make_pooler(name, 6)
+    pooler = Pooler(name, 6)
     if name == "attention":
         nn.init.normal_(pooler.query)
     hidden, mask = torch.randn(3, 7, 6), torch.rand(3, 2, 7) < 0.6
@@ -546,7 +546,7 @@ def test_a_pair_is_what_the_tokenizer_makes_of_it_and_the_criterion_is_never_cut
     split = collator.make_split(posts)
     batch, lengths = collator(split.examples), split.lengths
     assert split.cut == 1 and batch["attention_mask"].sum(1).tolist() == lengths.tolist() and lengths.max() == 80
-    for row, (post, (criterion,)) in zip(range(len(lengths)), split.examples):
+    for row, (post, _, (criterion,)) in enumerate(split.examples):
         ids = batch["input_ids"][row, batch["attention_mask"][row].bool()].tolist()
         post_ids, segment = tokenizer(post.text)["input_ids"], collator.segments[criterion]
         assert ids == post_ids[: 80 - len(segment)] + segment

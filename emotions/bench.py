@@ -17,14 +17,16 @@ evaluations and saves are not counted. The sides take turns.
 import copy
 import os
 import platform
-import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from functools import partial
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 if not __package__:  # run as a script: import from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -48,7 +50,7 @@ from emotions import train
 from emotions.attention import use_fast_attention
 from emotions.cli import run_script
 from emotions.config import Config
-from emotions.dataset import Row, load_splits, make_split
+from emotions.dataset import Row, load_splits, multi_hot
 from emotions.labels import EMOTIONS
 from emotions.model import find_model, find_tokenizer
 from emotions.prepare import json_line
@@ -126,7 +128,7 @@ def training_step(model: nn.Module, batch: dict[str, Tensor], dtype: torch.dtype
     return step
 
 
-def milliseconds(step: Callable[[], None]) -> float:
+def milliseconds(step: Callable[[], object]) -> float:
     """The time of a step, from an idle device to the end of what it was given."""
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     wait()
@@ -136,37 +138,43 @@ def milliseconds(step: Callable[[], None]) -> float:
     return (time.perf_counter() - began) * 1000
 
 
-def compare(sides: dict[str, nn.Module], make_step: Callable, batch: dict, dtype: torch.dtype | None, rounds: int):
-    """Medians of transformers and ours, the median ratio, and the optimizer's median."""
-    steps = {side: make_step(model, batch, dtype) for side, model in sides.items()}
-    optimizers = {side: torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True) for side, model in sides.items()}
-    times: dict[str, list[float]] = {"transformers": [], "ours": [], "optimizer": []}
-    for _ in range(rounds + 1):
-        for side, step in steps.items():
-            times[side].append(milliseconds(step))
-            times["optimizer"].append(milliseconds(optimizers[side].step))
-            optimizers[side].zero_grad()
-    theirs, ours, optimizer = times["transformers"][1:], times["ours"][1:], times["optimizer"][2:]  # the first warms up
-    ratio = statistics.median(a / b for a, b in zip(theirs, ours))
-    return statistics.median(theirs), statistics.median(ours), ratio, statistics.median(optimizer)
+def take_turns(sides: dict[str, Callable[[int], object]], rounds: int) -> np.ndarray:
+    """(sides, rounds, ...) what the sides return for the round's number, one after the other; round 0 warms up."""
+    turns = [[measure(number) for measure in sides.values()] for number in range(rounds + 1)]
+    return np.array(turns[1:]).swapaxes(0, 1)
 
 
-def bench_attention(shapes: list[str], lengths: list[int], dtypes: list[str], layers: int, rounds: int) -> None:
+def step_and_update(model: nn.Module, step: Callable[[], None]) -> Callable[[int], tuple[float, float]]:
+    """A side's turn: milliseconds of a step, and of the optimizer after it."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+
+    def turn(number: int) -> tuple[float, float]:
+        times = milliseconds(step), milliseconds(optimizer.step)
+        optimizer.zero_grad()
+        return times
+
+    return turn
+
+
+def bench_attention(given: SimpleNamespace) -> None:
     """Two Markdown tables: one attention module alone, and the whole training step."""
-    if "fp16" in dtypes and pick_device().type != "cuda":
+    if "fp16" in given.dtypes and pick_device().type != "cuda":
         raise UserError("--dtypes fp16 needs a GPU: a CPU takes fp32 and bf16")
-    print(f"batch {BATCH}, {layers} layers, {rounds} rounds after the warm-up")
-    for title, make_step in (("attention alone", attention_step), (f"step of {layers} layers", training_step)):
-        rows = []
-        for shape in shapes:
-            sides = build_sides(shape, layers)
-            for dtype in dtypes:
-                for length in lengths:
-                    theirs, ours, ratio, update = compare(sides, make_step, make_batch(length), DTYPES[dtype], rounds)
-                    figures = [f"{theirs:.1f}", f"{ours:.1f}", f"{ratio:.2f}", f"{update:.1f}"]
-                    rows.append([shape, dtype, length, *figures[: 4 if make_step is training_step else 3]])
-        header = [title, "dtype", "T", "transformers, ms", "ours, ms", "ratio"]
-        print("\n".join(["", *table(header + ["AdamW, ms"] * (make_step is training_step), rows)]), flush=True)
+    print(f"batch {BATCH}, {given.layers} layers, {given.rounds} rounds after the warm-up")
+    header = ["dtype", "T", "transformers, ms", "ours, ms", "ratio", "AdamW, ms"]
+    for title, make_step in (("attention alone", attention_step), (f"step of {given.layers} layers", training_step)):
+        columns, rows = 7 - (make_step is attention_step), []  # AdamW's is the whole model's
+        for shape, dtype, length in product(given.shapes or SHAPES, given.dtypes, given.lengths):
+            batch = make_batch(length)
+            sides = {
+                side: step_and_update(model, make_step(model, batch, DTYPES[dtype]))
+                for side, model in build_sides(shape, given.layers).items()
+            }
+            (theirs, ours), updates = np.moveaxis(take_turns(sides, given.rounds), -1, 0)
+            medians = [f"{np.median(times):.1f}" for times in (theirs, ours, updates)]
+            medians.insert(2, f"{np.median(theirs / ours):.2f}")
+            rows.append([shape, dtype, length, *medians][:columns])
+        print("\n".join(["", *table([title, *header][:columns], rows)]), flush=True)
 
 
 def run_ours(side: str, config: Config, rows: list[Row], scored: list[Row], seed: int) -> float:
@@ -187,11 +195,9 @@ def run_trainer(side: str, config: Config, rows: list[Row], scored: list[Row], s
     torch.manual_seed(0)
     tokenizer = find_tokenizer(config)
     model = AutoModelForSequenceClassification.from_config(load_shape(find_model(config)))
-    split = make_split(rows, tokenizer)
-    data = [
-        dict(tokenizer(row.text, truncation=True, max_length=config.max_length)) | {"labels": labels}
-        for row, labels in zip(rows, split.labels.astype(float).tolist())
-    ]
+    data = tokenizer([row.text for row in rows], truncation=True, max_length=config.max_length)
+    data["labels"] = multi_hot([row.labels for row in rows]).astype(float).tolist()
+    data = [dict(zip(data, cells)) for cells in zip(*data.values())]
     padding = {"padding": "max_length", "max_length": config.max_length} if "padded" in side else {}
     dtype = autocast_dtype(config.amp, pick_device())
     with tempfile.TemporaryDirectory() as folder:
@@ -215,57 +221,49 @@ def run_trainer(side: str, config: Config, rows: list[Row], scored: list[Row], s
         return milliseconds(trainer.train) / 1000
 
 
-def bench_epoch(config: Config, shape: str, layers: int, count: int, rounds: int, sides: list[str]) -> None:
+def bench_epoch(config: Config, shape: str, given: SimpleNamespace) -> None:
     """A Markdown table of texts a second, sides in turn, with the ratio of ours to each."""
-    if "ours" not in sides:
-        raise UserError("sides must hold ours, which the others are compared with")
     tokenizer = find_tokenizer(config)
     splits = load_splits(config, tokenizer)
     texts, scored = splits["train"].rows, sorted(splits["validation"].rows, key=lambda row: not row.labels)[:5]
-    rows = [texts[place] for place in np.random.default_rng(0).permutation(len(texts))[:count]]
-    seconds = {side: [] for side in SIDES if side in sides and (side.startswith("ours") or find_spec("accelerate"))}
+    rows = [texts[place] for place in np.random.default_rng(0).permutation(len(texts))[: given.rows]]
     with tempfile.TemporaryDirectory() as folder:
-        model = deberta_shape(shape, layers, len(tokenizer)) if shape else load_shape(find_model(config))
+        model = deberta_shape(shape, given.layers, len(tokenizer)) if shape else load_shape(find_model(config))
         model.num_labels, model.problem_type = len(EMOTIONS), "multi_label_classification"
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         changes = {"model": folder, "init": "random", "pooling": "head", "epochs": 1, "max_steps": 0}
         changed = config.model_copy(update=changes)
-        for number in range(rounds + 1):
-            part = rows if number else rows[: 2 * config.batch_size]  # the first round warms up
-            for side in seconds:
-                spent = (run_ours if side.startswith("ours") else run_trainer)(side, changed, part, scored, number)
-                if number:
-                    seconds[side].append(spent)
-                    print(f"{side}: {len(rows) / spent:.1f} texts/s", flush=True)
+
+        def turn(side: str, number: int) -> float:
+            run = run_ours if side.startswith("ours") else run_trainer
+            seconds = run(side, changed, rows if number else rows[: 2 * config.batch_size], scored, number)
+            print(f"{side}, round {number}: {seconds:.1f} s", flush=True)
+            return seconds
+
+        runs = [side for side in SIDES if side in given.sides and (side.startswith("ours") or find_spec("accelerate"))]
+        seconds = take_turns({side: partial(turn, side) for side in runs}, given.rounds)
 
     dtype = autocast_dtype(config.amp, pick_device()) or "fp32"
     print(f"\n{len(rows)} texts, {shape or config.model}, {dtype}, batch {config.batch_size}\n")
     figures = {side: ["not run", "not run"] for side in SIDES}
-    for side, spent in seconds.items():
-        ratio = statistics.median(theirs / ours for ours, theirs in zip(seconds["ours"], spent))
-        figures[side] = [f"{len(rows) / statistics.median(spent):.1f}", f"{ratio:.2f}"]
+    for side, times in zip(runs, seconds):
+        ratio = np.median(times / seconds[runs.index("ours")])
+        figures[side] = [f"{len(rows) / np.median(times):.1f}", f"{ratio:.2f}"]
     print("\n".join(table(["side", "texts/s", "ours is faster by"], [[side, *row] for side, row in figures.items()])))
 
 
-def main(
-    config: Config,
-    part: str,
-    shapes: list[str],
-    lengths: list[int],
-    dtypes: list[str],
-    layers: int,
-    rounds: int,
-    rows: int,
-    sides: list[str],
-) -> None:
-    cpu = f"{processor()}, {torch.get_num_threads()} threads"
-    print(" | ".join(f"{name} {value}" for name, value in environment(pick_device()).items()) + f" | {cpu}")
+def main(config: Config, part: str, **flags) -> None:
+    given = SimpleNamespace(**flags)
+    if "ours" not in given.sides:
+        raise UserError("sides must hold ours, which the others are compared with")
+    info = environment(pick_device()) | {"cpu": f"{processor()}, {torch.get_num_threads()} threads"}
+    print(" | ".join(f"{name} {value}" for name, value in info.items()))
     if part == "attention":
-        bench_attention(shapes or list(SHAPES), lengths, dtypes, layers, rounds)
+        bench_attention(given)
         return
-    for shape in shapes or [""]:
-        bench_epoch(config, shape, layers, rows, rounds, sides)
+    for shape in given.shapes or [""]:
+        bench_epoch(config, shape, given)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 if not __package__:  # run as a script: import from the repository root, not from this folder
@@ -29,7 +28,7 @@ from emotions.loss import class_weights, emotion_loss
 from emotions.model import EmotionClassifier, find_tokenizer, load_model
 from emotions.parallel import Processes, all_reduce, watchdog
 from emotions.report import report
-from emotions.sampling import draw_weights
+from emotions.sampling import draw_weights, rank_batches
 from emotions.thresholds import Thresholds, cross_fitted, read_thresholds, thresholds_json, tune
 
 
@@ -40,33 +39,30 @@ def predict_logits(
     config: Config,
     dtype: torch.dtype | None,
     processes: Processes | None = None,
-    each_batch: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Logits (N, L) in fp32 on the CPU, in the order of the rows, in every process; batches are sorted by length.
 
-    The processes take turns at the batches, equally many each: where they run out, one repeats the first for nothing.
+    The processes take turns at the batches. A batch that hangs ends them; a watchdog of the caller's is off afterwards.
     """
     device = next(model.parameters()).device
     processes = processes or Processes(0, 1, device)
-    rank, world, _ = processes
-    batches = sorted_batches(split.lengths, config.eval_batch_size)
-    turns = -(-len(batches) // world)
-    own = (batches + batches[:1] * (turns * world - len(batches)))[rank::world]
-    draws = [[Draw(number, split.rows[number].text) for number in numbers] for numbers in own]
+    own = rank_batches(sorted_batches(split.lengths, config.eval_batch_size), processes.rank, processes.world)
+    draws = [[Draw(number, split.rows[number].text) for number in numbers] for numbers, _ in own]
 
     logits = torch.zeros(len(split), len(EMOTIONS))
     model.eval()
     loader = make_loader(draws, split, tokenizer, config)
-    bar = tqdm(loader, leave=False, disable=rank > 0 or None, desc="evaluating")
+    bar = tqdm(loader, leave=False, disable=processes.rank > 0 or None, desc="evaluating")
+    autocast = torch.autocast(device.type, dtype, enabled=dtype is not None)
     # no_grad, not inference_mode: a sharded model keeps what it gathers here for the next training step
-    with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype is not None):
-        for turn, batch in enumerate(bar):
-            each_batch()
+    with watchdog(config.stall_seconds) as restart_watchdog, torch.no_grad(), autocast:
+        for batch, (numbers, counts) in zip(bar, own):
+            restart_watchdog()
             del batch["labels"], batch["known"]
             output = model(**{name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()})
-            if rank + turn * world < len(batches):
-                logits[own[turn]] = output.float().cpu()
-    return all_reduce(logits, processes)
+            if counts:
+                logits[numbers] = output.float().cpu()
+        return all_reduce(logits, processes)
 
 
 def probabilities(logits: Tensor) -> np.ndarray:
@@ -139,12 +135,11 @@ def validate(
     config: Config,
     dtype: torch.dtype | None,
     processes: Processes,
-    each_batch: Callable[[], None],
 ) -> tuple[dict, dict]:
     """Validation scores, at .5 and at the one threshold that is best there, and all thresholds tuned there."""
     from common.metrics import mean_average_precision
 
-    logits = predict_logits(model, split, tokenizer, config, dtype, processes, each_batch)
+    logits = predict_logits(model, split, tokenizer, config, dtype, processes)
     if not torch.isfinite(logits).all():
         raise UserError("the validation logits are not finite; best/ is untouched. A lower learning_rate may help")
     probability, exact = probabilities(logits), logits.double().numpy()
@@ -175,8 +170,7 @@ def evaluate_run(
     (run.path / "predictions").mkdir(exist_ok=True)
     for name in [name for name in splits if name != "train"]:
         split = splits[name]
-        with watchdog(config.stall_seconds) as restart_watchdog:
-            logits = predict_logits(model, split, tokenizer, config, dtype, each_batch=restart_watchdog)
+        logits = predict_logits(model, split, tokenizer, config, dtype)
         scores[name] = score_split(logits, split, thresholds, mean_loss(logits, split, weights, config))
         if name == "validation":
             scores[name]["cross_fitted"] = cross_fitted_scores(logits, split, config)

@@ -124,9 +124,9 @@ def full_tensor(tensor: Tensor) -> Tensor:
 def stateful(model: EmotionClassifier, optimizer: Optimizer, shard: bool) -> dict:
     """Model and optimizer as what a checkpoint saves and restores."""
     if shard:
-        from emotions.sharding import ShardedModel, ShardedOptimizer
+        from emotions.sharding import full_state
 
-        return {"model": ShardedModel(model), "optimizer": ShardedOptimizer(model, optimizer)}
+        return full_state(model, optimizer)
     return {"model": model, "optimizer": optimizer}
 
 

@@ -1,6 +1,8 @@
 """--shard: each process keeps a part of gradients and optimizer (ZeRO-2), and checkpoints hold full tensors."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -27,30 +29,24 @@ def shard_parameters(model: EmotionClassifier) -> nn.Module:
     return fully_shard(model, reshard_after_forward=False)
 
 
-@dataclass
-class ShardedModel:
-    """A sharded model's parameters as a checkpoint keeps them: full tensors on the CPU, in rank 0."""
+class FullState(NamedTuple):
+    """Sharded tensors as a checkpoint keeps them: full ones on the CPU, in rank 0; every process must ask."""
 
-    model: EmotionClassifier
-
-    def state_dict(self) -> dict:
-        return get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-
-    def load_state_dict(self, state: dict) -> None:
-        set_model_state_dict(self.model, state, options=StateDictOptions(full_state_dict=True))
-
-
-@dataclass
-class ShardedOptimizer:
-    """The optimizer of a sharded model likewise."""
-
-    model: EmotionClassifier
-    optimizer: Optimizer
+    get: Callable[..., dict]
+    set: Callable[..., object]
 
     def state_dict(self) -> dict:
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        return get_optimizer_state_dict(self.model, self.optimizer, options=options)
+        return self.get(options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
     def load_state_dict(self, state: dict) -> None:
-        options = StateDictOptions(full_state_dict=True)
-        set_optimizer_state_dict(self.model, self.optimizer, state, options=options)
+        self.set(state, options=StateDictOptions(full_state_dict=True))
+
+
+def full_state(model: EmotionClassifier, optimizer: Optimizer) -> dict[str, FullState]:
+    """A sharded model and its optimizer as what a checkpoint saves and restores."""
+    return {
+        "model": FullState(partial(get_model_state_dict, model), partial(set_model_state_dict, model)),
+        "optimizer": FullState(
+            partial(get_optimizer_state_dict, model, optimizer), partial(set_optimizer_state_dict, model, optimizer)
+        ),
+    }

@@ -30,7 +30,7 @@ from common.checkpoint.run import Run, read_results
 from common.seed import seed_everything, seed_micro_batch
 from emotions.cli import displayed, run_path, run_script, run_settings
 from emotions.config import Config
-from emotions.dataset import Draw, Row, fingerprint, load_splits, make_loader
+from emotions.dataset import Draw, Split, fingerprint, load_splits, make_loader
 from emotions.evaluate import evaluate_run, validate
 from emotions.gradient_health import collapse, gradient_health, parameter_group
 from emotions.loss import class_weights, emotion_loss
@@ -80,23 +80,30 @@ def update(optimizer: Optimizer, scheduler: LRScheduler, scaler: torch.amp.GradS
     return moved
 
 
-def refuse_non_finite(
-    losses: list[float], grad_norm: float, micro_batches: list[list[Draw]], rows: list[Row], step: int
-) -> None:
+def refuse_non_finite(losses: list[float], grad_norm: float, step: int, draws: list[list[Draw]], train: Split) -> None:
     """End the run, naming the batch, before a loss or gradient that is not a number reaches the weights."""
-    checks = [("loss", loss, draws) for loss, draws in zip(losses, micro_batches)]
-    for what, value, draws in [*checks, ("gradient norm", grad_norm, chain(*micro_batches))]:
+    checks = [("loss", loss, batch) for loss, batch in zip(losses, draws)]
+    for what, value, batch in [*checks, ("gradient norm", grad_norm, chain(*draws))]:
         if not math.isfinite(value):
-            lines = ", ".join(str(rows[draw.row].line) for draw in draws)
+            lines = ", ".join(str(train.rows[draw.row].line) for draw in batch)
             raise UserError(
                 f"the {what} is {value} at step {step + 1}, in the batch of train.jsonl lines {lines}; best/ is "
                 "untouched. A lower learning_rate or amp off may help"
             )
 
 
-def require_space(path: Path, parameters: int) -> None:
+def log_step(run: Run, progress: Progress, health: dict, config: Config, *figures: float) -> str:
+    """Log a step with the health of its gradients; returns what to print, a warning where they have collapsed."""
+    line = run.log_step(progress, *figures, skipped_steps=progress.skipped_steps, gradients=health)
+    fault = collapse(health, progress.skipped_steps, config.logging_steps)
+    progress.skipped_steps = 0
+    return f"{line}\nwarning: step {progress.step}: {fault}" if fault else line
+
+
+def require_space(path: Path, model: EmotionClassifier) -> None:
     """Raises UserError where the disk cannot take last.pt beside what is there: fp32 weights and their two moments."""
-    needed, free = 3 * 4 * parameters + 2**24, shutil.disk_usage(path).free
+    needed = 3 * 4 * sum(p.numel() for p in model.parameters()) + 2**24
+    free = shutil.disk_usage(path).free
     if free < needed:
         raise UserError(
             f"{path}: the disk has {free / 1e9:.2f} GB left, a save needs {needed / 1e9:.2f}; best/ and last.pt are "
@@ -113,7 +120,6 @@ def main(config: Config, check: bool = False) -> int | None:
         return end_processes()
     seed_everything(config.seed, config.deterministic)
     dtype = autocast_dtype(config.amp, device)
-    autocast = partial(torch.autocast, device.type, dtype, enabled=dtype is not None)
     info = environment(device)
     print(" | ".join(f"{key} {value}" for key, value in info.items()) + f" | amp {dtype or 'off'} | processes {world}")
 
@@ -123,18 +129,17 @@ def main(config: Config, check: bool = False) -> int | None:
     print_summary(splits, config)
     train = splits["train"]
     drawn = draw_weights(train, config)
+    positives, known = drawn @ train.labels, drawn @ train.known  # (L,) of an epoch
     rows = round(float(drawn.sum()))  # of an epoch
     accumulation = 1 if check else config.gradient_accumulation_steps
     steps_per_epoch = math.ceil(math.ceil(rows / config.batch_size) / (accumulation * world))
     total_steps = min(config.epochs * steps_per_epoch, config.max_steps or math.inf)
 
     # Model
-    positives, known = drawn @ train.labels, drawn @ train.known  # (L,) of an epoch
     model = build_model(config, prior_logits(positives, known)).to(device)
     weights = class_weights(config.class_weights, positives, known)
-    parameters = sum(p.numel() for p in model.parameters())
-    per_step = config.batch_size * accumulation * world
-    print(f"{parameters:,} parameters | {rows} rows an epoch, {per_step} a step | {total_steps} steps")
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters | {rows} rows an epoch", end=", ")
+    print(f"{config.batch_size * accumulation * world} a step | {total_steps} steps")
     module = parallelize(model, config.shard, dtype, processes)
 
     # Optimizer
@@ -143,8 +148,8 @@ def main(config: Config, check: bool = False) -> int | None:
 
     # Resume
     best, progress = Best("min" if config.metric == "loss" else "max", config.patience), Progress()
-    parts = stateful(model, optimizer, config.shard)
-    state = dict(**parts, scheduler=scheduler, scaler=scaler, best=best, progress=progress)
+    state = stateful(model, optimizer, config.shard)  # of a sharded model formed by all processes together
+    state |= {"scheduler": scheduler, "scaler": scaler, "best": best, "progress": progress}
     if not check:
         same = {"data_sha256": fingerprint(splits), "autocast": str(dtype), "processes": world}
         run = rank_0_first(partial(Run, path, run_settings(config), same, info, writes=rank == 0), processes)
@@ -178,7 +183,7 @@ def main(config: Config, check: bool = False) -> int | None:
                     # Summed, and divided by the examples of the whole step; gradients are averaged over the processes:
                     # k batches of b in each of w processes are one of k * b * w. A stand-in counts nothing
                     with gradient_sync(module, last=micro_step == len(counted) - 1):
-                        with autocast():
+                        with torch.autocast(device.type, dtype, enabled=dtype is not None):
                             logits = module(**batch)
                         loss = emotion_loss(logits, labels, known, config, weights).sum() * counts
                         scaler.scale(loss * (world / examples)).backward()
@@ -188,8 +193,8 @@ def main(config: Config, check: bool = False) -> int | None:
                 losses = torch.stack(losses).tolist()
                 scaler.unscale_(optimizer)
                 grad_norm = full_tensor(clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)).item()
-                finite_norm = 0.0 if scaler.is_enabled() else grad_norm
-                refuse_non_finite(losses, finite_norm, micro_batches, train.rows, progress.step)
+                norm = 0.0 if scaler.is_enabled() else grad_norm
+                refuse_non_finite(losses, norm, progress.step, micro_batches, train)
                 if check:
                     print(f"check passed | loss of one batch {losses[0] / len(labels):.4f} | nothing was written")
                     return end_processes()
@@ -204,31 +209,26 @@ def main(config: Config, check: bool = False) -> int | None:
                 progress.add_step(loss, examples, int(tokens), skipped)
                 bar.update()
                 if logged:
-                    figures = progress.step / steps_per_epoch, loss / examples, learning_rate, grad_norm
-                    more = {"skipped_steps": progress.skipped_steps, "gradients": health}
-                    bar.write(run.log_step(progress, total_steps, *figures, **more))
-                    if fault := collapse(health, progress.skipped_steps, config.logging_steps):
-                        bar.write(f"warning: step {progress.step}: {fault}")
-                    progress.skipped_steps = 0
+                    figures = total_steps, progress.step / steps_per_epoch, loss / examples, learning_rate, grad_norm
+                    bar.write(log_step(run, progress, health, config, *figures))
 
                 # Evaluate at the epoch's end
                 if epoch_ended := micro_batches is steps[-1].micro_batches:
                     progress.end_epoch()
-                    scores, thresholds = validate(
-                        model, splits["validation"], tokenizer, weights, config, dtype, processes, restart_watchdog
-                    )
+                    scores, tuned = validate(model, splits["validation"], tokenizer, weights, config, dtype, processes)
+                    restart_watchdog()
                     scores = {"train_loss": progress.mean_loss(), **scores}
                     run.log({"event": "evaluation", "epoch": epoch + 1, "step": progress.step, **scores})
                     if better := best.update(scores[config.metric], epoch + 1, progress.step):
-                        tensors = parts["model"].state_dict()  # of a sharded model formed by all processes
-                        run.save_best(partial(save_model, tensors, model.config, tokenizer, thresholds))
-                    bar.write(evaluation_line(epoch + 1, scores, thresholds["shared"], better))
+                        tensors = state["model"].state_dict()
+                        run.save_best(partial(save_model, tensors, model.config, tokenizer, tuned))
+                    bar.write(evaluation_line(epoch + 1, scores, tuned["shared"], better))
                     progress.add_time()
 
                 # Save
                 if epoch_ended or stopped or progress.step % config.save_steps == 0:
                     restart_watchdog()
-                    require_space(path, parameters)
+                    require_space(path, model)
                     progress.note_memory(device)
                     run.save_last(state)
                     barrier(processes)  # none ends while the first one saves
@@ -238,13 +238,13 @@ def main(config: Config, check: bool = False) -> int | None:
                     end_processes()
                     return 128 + (stop.number or signal.SIGTERM)  # the signal may have gone to another process
     end_processes()
-    if rank:
-        return None
 
     # Final evaluation
-    scores = evaluate_run(run, splits, tokenizer, config, dtype)
-    progress.note_memory(device)
-    print(last_line(run.finish(config.metric, best, progress, **scores), displayed(path)))
+    if rank == 0:
+        scores = evaluate_run(run, splits, tokenizer, config, dtype)
+        progress.note_memory(device)
+        print(last_line(run.finish(config.metric, best, progress, **scores), displayed(path)))
+    return None
 
 
 if __name__ == "__main__":

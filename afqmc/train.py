@@ -91,7 +91,7 @@ def main(config: Config, check: bool = False) -> int | None:
     tokenizer = find_tokenizer(config)
     splits = load_splits(config, tokenizer)
     print_summary(splits, config)
-    train = splits["train"]
+    train, validation = splits["train"], splits["validation"]
     lengths = train.lengths.clip(max=config.max_length)
     accumulation = 1 if check else config.gradient_accumulation_steps
     steps_per_epoch = math.ceil(math.ceil(len(lengths) / config.batch_size) / accumulation)
@@ -163,11 +163,10 @@ def main(config: Config, check: bool = False) -> int | None:
                     print(f"check passed | loss of one batch {losses[0] / pairs:.4f} | nothing was written")
                     return None
                 learning_rate = scheduler.get_last_lr()[0]
-                skipped = not update(optimizer, scheduler, scaler)
+                progress.add_step(sum(losses), pairs, tokens, skipped=not update(optimizer, scheduler, scaler))
+                bar.update()
 
                 # Log
-                progress.add_step(sum(losses), pairs, tokens, skipped)
-                bar.update()
                 if progress.step % config.logging_steps == 0:
                     now = progress.step / steps_per_epoch
                     bar.write(run.log_step(progress, total_steps, now, sum(losses) / pairs, learning_rate, grad_norm))
@@ -175,8 +174,8 @@ def main(config: Config, check: bool = False) -> int | None:
                 # Evaluate at the epoch's end
                 if epoch_ended := micro_batches is steps[-1]:
                     progress.end_epoch()
-                    scores = validate(model, splits["validation"], tokenizer, weights, config, dtype)
-                    scores = {"train_loss": progress.mean_loss(), **scores}
+                    scores = validate(model, validation, tokenizer, weights, config, dtype)
+                    scores["train_loss"] = progress.mean_loss()
                     run.log({"event": "evaluation", "epoch": epoch + 1, "step": progress.step, **scores})
                     if better := best.update(scores[config.metric], epoch + 1, progress.step):
                         run.save_best(partial(save_model, model, tokenizer, scores["threshold"]))

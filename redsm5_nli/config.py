@@ -57,7 +57,7 @@ class Config(BaseModel, frozen=True, extra="forbid", strict=True, validate_defau
     amp: Literal["auto", "bf16", "off"] = Field("auto", description="the decoder's type; auto: bf16 where it is fast")
     gradient_checkpointing: bool = Field(True, description="recompute activations: less memory, about 1/3 slower")
     eval_batch_size: int = Field(16, ge=1, description="pairs in a batch without gradients; posts with share_post")
-    num_workers: int = Field(0, ge=0, description="loader processes; tokenising a batch takes 1 ms: none are needed")
+    num_workers: int = Field(0, ge=0, description="loader processes; a batch is formed quickly: none are needed")
     logging_steps: int = Field(50, ge=1, description="optimizer steps between lines")
     save_steps: int = Field(200, ge=1, description="optimizer steps between saves, besides those of each epoch's end")
 

@@ -152,9 +152,9 @@ def read_thresholds(folder: Path, criteria: tuple[Criterion, ...]) -> dict:
     thresholds = read_json(path)
     ids = [criterion.id for criterion in criteria]
     try:
-        values = [thresholds["global"], *(thresholds["criteria"][id] for id in ids)]
-        valid = all(0 <= value <= 1 for value in values)
-    except (KeyError, TypeError):
+        values = [thresholds["global"], *thresholds["criteria"].values()]
+        valid = list(thresholds["criteria"]) == ids and all(0 <= value <= 1 for value in values)
+    except (KeyError, TypeError, AttributeError):
         valid = False
     if not valid:
         raise UserError(f"{path} holds no thresholds from 0 to 1: global, and in criteria {', '.join(ids)}")

@@ -80,7 +80,7 @@ class Draw(NamedTuple):
 def decode(line: bytes) -> str:
     """The text of a line without a byte order mark. Raises ValueError."""
     try:
-        return line.decode("utf-8-sig").strip()
+        return line.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"expected UTF-8, found byte {error.object[error.start]:#x} ({error.reason})") from error
 
@@ -98,7 +98,7 @@ def first_error(error: ValidationError) -> str:
 def parse_row(line: bytes, number: int) -> Row:
     """One JSON line as a Row. Raises ValueError saying what is wrong with it."""
     try:
-        row = JsonRow.model_validate_json(decode(line))
+        row = JsonRow.model_validate_json(decode(line).strip())
     except ValidationError as error:
         raise ValueError(first_error(error)) from error
 
@@ -190,9 +190,7 @@ def fingerprint(splits: dict[str, Split]) -> str:
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
-def collate(
-    draws: list[Draw], split: Split, tokenizer: PreTrainedTokenizerFast, max_length: int
-) -> dict[str, Tensor]:
+def collate(draws: list[Draw], split: Split, tokenizer: PreTrainedTokenizerFast, max_length: int) -> dict[str, Tensor]:
     """A batch, padded to its own longest text: (B + M, T) each, for B draws of which M have a partner.
 
     labels and known are (B + M, L): the draws', then those of the interpolated rows, whose labels are interpolated
@@ -215,11 +213,7 @@ def collate(
 
 
 def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-    """The places of each batch of one epoch, a pure function of its arguments.
-
-    Shuffle, sort by length inside buckets of BUCKET batches, cut into batches, shuffle the batches: every place comes
-    once, and the rows of a batch are nearly of one length.
-    """
+    """The places of each batch of one epoch: each comes once, and the rows of a batch are nearly of one length."""
     generator = epoch_generator(seed, epoch)
     order = torch.randperm(len(lengths), generator=generator).numpy()
     buckets = np.split(order, range(batch_size * BUCKET, len(order), batch_size * BUCKET))

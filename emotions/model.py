@@ -174,11 +174,8 @@ def classifier_class(config: Config, shape: PreTrainedConfig) -> type[EmotionCla
     return MeanClassifier if config.pooling == "mean" else HEADS[shape.model_type]
 
 
-def assemble(
-    classifier: type[EmotionClassifier], encoder: nn.Module, dropout: float, config: Config
-) -> EmotionClassifier:
+def choose_attention(model: EmotionClassifier, config: Config) -> EmotionClassifier:
     """The classifier, with attention.py's attention where the config wants it."""
-    model = classifier(encoder, dropout)
     if config.attention == "fast":
         from emotions.attention import use_fast_attention  # imports transformers' DeBERTa, which --help has no use for
 
@@ -215,7 +212,7 @@ def build_model(config: Config, prior: Tensor) -> EmotionClassifier:
     encoder.config.architectures = [named.__name__]  # from_pretrained has copied shape
     if config.gradient_checkpointing:
         checkpoint_activations(encoder)
-    model = assemble(classifier, encoder, config.dropout, config)
+    model = choose_attention(classifier(encoder, config.dropout), config)
     with torch.no_grad():
         model.output.bias.copy_(prior)
     return model
@@ -232,5 +229,5 @@ def save_model(
 def load_model(folder: Path, config: Config) -> EmotionClassifier:
     """The classifier that save_model wrote, on the CPU, in evaluation mode. Raises UserError."""
     shape = load_shape(folder)
-    model = assemble(classifier_class(config, shape), new_encoder(folder, shape), 0.0, config)
-    return load_weights(model, folder / "model.safetensors").eval()
+    model = classifier_class(config, shape)(new_encoder(folder, shape), dropout=0.0)
+    return load_weights(choose_attention(model, config), folder / "model.safetensors").eval()

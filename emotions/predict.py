@@ -37,7 +37,7 @@ def read_lines(stream: BinaryIO) -> Iterator[Row | tuple[int, str]]:
     """A Row for each line that is not blank, or its number and what is wrong with it."""
     for number, line in enumerate(stream, 1):
         try:
-            if text := decode(line):
+            if text := decode(line).strip():
                 yield Row(text, (), ALL, "", number)
         except ValueError as error:
             yield number, str(error)

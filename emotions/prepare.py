@@ -9,10 +9,8 @@ validation.jsonl, test.jsonl and the summary that is printed, as summary.md. Val
 own. All files of the other sources are training data. GoEmotions' test.tsv may be missing: then so is the test split.
 """
 
-import codecs
 import csv
 import html
-import io
 import json
 import re
 import sys
@@ -30,7 +28,7 @@ from common.checkpoint import ROOT, UserError
 from common.checkpoint.files import write_text
 from emotions.cli import displayed, run_script
 from emotions.config import Config
-from emotions.dataset import Row, multi_hot, normalized
+from emotions.dataset import Row, decode, multi_hot, normalized
 from emotions.labels import ALL, EMOTIONS, NUMBERS
 from emotions.report import table
 
@@ -107,24 +105,23 @@ ISEAR_NO_EVENT = re.compile(
 )
 
 
-def read_text(path: Path, source: Source) -> str:
-    """A file's text. Raises UserError where it is missing or not UTF-8."""
+def read_lines(path: Path, source: Source) -> Iterator[str]:
+    """A file's lines with their ends. Raises UserError where it is missing or not UTF-8."""
     if not path.is_file():
         origin = source.origin.format(path=path, name=path.name)
         raise UserError(f"{path} not found: get it ({origin}), or give another --raw_dir; --sample needs none")
-    content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line, byte = content.count(b"\n", 0, error.start) + 1, content[error.start]
-        raise UserError(f"{path}, line {line}: expected UTF-8, found byte {byte:#x} ({error.reason})") from error
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                yield decode(line)
+            except ValueError as error:
+                raise UserError(f"{path}, line {number}: {error}") from error
 
 
 def read_fields(path: Path, source: Source) -> Iterator[tuple[int, list[str]]]:
     """The number and the fields of each line that is not blank; MELD alone has quotes, and lines inside them."""
     quoting = csv.QUOTE_MINIMAL if source.delimiter == "," else csv.QUOTE_NONE
-    text = io.StringIO(read_text(path, source), newline="")
-    reader, number = csv.reader(text, delimiter=source.delimiter, quoting=quoting, strict=True), 1
+    reader, number = csv.reader(read_lines(path, source), delimiter=source.delimiter, quoting=quoting, strict=True), 1
     try:
         for fields in reader:
             if fields:
@@ -217,7 +214,7 @@ def read_source(path: Path, name: str) -> list[Row]:
 
 def check_emotions(path: Path) -> None:
     """Raises UserError where GoEmotions' emotions.txt, if there, gives the label ids another meaning."""
-    names = read_text(path, SOURCES["goemotions"]).split() if path.exists() else list(EMOTIONS)
+    names = "".join(read_lines(path, SOURCES["goemotions"])).split() if path.exists() else list(EMOTIONS)
     for number, (name, expected) in enumerate(zip_longest(names, EMOTIONS, fillvalue=""), 1):
         if name != expected:
             raise UserError(f"{path}, line {number}: {name!r}, expected {expected!r}, which the label ids mean here")
@@ -273,11 +270,9 @@ def emotion_table(splits: dict[str, list[Row]], sources: list[str]) -> list[str]
         parts[f"train: {source}"] = [row for row in splits["train"] if row.source == source]
     parts |= splits
     columns = []
-    for title, rows in parts.items():
-        counts = multi_hot([row.labels for row in rows]).sum(axis=0).tolist()
-        source = title.removeprefix("train: ")
-        known = SOURCES[source].mapping.values() if source in SOURCES else EMOTIONS
-        columns.append([count if name in known else "-" for name, count in zip(EMOTIONS, counts)])
+    for rows in parts.values():
+        counts, known = (multi_hot([getattr(row, field) for row in rows]).sum(axis=0) for field in ("labels", "known"))
+        columns.append([count if knows else "-" for count, knows in zip(counts.tolist(), known)])
     return table(["emotion", *parts], [list(row) for row in zip(EMOTIONS, *columns)])
 
 

@@ -6,10 +6,7 @@ from emotions.config import Config
 from emotions.dataset import Split, repeated_in_test
 from emotions.labels import EMOTIONS, GROUPINGS
 
-METRICS = (
-    *("f1_macro", "precision_macro", "recall_macro", "f1_micro", "precision_micro", "recall_micro"),
-    *("f1_weighted", "precision_weighted", "recall_weighted"),
-)
+METRICS = [f"{name}_{mean}" for mean in ("macro", "micro", "weighted") for name in ("f1", "precision", "recall")]
 
 
 def table(header: list[str], rows: list[list]) -> list[str]:

@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 from collections import Counter, namedtuple
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 

@@ -131,7 +131,7 @@ def evaluate_run(
     weights = class_weights(config.class_weights, splits["train"].labels)
     scores: dict = {"threshold": threshold, "test": None}
     (run.path / "predictions").mkdir(exist_ok=True)
-    for name in splits.keys() - {"train"}:
+    for name in [name for name in splits if name != "train"]:
         logits = predict_logits(model, splits[name], tokenizer, config, dtype)
         scores[name] = score_split(logits, splits[name], threshold, weights, config)
         lines = []

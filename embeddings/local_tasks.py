@@ -101,13 +101,15 @@ def read_qrels(path: Path, queries: dict, corpus: dict) -> dict[str, dict[str, i
     for number, line in lines:
         try:
             query, document, relevance = line.split("\t")
-            qrels.setdefault(query, {})[document] = int(relevance)
+            earlier = qrels.setdefault(query, {}).setdefault(document, int(relevance))
         except ValueError as error:
             expected = f"{' '.join(QRELS_HEADER)} with tabs between, the score a whole number"
             raise UserError(f"{path}, line {number}: {line[:60]!r}, expected {expected}") from error
         if query not in queries or document not in corpus:
             unknown = f"{query!r} is not in queries.jsonl, or {document!r} not in corpus.jsonl"
             raise UserError(f"{path}, line {number}: {unknown}")
+        if earlier != int(relevance):
+            raise UserError(f"{path}, line {number}: {query} and {document} have another score in an earlier line")
     if not any(relevance > 0 for documents in qrels.values() for relevance in documents.values()):
         raise UserError(f"{path} names no relevant document")
     return qrels

@@ -350,6 +350,10 @@ def test_bad_beir_lines_are_named(beir, name, line, text, message):
 
 def test_bad_beir_folders_are_named(beir):
     qrels = Path(beir) / "qrels/test.tsv"
+    with open(qrels, "a", encoding="utf-8") as file:
+        file.write("q6\td1\t2\n")
+    with pytest.raises(UserError, match="q6 and d1 have another score in an earlier line"):
+        retrieval_task(beir)
     qrels.write_text("query-id\tcorpus-id\tscore\nq0\td0\t0\n", encoding="utf-8")
     with pytest.raises(UserError, match="names no relevant document"):
         retrieval_task(beir)

@@ -27,8 +27,9 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         flush(temporary)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # RuntimeError: torch.save on a full disk
-        temporary.unlink(missing_ok=True)
         raise UserError(f"could not write {path} ({error}); what was there is unchanged") from error
+    finally:
+        temporary.unlink(missing_ok=True)
     flush(path.parent)
 
 

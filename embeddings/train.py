@@ -1,9 +1,9 @@
 """Train a sentence embedder; started again after a stop of any kind, it goes on where it was.
 
-python embeddings/train.py --sample             # offline, the bundled triplets, about a minute on 2 cores
-python embeddings/train.py --check              # read all data, run one batch, write nothing
-python embeddings/train.py                      # the real run, after prepare.py and minicpm.py
-torchrun --nproc_per_node 2 embeddings/train.py
+    python embeddings/train.py --sample             # offline, the bundled triplets, about a minute on 2 cores
+    python embeddings/train.py --check              # read all data, run one batch, write nothing
+    python embeddings/train.py                      # the real run, after prepare.py and minicpm.py
+    torchrun --nproc_per_node 2 embeddings/train.py
 """
 
 import math

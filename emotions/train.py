@@ -94,9 +94,9 @@ def refuse_non_finite(losses: list[float], grad_norm: float, step: int, draws: l
 
 def log_step(run: Run, progress: Progress, health: dict, config: Config, *figures: float) -> str:
     """Log a step with the health of its gradients; returns what to print, a warning where they have collapsed."""
-    line = run.log_step(progress, *figures, skipped_steps=progress.skipped_steps, gradients=health)
-    fault = collapse(health, progress.skipped_steps, config.logging_steps)
-    progress.skipped_steps = 0
+    skipped = progress.skipped_steps  # since the last logged step
+    line = run.log_step(progress, *figures, skipped_steps=skipped, gradients=health)
+    fault = collapse(health, skipped, config.logging_steps)
     return f"{line}\nwarning: step {progress.step}: {fault}" if fault else line
 
 

@@ -441,7 +441,6 @@ FORMS = {
     "evidence_spans/bench.py --run_dir": (
         "evidence_spans/bench.py --run_dir RUN --rounds 1 --windows 8", "a run's own logits"
     ),
-    "evidence_spans/bench.py --part=step": f"{IN}evidence_bench_prints_its_tables",
     "evidence_spans/bench.py --part=trainer": (
         "evidence_spans/bench.py --part trainer SHORT", "| test | Trainer, 6 steps, "
     ),

@@ -246,10 +246,14 @@ class Run:
     ) -> str:
         """Log one optimizer step: its mean loss, the rate it was taken with, the gradient's norm before clipping.
 
-        epoch: how many are over, the part of the current one included. Returns the line to print.
+        epoch: how many are over, the part of the current one included. The steps that the loss scaler skipped since the
+        last line stand there too. Returns the line to print.
         """
         figures = {"loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm}
         figures["tokens_per_second"] = progress.tokens_per_second
+        if progress.skipped_steps:
+            figures["skipped_steps"] = progress.skipped_steps
+            progress.skipped_steps = 0
         self.log({"event": "step", "step": progress.step, "epoch": round(epoch, 4), **figures, **more})
         return (
             f"step {progress.step}/{total_steps} | epoch {epoch:.2f} | loss {loss:.4f} | lr {learning_rate:.2e} | "

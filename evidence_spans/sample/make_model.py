@@ -31,6 +31,7 @@ if not __package__:  # run as a script: import from the repository root, not fro
 
 from transformers import AutoConfig, AutoModel, get_linear_schedule_with_warmup
 
+from evidence_spans.config import Config
 from evidence_spans.dataset import collate
 from evidence_spans.loss import span_loss
 from evidence_spans.model import SpanModel
@@ -126,7 +127,7 @@ def new_model(folder: Path) -> SpanModel:
     Without that the model compares nothing for thousands of steps.
     """
     config = AutoConfig.from_pretrained(folder, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    model = SpanModel(AutoModel.from_config(config, add_pooling_layer=False), dropout=0.0)
+    model = SpanModel(AutoModel.from_config(config, add_pooling_layer=False), Config(dropout=0.0))
     with torch.no_grad():
         for layer in model.bert.encoder.layer[:2]:
             attention = layer.attention.self

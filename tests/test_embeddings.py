@@ -355,7 +355,7 @@ def test_peft_gives_the_same_vectors_with_the_saved_adapter(targets, tmp_path):
     jiggle(model)
     save_adapter(model, tmp_path, str(tmp_path / "base"))
     theirs = PeftModel.from_pretrained(AutoModel.from_pretrained(tmp_path / "base"), tmp_path).eval()
-    batch = pad(random_tokens(6), np.arange(6), 0)
+    batch = pad(random_tokens(6), np.arange(6))
     with torch.no_grad():
         expected = theirs(**batch).last_hidden_state
         assert torch.allclose(model.eval()(**batch).last_hidden_state, expected, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Runs and pretrained models on disk: files.py, environment.py, run.py, pretrained.py, spm.py."""
+"""Runs (run.py, progress.py, environment.py) and pretrained models (pretrained.py, spm.py) on disk (files.py)."""
 
 from pathlib import Path
 

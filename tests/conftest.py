@@ -1,12 +1,14 @@
 """The tests are of the CPU, also where there is a GPU, with one thread: on a busy machine two are slower."""
 
-import csv
 import os
 import tempfile
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from launch import train_short, write_few_rows
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before the first look for a GPU; the scripts that tests start inherit it
 # Where the weights are on the machine the tests must not find them: some tell what is missing.
@@ -14,20 +16,24 @@ os.environ |= dict.fromkeys(("HF_HOME", "HF_HUB_CACHE"), tempfile.mkdtemp()) | {
 torch.set_num_threads(1)
 
 
-@pytest.fixture
-def few_posts():
-    """A function that writes ReDSM5's files with the first posts of evidence_spans' sample alone into a folder."""
-    sample = Path(__file__).resolve().parents[1] / "evidence_spans/sample"
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also the tests that take long: kills, full disks, READMEs")
 
-    def write(folder: Path, count: int) -> Path:
-        folder.mkdir(exist_ok=True)
-        kept: set[str] = set()
-        for name in ("redsm5_posts.csv", "redsm5_annotations.csv"):
-            with open(sample / name, encoding="utf-8", newline="") as file:
-                header, *rows = csv.reader(file)
-            kept = kept or {row[0] for row in rows[:count]}
-            with open(folder / name, "w", encoding="utf-8", newline="") as file:
-                csv.writer(file).writerows([header, *(row for row in rows if row[0] in kept)])
-        return folder
 
-    return write
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--slow"):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in {*slow}]
+
+
+@pytest.fixture(scope="session")
+def few_rows(tmp_path_factory) -> Callable[[str], Path]:
+    """A function: a folder with some rows of a project's sample, in its files. To be copied before it is changed."""
+    return cache(lambda project: write_few_rows(project, tmp_path_factory.mktemp("data") / project))
+
+
+@pytest.fixture(scope="session")
+def short_run(few_rows, tmp_path_factory) -> Callable[[str], Path]:
+    """A function: a finished run of a project over few_rows, 6 steps, by a process of its own. To be copied as well."""
+    return cache(lambda project: train_short(project, few_rows(project), tmp_path_factory.mktemp("elsewhere")))

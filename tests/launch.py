@@ -1,10 +1,13 @@
-"""How tests start the scripts: as a user does, on the sample, with few steps."""
+"""How tests start the scripts: as a user does, on the sample, with few steps. A new project is found by its config.py."""
 
+import csv
 import io
 import os
+import re
 import runpy
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import redirect_stderr, redirect_stdout
 from importlib import import_module
@@ -24,38 +27,58 @@ SCRIPTS = sorted(
 )
 
 
+def module(project: str, name: str):
+    return import_module(f"{project}.{name}")
+
+
+def settings_of(project: str) -> dict:
+    """The fields of a project's Config by name."""
+    return module(project, "config").Config.model_fields
+
+
 def config_of(project: str, preset: str = "sample", **changes):
     """A preset of a project with some settings changed."""
-    config = import_module(f"{project}.config")
+    config = module(project, "config")
     return config.Config(**config.PRESETS[preset] | changes)
 
 
-def start(*words: str, cwd: Path = ROOT) -> subprocess.Popen:
+# Starting
+
+
+def start(*words: object, cwd: Path = ROOT) -> subprocess.Popen:
     environment = os.environ | {"PYTHONUTF8": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "120", "OMP_NUM_THREADS": "1"}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     settings = {"cwd": cwd, "env": environment, "text": True, "encoding": "utf-8", **pipes}
-    return subprocess.Popen([sys.executable, *words], start_new_session=os.name != "nt", **settings)
+    return subprocess.Popen([sys.executable, *map(str, words)], start_new_session=os.name != "nt", **settings)
 
 
-def call(*words: str, code: int = 0, cwd: Path = ROOT, text: str = "") -> tuple[str, str]:
-    """Run a command to its end: its stdout and stderr."""
+def call(*words: object, code: int = 0, cwd: Path = ROOT, text: str = "") -> tuple[str, str]:
+    """Run a script to its end in a process of its own, which costs seconds: its stdout and stderr."""
     with start(*words, cwd=cwd) as process:
         out, err = process.communicate(text)
     assert process.returncode == code, f"{words}\n{out}\n{err}"
     return out, err
 
 
-def run_here(script: str, *flags: object, cwd: Path = ROOT) -> tuple[int, str, str]:
-    """Run a script inside this process, which saves the seconds of a start: its exit status, stdout and stderr.
+def run_here(script: str, *flags: object, cwd: Path = ROOT, text: str | bytes = "") -> tuple[int, str, str]:
+    """Run a script inside this process: its exit status, stdout and stderr. text: its stdin.
 
     A traceback is the test's own.
     """
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2))
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        redirect_stdout(out),
+        redirect_stderr(err),
+        tempfile.TemporaryFile() as sent,
+    ):
+        sent.write(text.encode() if isinstance(text, str) else text)
+        sent.seek(0)
         patch.chdir(cwd)
         patch.setenv("COLUMNS", "120")
         patch.setattr(sys, "argv", [script, *map(str, flags)])
         patch.setattr(sys, "path", [*sys.path])
+        patch.setattr(sys, "stdin", io.TextIOWrapper(sent, encoding="utf-8"))
         with pytest.raises(SystemExit) as end:
             runpy.run_path(str(ROOT / script), run_name="__main__")
     said = []
@@ -63,6 +86,21 @@ def run_here(script: str, *flags: object, cwd: Path = ROOT) -> tuple[int, str, s
         stream.flush()
         said.append(stream.buffer.getvalue().decode())
     return end.value.code, *said
+
+
+def ran(script: str, *flags: object, **settings) -> str:
+    """As run_here, of a script that must end well: its stdout."""
+    code, out, err = run_here(script, *flags, **settings)
+    assert code == 0, f"{script} {flags}\n{out}\n{err}"
+    return out
+
+
+def refused(ended: tuple[int, str, str], *words: object, code: int = 1) -> str:
+    """The one line on stderr that a script ended with, which must hold the words."""
+    status, _, err = ended
+    assert status == code and err.startswith("error: ") and err.count("\n") == 1, ended
+    assert all(str(word) in err for word in words), (words, err)
+    return err
 
 
 class FirstStep(NamedTuple):
@@ -102,31 +140,56 @@ def first_step(train, config, model=None, prepare=lambda model: None) -> FirstSt
     return FirstStep(models[0], gradient, tuple(taken))
 
 
+# Short runs
+
+
+def write_few_rows(project: str, folder: Path) -> Path:
+    """About 120 rows of the sample's training file and 30 of each other, spread over it; 100 posts with all of theirs.
+
+    Every row stands on one line, as the sample has it.
+    """
+    folder.mkdir(parents=True)
+    posts: set[str] = set()
+    names = (path for path in (ROOT / project / "sample").iterdir() if path.suffix in (".json", ".jsonl", ".csv"))
+    for path in sorted(names, key=lambda path: "posts" not in path.name):  # first the posts
+        with open(path, encoding="utf-8", newline="") as file:
+            lines = file.readlines()
+        if "post_id" not in lines[0]:
+            count = 120 if "train" in path.name else 30
+            (folder / path.name).write_text("".join(lines[:: len(lines) // count or 1]), encoding="utf-8", newline="")
+            continue
+        header, *rows = csv.reader(lines)
+        rows = [row for row in rows if "\n" not in "".join(row)]
+        posts = posts or {row[0] for row in rows[:100]}
+        with open(folder / path.name, "w", encoding="utf-8", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows([header, *(row for row in rows if row[0] in posts)])
+    return folder
+
+
+def short_flags(project: str, *flags: object) -> tuple:
+    """The flags of a run of 6 steps that logs each and saves every second one, and those given."""
+    own = ("--warmup_steps", "1", "--eval_steps", "3") if "warmup_steps" in settings_of(project) else ()
+    short = ("--sample", "--max_steps", "6", "--batch_size", "16", "--logging_steps", "1", "--save_steps", "2")
+    return *short, *own, *flags
+
+
+def train_short(project: str, data: Path, folder: Path) -> Path:
+    """A finished short run, by a process of its own, started in a folder that is not the repository's."""
+    flags = short_flags(project, "--data_dir", data, "--run_dir", f"run_{project}")
+    out, err = call(ROOT / project / "train.py", *flags, cwd=folder)
+    assert "error" not in err and "step 6/6 |" in out
+    assert re.match(r"done \| validation \w+ \d\.\d{4}\b.* results in ", out.splitlines()[-1]), out
+    return folder / f"run_{project}"
+
+
+def final_weights(run: Path) -> dict[str, torch.Tensor]:
+    return torch.load(run / "last.pt", weights_only=True)["state"]["model"]
+
+
 def listing(folder: Path) -> dict[str, int]:
     """The times of a folder's files, those aside that Python or the user of the checkout makes."""
     files = (path for path in folder.rglob("*") if path.is_file())
     return {str(path): path.stat().st_mtime_ns for path in files if not {"__pycache__", "runs", "data"} & {*path.parts}}
-
-SHORT = ("--sample", "--max_steps", "6", "--batch_size", "16", "--logging_steps", "1", "--save_steps", "2")
-OWN = {"embeddings": ("--warmup_steps", "1", "--eval_steps", "3")}  # its schedule counts steps, not a share of them
-BEST = {
-    "afqmc": ("model.safetensors", "config.json", "tokenizer.json", "threshold.json"),
-    "redsm5_nli": ("adapter_model.safetensors", "adapter_config.json", "head.safetensors", "thresholds.json"),
-    "evidence_spans": ("model.safetensors", "config.json", "tokenizer.json", "decoding.json"),
-    "emotions": ("model.safetensors", "config.json", "tokenizer.json", "thresholds.json"),
-    "embeddings": ("model.safetensors", "config.json", "tokenizer.json", "modules.json", "adapter/adapter_config.json"),
-}
-PREDICTIONS = dict.fromkeys(PROJECTS, "jsonl") | {"redsm5_nli": "csv"}
-METRIC = dict.fromkeys(PROJECTS, "f1_macro") | {"evidence_spans": "f1_balanced", "embeddings": "spearman"}
-
-
-def train_short(project: str, folder: Path) -> Path:
-    """A finished short run, started from a folder that is not the repository's."""
-    flags = (*SHORT, *OWN.get(project, ()), "--run_dir", f"run_{project}")
-    out, err = call(str(ROOT / project / "train.py"), *flags, cwd=folder)
-    assert "error" not in err and "step 6/6 |" in out
-    assert out.splitlines()[-1].startswith(f"done | validation {METRIC[project]} ")
-    return folder / f"run_{project}"
 
 
 def wait_for_lines(process: subprocess.Popen, path: Path, count: int) -> None:
@@ -135,7 +198,3 @@ def wait_for_lines(process: subprocess.Popen, path: Path, count: int) -> None:
         if path.exists() and path.read_bytes().count(b"\n") >= count:
             return
         time.sleep(0.002)
-
-
-def final_weights(run: Path) -> dict[str, torch.Tensor]:
-    return torch.load(run / "last.pt", weights_only=True)["state"]["model"]

@@ -35,5 +35,5 @@ def few_rows(tmp_path_factory) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def short_run(few_rows, tmp_path_factory) -> Callable[[str], Path]:
-    """A function: a finished run of a project over few_rows, 6 steps, by a process of its own. To be copied as well."""
+    """A function: a finished run of a project of 6 steps over few_rows. To be copied as well."""
     return cache(lambda project: train_short(project, few_rows(project), tmp_path_factory.mktemp("elsewhere")))

@@ -26,6 +26,20 @@ SCRIPTS = sorted(
     if "__main__" in path.read_text(encoding="utf-8")
 )
 
+# A line that every project answers.
+LINE = '{"text": "I cannot sleep.", "sentence1": "怎么还款", "sentence2": "如何还款"}'
+DRAWN = {  # settings under which all is drawn that can be, in epochs of 4 or 5 steps: runs that are stopped and go on
+    "afqmc": {"fgm_epsilon": 1.0, "gradient_accumulation_steps": 2, "batch_size": 12, "amp": "bf16"},
+    "redsm5_nli": {"adapter_dropout": 0.1, "pooler": "attention", "gradient_accumulation_steps": 3, "batch_size": 5},
+    "evidence_spans": {"gradient_accumulation_steps": 2, "evaluations_per_epoch": 2, "batch_size": 10}
+    | {"question_form": "empty", "negatives_per_positive": 0.2},
+    "emotions": {"augment_words": 0.5, "augment_features": 1.0, "rare_label_rows": 8, "label_balance": 0.5}
+    | {"source_weights": "isear=0.5", "loss": "asl", "class_weights": "balanced", "amp": "bf16"}
+    | {"batch_size": 16, "gradient_accumulation_steps": 2},
+    "embeddings": {"batch_size": 25, "chunk_tokens": 200, "mask_false_negatives": True, "gradient_checkpointing": True}
+    | {"warmup_steps": 2, "eval_steps": 4},
+}
+
 
 def module(project: str, name: str):
     return import_module(f"{project}.{name}")
@@ -34,6 +48,11 @@ def module(project: str, name: str):
 def settings_of(project: str) -> dict:
     """The fields of a project's Config by name."""
     return module(project, "config").Config.model_fields
+
+
+def answering(project: str) -> str:
+    """The script that asks a run about new texts."""
+    return f"{project}/{'predict' if (ROOT / project / 'predict.py').exists() else 'encode'}.py"
 
 
 def config_of(project: str, preset: str = "sample", **changes):

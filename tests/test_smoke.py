@@ -1,0 +1,144 @@
+"""What the repository promises, over every project. Each method's own claims are in its own file."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from launch import (
+    DRAWN,
+    LINE,
+    PROJECTS,
+    ROOT,
+    SCRIPTS,
+    answering,
+    call,
+    config_of,
+    listing,
+    module,
+    ran,
+    refused,
+    run_here,
+    short_flags,
+)
+
+every_project = pytest.mark.parametrize("project", PROJECTS)
+RESULTS = {"metric", "best", "split", "epoch", "step", "seconds", "tokens_per_second", "peak_memory_bytes", "test"}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_says_what_it_does_in_any_folder_and_names_its_settings(script, tmp_path):
+    out = ran(script, "--help", cwd=tmp_path)
+    settings = module(script.split("/")[0], "config").Config.model_fields
+    assert all(f"--{name}" in out for name in settings) or ("SRC DST" in out and script == "embeddings/minicpm.py")
+    assert not list(tmp_path.iterdir())
+
+
+@every_project
+def test_check_reads_all_rows_runs_a_batch_and_writes_nothing(project, few_rows, tmp_path):
+    flags = ("--sample", "--data_dir", few_rows(project), "--run_dir", "run")
+    out = ran(f"{project}/train.py", *flags, "--check", cwd=tmp_path)
+    assert "| train" in out and "| validation" in out and "check passed" in out and torch.__version__ in out
+    assert not list(tmp_path.iterdir())
+
+
+@every_project
+def test_a_run_is_one_folder_that_holds_all_of_it(project, short_run):
+    run = short_run(project)
+    names = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
+    assert names >= {"config.json", "metrics.jsonl", "last.pt", "results.json", "report.md"}
+    assert {Path(name).stem for name in names} >= {"validation_predictions", "test_predictions"}
+    assert {Path(name).suffix for name in names if name.startswith("best/")} >= {".safetensors", ".json"}
+    assert not {Path(name).suffix for name in names} & {".bin", ".pkl", ".pickle"}
+    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    assert results.keys() >= RESULTS and results["split"] == "validation"
+    assert str(ROOT) not in (run / "config.json").read_text(encoding="utf-8")  # it can be carried elsewhere
+
+
+@every_project
+def test_evaluate_and_predict_need_the_run_alone(project, short_run, tmp_path):
+    run = shutil.copytree(short_run(project), tmp_path / "run")
+    report = (run / "report.md").read_text(encoding="utf-8")
+    (run / "report.md").unlink()
+    assert ran(f"{project}/evaluate.py", "--run_dir", "run", cwd=tmp_path).strip() == report.strip()
+    assert (run / "report.md").read_text(encoding="utf-8") == report
+    script = ROOT / answering(project)
+    out, err = call(
+        script, "--run_dir", "run", cwd=tmp_path, text=LINE
+    )  # in a process of its own, as its users start it
+    assert out.count("\n") >= 1 and "error" not in out + err
+
+
+@every_project
+def test_a_finished_run_says_so_and_is_never_overwritten(project, few_rows, short_run):
+    run = short_run(project)
+    before, flags = listing(run), short_flags(project, "--data_dir", few_rows(project), "--run_dir", run)
+    said = ran(f"{project}/train.py", *flags).splitlines()
+    assert len(said) == 2 and said[1].startswith("done | validation ")
+    refused(run_here(f"{project}/train.py", *flags, "--seed", "1"), "seed 42 there, 1 here", "--run_dir")
+    assert listing(run) == before
+
+
+# Killed at any moment, the same command ends as if it had never been stopped
+
+
+def metrics(run: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [{name: value for name, value in line.items() if name != "tokens_per_second"} for line in lines]
+
+
+def outcome(run: Path) -> dict:
+    """All that a run leaves but its times: last.pt, metrics.jsonl and the bytes of the other files."""
+    state = torch.load(run / "last.pt", weights_only=True)["state"]
+    for name in ("seconds", "train_seconds", "peak_memory_bytes"):
+        state["progress"].pop(name, None)
+    names = [path for folder in ("best", "predictions") for path in (run / folder).rglob("*") if path.is_file()]
+    files = {path.relative_to(run).as_posix(): path.read_bytes() for path in (*names, run / "report.md")}
+    return {"state": state, "metrics": metrics(run)} | files
+
+
+def same(first, second) -> bool:
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same(value, second[name]) for name, value in first.items())
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(map(same, first, second))
+    return torch.equal(first, second) if isinstance(first, torch.Tensor) else np.array_equal(first, second)
+
+
+@every_project
+def test_killed_and_started_again_a_run_ends_bit_for_bit_as_one_never_stopped(
+    project, few_rows, tmp_path, monkeypatch, capsys
+):
+    train, begun = module(project, "train"), []
+    settings = {"max_steps": 6, "logging_steps": 1, "save_steps": 2, "data_dir": str(few_rows(project))}
+    config = config_of(project, run_dir=str(tmp_path / "whole"), **settings | DRAWN.get(project, {}))
+    assert train.main(config) is None
+    lines = metrics(tmp_path / "whole")
+    assert 1 < max(line["epoch"] for line in lines) <= 2  # the resumed run comes over an epoch's end
+    results = json.loads((tmp_path / "whole/results.json").read_text(encoding="utf-8"))
+    evaluations = [line for line in lines if line["event"] == "evaluation"]
+    best = max(evaluations, key=lambda line: line[results["metric"]])  # the first of those that are equal
+    assert (best["step"], best[results["metric"]]) == (results["step"], results["best"]) and len(evaluations) > 1
+
+    seed_micro_batch = train.seed_micro_batch
+
+    def kill(seed: int, step: int, *rest: int) -> None:
+        if begun[-1:] != [step]:
+            begun.append(step)
+            if len(begun) % 4 == 0:  # in the second step after one that was saved
+                raise KeyboardInterrupt
+        seed_micro_batch(seed, step, *rest)
+
+    monkeypatch.setattr(train, "seed_micro_batch", kill)
+    killed = config.model_copy(update={"run_dir": str(tmp_path / "killed")})
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            train.main(killed)
+    assert train.main(killed) is None
+    resumed = re.findall("resuming from step (.) of 6", capsys.readouterr().out)
+    assert resumed in (["2", "4"], ["2", "5"])  # 5: an epoch's end, where each run is saved
+    expected, found = outcome(tmp_path / "whole"), outcome(tmp_path / "killed")
+    assert [name for name in expected | found if not same(expected.get(name), found.get(name))] == []

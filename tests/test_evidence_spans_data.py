@@ -1,0 +1,325 @@
+"""What evidence_spans reads: ReDSM5's two tables, SQuAD's JSON, which rows are trained on, and files that are wrong."""
+
+import hashlib
+import json
+import random
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from launch import ROOT, config_of, ran, refused, run_here, short_flags
+
+from common.checkpoint import UserError
+from evidence_spans.dataset import draw_windows, epoch_steps, load_examples, make_split, read_source
+from evidence_spans.formats import Example, Source
+from evidence_spans.model import find_tokenizer
+from evidence_spans.redsm5 import CRITERIA, find_spans
+from evidence_spans.splits import split_examples
+
+POSTS, ANNOTATIONS = "redsm5_posts.csv", "redsm5_annotations.csv"
+HEADER = "post_id,sentence_id,sentence_text,DSM5_symptom,status,explanation\n"
+
+
+def sample(data_dir: Path | None = None, **changes):
+    return config_of("evidence_spans", **changes, **({"data_dir": str(data_dir)} if data_dir else {}))
+
+
+def write_squad(path: Path, *rows: tuple[str, str, str, list[tuple]]) -> dict:
+    """SQuAD's JSON; a row is context, id, question, answers (text, start). Neighbours of one context share it."""
+    paragraphs = []
+    for context, name, question, found in rows:
+        answers = [{"text": text, "answer_start": start} for text, start in found]
+        if not paragraphs or paragraphs[-1]["context"] != context:
+            paragraphs.append({"context": context, "qas": []})
+        row = {"id": name, "question": question, "is_impossible": not found, "answers": answers}
+        paragraphs[-1]["qas"].append(row)
+    content = {"version": "2.0", "data": [{"title": "t", "paragraphs": paragraphs}]}
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return content
+
+
+# ReDSM5
+
+
+@pytest.mark.parametrize(
+    "text, sentence, found",
+    [
+        ("Die Straße. I weep.", "die strasse.", ["Die Straße."]),
+        ("One.  I CAN\n\n not\u00a0sleep. Two.", "i can not  sleep.", ["I CAN\n\n not\u00a0sleep."]),
+        ("I weep. Then tea. I weep.", " I weep.", ["I weep.", "I weep."]),
+        ("Sadly I am sad.", "sad", ["sad"]),  # not inside a word
+        ("tiredtired I am", "tired", ["tired", "tired"]),  # unless it stands nowhere else
+        ("My tiredness. Tired", "tired", ["Tired"]),  # a word in another case before a part of one
+        ("(a+b)* is no pattern", "(a+b)*", ["(a+b)*"]),
+        ("I am sad.", "I am glad.", []),
+    ],
+)
+def test_a_sentence_is_found_with_offsets_into_the_text_as_it_stands(text, sentence, found):
+    assert [text[start:end] for start, end in find_spans(text, sentence)] == found
+
+
+def test_offsets_stay_true_after_characters_whose_other_case_is_longer():
+    generator = random.Random(0)
+    for _ in range(100):
+        text = "".join(generator.choices("aIiİıßẞſKÅéǅ .,\n", k=30)) + " The END of it. I"
+        sentence = generator.choice(["THE end OF it.", "the  end\tof it.", "The END of it."])
+        assert find_spans(text, sentence) == [(31, 45)]
+
+
+def test_all_spans_of_a_post_and_criterion_are_one_example_and_nothing_is_dropped_in_silence(tmp_path):
+    posts = {"s_1_1": "I weep. I lie awake. I weep a lot.", "s_1_2": "Nothing here. I sleep well."}
+    posts |= {"s_2_1": "Lost evidence.", "s_3_1": "  I weep daily. Odd. I weep daily."}
+    rows = [
+        ("s_1_1", "I weep a lot.", "DEPRESSED_MOOD", 1),
+        ("s_1_1", "I weep.", "DEPRESSED_MOOD", 1),
+        ("s_1_1", "I lie awake.", "DEPRESSED_MOOD", 0),
+        ("s_1_1", "I lie awake.", "SLEEP_ISSUES", 1),
+        ("s_1_2", "I sleep well.", "SLEEP_ISSUES", 0),
+        ("s_2_1", "It is not there.", "FATIGUE", 1),
+        ("s_3_1", "I WEEP daily.", "DEPRESSED_MOOD", 1),
+        ("s_3_1", "Nor is this.", "DEPRESSED_MOOD", 1),
+        ("s_3_1", "Odd.", "SPECIAL_CASE", 1),
+    ]
+    lines = [f"{post},0,{sentence},{symptom},{status},why\n" for post, sentence, symptom, status in rows]
+    (tmp_path / ANNOTATIONS).write_text(HEADER + "".join(lines), encoding="utf-8")
+    (tmp_path / POSTS).write_text("post_id,text\n" + "".join(f"{name},{text}\n" for name, text in posts.items()))
+    source = read_source(sample(tmp_path))
+    found = {e.id: e for e in source.examples}
+    assert len(found) == len(source.examples) == 4 * 9 - 1 and "s_2_1:FATIGUE" not in found  # a false no-answer
+    assert {name: e.answers for name, e in found.items() if e.kind == "answered"} == {
+        "s_1_1:DEPRESSED_MOOD": ((0, 7), (21, 34)),
+        "s_1_1:SLEEP_ISSUES": ((8, 20),),
+        "s_3_1:DEPRESSED_MOOD": ((2, 15), (21, 34)),
+    }
+    assert [name for name, e in found.items() if e.kind == "rejected"] == ["s_1_2:SLEEP_ISSUES"]
+    assert [(row["line"], row["post_id"]) for row in source.not_found] == [(7, "s_2_1"), (9, "s_3_1")]
+    assert sorted(source.counts.values()) == [1, 1, 2, 2, 4] and source.counts["evidence"] == 4
+
+    assert {e.question for e in source.examples} == {f"{name}: {text}" for name, text in CRITERIA.values()}
+    named = read_source(sample(tmp_path, question_form="name")).examples
+    assert {e.question for e in named} == {name for name, _ in CRITERIA.values()}
+    empty = read_source(sample(tmp_path, question_form="empty")).examples
+    assert {e.id: (e.question, e.answers, e.kind) for e in empty} == {
+        "s_1_1": ("", ((0, 7), (8, 20), (21, 34)), "answered"),
+        "s_1_2": ("", (), "rejected"),
+        "s_3_1": ("", ((2, 15), (21, 34)), "answered"),
+    }
+
+
+def test_a_run_lists_what_it_did_not_find_and_is_not_evaluated_on_other_rows(few_rows, tmp_path):
+    data, run = shutil.copytree(few_rows("evidence_spans"), tmp_path / "data"), tmp_path / "run"
+    posts = (data / POSTS).read_text(encoding="utf-8")
+    with open(data / ANNOTATIONS, "a", encoding="utf-8") as file:
+        file.write(f"{posts.splitlines()[1].split(',')[0]},0,This stands nowhere.,FATIGUE,1,why\n")
+    flags = ("--question_form", "empty", "--max_steps", "1", "--data_dir", data, "--run_dir", run)
+    out = ran("evidence_spans/train.py", *short_flags("evidence_spans"), *flags)
+    (lost,) = map(json.loads, (run / "not_found.jsonl").read_text(encoding="utf-8").splitlines())
+    assert lost["sentence_text"] == "This stands nowhere." and f"{ANNOTATIONS}, lines {lost['line']}" in out
+    assert json.loads((run / "results.json").read_text(encoding="utf-8"))["not_found"] == 1
+    (data / POSTS).write_text(posts.replace("I ", "We ", 1), encoding="utf-8")
+    refused(run_here("evidence_spans/evaluate.py", "--run_dir", run), "data_sha256")
+
+
+# SQuAD
+
+
+def test_squads_questions_and_answers_are_read_as_they_are(tmp_path):
+    (tmp_path / "folder").mkdir()
+    context, answers = " In Paris it rains. ", [("Paris", 4), ("Paris", 4), (" it", 9)]
+    write_squad(tmp_path / "folder/any.json", (context, "a", "Where? ", answers), (context, "b", "Who?", []))
+    source = read_source(sample(tmp_path / "folder"))
+    assert [(e.id, e.question, e.answers, e.kind, e.together) for e in source.examples] == [
+        ("a", "Where?", ((4, 9), (10, 12)), "answered", False),  # alternatives, without their blanks
+        ("b", "Who?", (), "rejected", False),
+    ]
+    assert not source.test and source.questions == {}
+    assert read_source(sample(tmp_path / "folder/any.json")).examples == source.examples
+    (empty,) = read_source(sample(tmp_path / "folder", question_form="empty")).examples
+    assert (empty.question, empty.texts, empty.together) == ("", ["Paris", "it"], True)
+
+
+def test_no_text_of_a_test_file_is_trained_on(tmp_path):
+    texts = [f"Text {n} is this." for n in range(60)]
+    write_squad(tmp_path / "Train.json", *((text, text, "What?", [("Text", 0)]) for text in texts))
+    again = [f" {text.upper()}" for text in texts[:5]]
+    write_squad(tmp_path / "Dev-v2.json", *((text, text, "What?", [("TEXT", 1)]) for text in again))
+    found, source = load_examples(sample(tmp_path, test_fraction=0.4))
+    assert [e.context for e in found["test"]] == again
+    assert {e.context for name in ("train", "validation") for e in found[name]} == {*texts[5:]}
+    assert 5 in source.counts.values()
+
+
+@pytest.mark.parametrize(
+    "names, changes, words",
+    [
+        ([], {}, ["holds no data", POSTS]),
+        (["x.json"], {"data_dir": "nowhere"}, ["nowhere does not exist", "--data_dir"]),
+        (["x.json"], {"question_form": "name"}, ["--question_form name"]),
+        (["train.json", "dev.json", "valid.json"], {}, ["valid.json", "train*", "dev*"]),
+        ([POSTS], {}, [f"holds {POSTS}", ANNOTATIONS]),
+        ([POSTS, ANNOTATIONS], {"data_dir": POSTS}, ["folder", "two CSV files"]),
+    ],
+)
+def test_a_path_that_does_not_hold_one_format_is_refused(names, changes, words, tmp_path):
+    for number, name in enumerate(names):
+        write_squad(tmp_path / name, (f"Rome {number}.", f"{number}", "Where?", [("Rome", 0)]))
+    changes = changes | {"data_dir": str(tmp_path / changes.get("data_dir", ""))}
+    with pytest.raises(UserError) as error:
+        read_source(sample(**changes))
+    assert all(word in str(error.value) for word in words), error.value
+
+
+# Which rows are trained on
+
+
+def test_posts_of_one_author_or_text_share_a_split_that_a_hash_chooses():
+    """Against a search along all links. That other posts do not matter, and the splits' sizes, follow from the hash."""
+    generator = random.Random(1)
+    examples, texts = [], [generator.randrange(400) for _ in range(400)]
+    posts = [f"s_{generator.randrange(300)}_{n}" if n % 9 else f"other{n}" for n in range(400)]
+    for post, text in zip(posts, texts):
+        context = generator.choice([f"Straße {text} of it", f" STRASSE  {text} OF\nIT "])
+        examples += [Example(f"{post}:{name}", post, name, context, ((0, 4),), "answered", True) for name in "AB"]
+    source = Source(examples, [], Counter(), [], {})
+    splits = split_examples(source, sample(split_seed=7, validation_fraction=0.2, test_fraction=0.3))
+    found = [(e.id, name) for name, some in splits.items() for e in some]
+
+    authors = [post.rsplit("_", 1)[0] + "_" if post.startswith("s_") else post for post in posts]
+    expected, sizes, left = [], [], {*range(400)}
+    while left:
+        group, new = set(), {min(left)}
+        while new:
+            group |= new
+            new = {n for n in left - group for m in new if authors[n] == authors[m] or texts[n] == texts[m]}
+        digest = hashlib.sha256(f"7\n{min(authors[n] for n in group)}".encode()).hexdigest()
+        share = int(digest[:16], 16) / 2**64
+        split = "validation" if share < 0.2 else "test" if share < 0.5 else "train"
+        expected += [(f"{posts[n]}:{name}", split) for n in group for name in "AB"]
+        sizes.append(len(group))
+        left -= group
+    assert sorted(found) == sorted(expected) and max(sizes) > 5 and len(sizes) > 50
+    with pytest.raises(UserError, match="validation would hold no answer"):
+        split_examples(source, sample(validation_fraction=1e-9))
+
+
+def test_an_epoch_takes_each_window_of_what_is_drawn_once(few_rows):
+    """All answered and rejected examples, and unannotated ones in number to the answered, anew in each epoch."""
+    config = sample(few_rows("evidence_spans"), max_length=64, doc_stride=16, batch_size=7)
+    splits = load_examples(config)[0]
+    assert all({*Counter(e.post for e in splits[name]).values()} == {9} for name in ("validation", "test"))
+    split = make_split(splits["train"], find_tokenizer(config), config)
+    kinds = np.array([e.kind for e in split.examples])
+    answered, rejected, unannotated = ((kinds == kind).sum() for kind in ("answered", "rejected", "unannotated"))
+    assert len(split.windows) > 1.5 * len(kinds) and min(answered, rejected) > 9
+    for ratio in (0, 0.3, 1.7, 1000):
+        windows = draw_windows(split, config.model_copy(update={"negatives_per_positive": ratio}), 0)
+        drawn = {*split.owners[windows].tolist()}
+        assert windows.tolist() == [row for row, owner in enumerate(split.owners) if owner in drawn]
+        counts = Counter(kinds[[*drawn]].tolist())
+        assert (counts["answered"], counts["rejected"]) == (answered, rejected)
+        assert counts["unannotated"] == min(round(ratio * answered), unannotated)
+
+    drawn, orders = [], []
+    for epoch, seed in ((0, 42), (1, 42), (0, 43), (0, 42)):
+        seeded = config.model_copy(update={"seed": seed})
+        drawn.append(draw_windows(split, seeded, epoch).tolist())
+        orders.append(epoch_steps(split, 3, seeded, epoch))
+        assert {len(step) for step in orders[-1][:-1]} == {3} and 0 < len(orders[-1][-1]) <= 3
+        batches = [batch for step in orders[-1] for batch in step]
+        assert sorted(row for batch in batches for row in batch) == drawn[-1]
+        assert {len(batch) for batch in batches} <= {7, len(drawn[-1]) % 7}
+    for found in (drawn, orders):
+        assert found[0] == found[3] and found[0] not in found[1:3]
+
+
+# Files that are wrong, and forms that are right, as train.py meets them
+
+
+def check_refuses(path: Path, run_dir: Path, *words: object) -> None:
+    flags = ("--sample", "--check", "--data_dir", path, "--run_dir", run_dir)
+    refused(run_here("evidence_spans/train.py", *flags), path, *words)
+    assert not run_dir.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "posts, rows, words",
+    [
+        ("post_id,text\ns_1_1,I weep.\ns_1_1,Again.\n", "", ["line 3", "'s_1_1'", "line 2"]),
+        ("post_id,text\ns_1_1, \n", "", ["line 2", "text is empty"]),
+        ("post_id\ns_1_1\n", "", ["line 1", "text", "post_id"]),
+        ("post_id,text\ns_1_1,I weep.,more\n", "", ["line 2", "expected 2 fields, found 3"]),
+        ('post_id,text\ns_1_1,"I weep.\n', "", ["line 2", "quote"]),
+        (b"post_id,text\ns_1_1,I w\xe9p.\n", "", ["line 2", "UTF-8", "0xe9"]),
+        (None, "\nx,0,I weep.,FATIGUE,1,w\n", ["line 3", "'x'", POSTS]),  # a blank line is none, but counts
+        (None, "s_1_1,0,I weep.,TIRED,1,w\n", ["line 2", "'TIRED'", "FATIGUE"]),
+        (None, "s_1_1,0,I weep.,FATIGUE,2,w\n", ["line 2", "status is '2'", "1 (evidence)", "0 (rejected)"]),
+        (None, "s_1_1,0, ,FATIGUE,1,w\n", ["line 2", "sentence_text is empty"]),
+    ],
+)
+def test_a_malformed_table_is_named_with_line_and_value(posts, rows, words, tmp_path):
+    posts = posts or "post_id,text\ns_1_1,I weep.\n"
+    (tmp_path / POSTS).write_bytes(posts if isinstance(posts, bytes) else posts.encode())
+    (tmp_path / ANNOTATIONS).write_text(HEADER + rows, encoding="utf-8")
+    check_refuses(tmp_path, tmp_path / "run", *words)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "key, value, words",
+    [
+        ("answer_start", 2, ["data[0].paragraphs[0].qas[0]", "id a", "' Pari'", "'Paris'", "2"]),
+        ("answer_start", -5, ["id a", "-5"]),
+        ("answer_start", "3", ["qas[0]", "answer_start is '3'", "int"]),
+        ("is_impossible", True, ["id a", "is_impossible"]),
+        ("id", "b", ["qas[1]", "id 'b'", "already"]),
+        ("question", None, ["qas[0]", "question is None"]),
+        ("context", "a \ud800", ["paragraphs[0]", "context", "surrogate"]),
+        ("data", [], ["no question"]),
+        ("", b"", ["not JSON", "line 1 column 1"]),
+        ("", b'{"data":\n"\xc4\xe3"}', ["line 2", "UTF-8", "0xc4"]),
+    ],
+)
+def test_malformed_squad_is_named_with_its_place(key, value, words, tmp_path):
+    path, context = tmp_path / "x.json", "In Paris."
+    content = write_squad(path, (context, "a", "Where?", [("Paris", 3)]), (context, "b", "Who?", []))
+    paragraph = content["data"][0]["paragraphs"][0]
+    for part in (content, paragraph, paragraph["qas"][0], paragraph["qas"][0]["answers"][0]):
+        part |= {key: value} if key in part else {}
+    path.write_bytes(value if isinstance(value, bytes) else json.dumps(content).encode())
+    check_refuses(path, tmp_path / "run", *words)
+
+
+@pytest.mark.slow
+def test_files_as_other_systems_write_them_hold_the_same_rows(few_rows, tmp_path):
+    """With a byte order mark, the line ends of Windows or of Excel for Mac, and a post longer than csv's limit."""
+    data = shutil.copytree(few_rows("evidence_spans"), tmp_path / "data")
+    source = read_source(sample(data))
+    for path in (data / POSTS, data / ANNOTATIONS):
+        content = path.read_bytes()
+        for changed in (b"\xef\xbb\xbf" + content, content.replace(b"\n", b"\r\n"), content.replace(b"\n", b"\r")):
+            path.write_bytes(changed)
+            assert read_source(sample(data)).examples == source.examples
+    with open(data / POSTS, "a", encoding="utf-8") as file:
+        file.write(f"s_9_9,{'It is ' * 30_000}now.\r")
+    with open(data / ANNOTATIONS, "a", encoding="utf-8") as file:
+        file.write("s_9_9,0,It is now.,FATIGUE,1,why\r" * 2)  # a row that stands twice is counted twice
+    longer = read_source(sample(data))
+    assert longer.counts["evidence"] == source.counts["evidence"] + 2
+    assert [e.texts for e in longer.examples if e.id == "s_9_9:FATIGUE"] == [["It is now."]]
+
+
+@pytest.mark.slow
+def test_the_sample_is_what_its_scripts_write(tmp_path, monkeypatch):
+    from evidence_spans.sample import make_model, make_sample
+
+    kept = ROOT / "evidence_spans/sample"
+    shutil.copytree(kept / "model", tmp_path / "model")
+    monkeypatch.setattr(make_model, "HERE", tmp_path)
+    make_sample.main(tmp_path)
+    make_model.write_tokenizer(tmp_path / "model")
+    written = [path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.name for path in written} >= {POSTS, ANNOTATIONS, "tokenizer.json"}
+    assert all((tmp_path / path).read_bytes() == (kept / path).read_bytes() for path in written)

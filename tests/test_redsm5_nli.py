@@ -15,30 +15,27 @@ from safetensors.torch import load_file
 from sklearn.metrics import average_precision_score, f1_score
 from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
-from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoTokenizer, Gemma3Config
 
-from redsm5_nli import bench, dora
+from redsm5_nli import dora
 from redsm5_nli.bidirectional import check_bidirectional, make_bidirectional
 from redsm5_nli.criteria import CRITERIA, load_criteria
 from redsm5_nli.dataset import join
-from redsm5_nli.evaluate import predict_logits, tune_threshold, tune_thresholds
+from redsm5_nli.evaluate import predict_logits, tune_threshold
 from redsm5_nli.loss import class_weights, pair_loss
 from redsm5_nli.model import Matcher, build_model, find_collator, load_weights, save_model
 from redsm5_nli.redsm5 import Post, read_posts
 from redsm5_nli.sample.make_sample import main as make_sample
-from redsm5_nli.splits import post_groups, rarest_criterion, split_posts
+from redsm5_nli.splits import split_posts
 
 CPU, SAMPLE = torch.device("cpu"), ROOT / "redsm5_nli/sample"
 NAMES = [criterion.id for criterion in CRITERIA]
 
 
 def read(path: Path):
-    """The object of a JSON file, the lines of JSON of a .jsonl file, the rows of a CSV file."""
-    with open(path, encoding="utf-8", newline="") as file:
-        if path.suffix == ".csv":
-            return list(csv.DictReader(file))
-        return json.load(file) if path.suffix == ".json" else [json.loads(line) for line in file]
+    """The rows of a CSV file, or what a JSON file holds."""
+    text = path.read_text(encoding="utf-8")
+    return json.loads(text) if path.suffix == ".json" else list(csv.DictReader(text.splitlines(keepends=True)))
 
 
 # Attention in both directions
@@ -62,10 +59,7 @@ def decoder(name: str = "gemma3_text", **settings) -> nn.Module:
 
 @torch.no_grad()
 def states_by_transformers(model: nn.Module, ids: list[int], apart: int = 0) -> torch.Tensor:
-    """Final states (T, D) of a decoder that is not patched, under masks written out for its eager attention.
-
-    apart: how many tokens at the start see only each other.
-    """
+    """(T, D) of a decoder that is not patched, by masks written out; the first tokens, apart, see only each other."""
     places = torch.arange(len(ids))
     full = ~((places[:, None] < apart) & (places >= apart))
     near = full & ((places[:, None] - places).abs() <= (getattr(model.config, "sliding_window", None) or len(ids)))
@@ -282,9 +276,12 @@ def test_best_gives_its_logits_in_plain_transformers_and_again(base, adapter, po
     batch = collator(split.examples)
     labels = batch.pop("labels")
     assert labels.view(4, 9).tolist() == split.labels.tolist() == [list(post.labels) for post in posts]
+    calls = []
+    again.decoder.layers[0].mlp.register_forward_hook(lambda *_: calls.append(1))
     for some in (model, again):
         torch.manual_seed(3)
         pair_loss(some.train()(**batch), labels, None).mean().backward()
+    assert len(calls) == 2  # once more in the backward pass
     for one, other in zip(model.parameters(), again.parameters()):
         assert not one.requires_grad or torch.allclose(one.grad, other.grad, atol=1e-6, rtol=1e-4)
 
@@ -304,8 +301,8 @@ def test_peft_loads_the_adapter_with_no_key_missing_and_gives_equal_states(base,
 
 # Rows, labels and splits
 
-HEADER = "post_id,sentence_id,sentence_text,DSM5_symptom,status,explanation\n"
-ROWS = """s_1_1,a,one,FATIGUE,0,x
+ANNOTATIONS = """post_id,sentence_id,sentence_text,DSM5_symptom,status,explanation
+s_1_1,a,one,FATIGUE,0,x
 s_1_1,b,"two
 lines",FATIGUE,1,x
 s_1_1,b,two,FATIGUE,0,x
@@ -314,61 +311,55 @@ s_1_2,d,four,SPECIAL_CASE,1,x
 s_1_2,d,four,SLEEP_ISSUES,1,x
 
 """
-FILES = {
-    "redsm5_posts.csv": 'post_id,text\ns_1_1,"one, ""two""\nthree"\ns_1_2,four\n',
-    "redsm5_annotations.csv": HEADER + ROWS,
-    "own.json": json.dumps([{"id": name, "name": "N", "description": "d"} for name in ("X", "FATIGUE")]),
-}
-
-
-def write_files(folder: Path, **changes: str) -> None:
-    for name, text in (FILES | changes).items():
-        (folder / name).write_text(text, encoding="utf-8", errors="surrogateescape", newline="")
 
 
 def test_a_pair_is_positive_exactly_where_some_row_has_status_1(tmp_path):
-    write_files(tmp_path)
+    path = tmp_path / "redsm5_annotations.csv"
+    (tmp_path / "redsm5_posts.csv").write_text('post_id,text\ns_1_1,"one, ""two""\nthree"\ns_1_2,four\n')
+    path.write_text(ANNOTATIONS)
     posts, kinds = read_posts(tmp_path, CRITERIA)
     shown = [{name for name, label in zip(NAMES, post.labels) if label} for post in posts]
     assert shown == [{"FATIGUE"}, {"SLEEP_ISSUES"}] and posts[0].text == 'one, "two"\nthree'
     assert kinds == {"present": 2, "rejected": 3, "SPECIAL_CASE": 1}
-    own, others = read_posts(tmp_path, load_criteria(tmp_path / "own.json"))
-    assert [post.labels for post in own] == [(0, 1), (0, 0)] and others["of no criterion asked for"] == 2
 
-    other = "\ufeff" + (HEADER + ROWS).replace("DSM5_symptom", "symptom_label").replace("\n", "\r\n")
-    (tmp_path / "redsm5_annotations_long.csv").write_text(other, encoding="utf-8", newline="")
-    (tmp_path / "redsm5_annotations.csv").unlink()
+    path.unlink()  # the other names that were seen, and Windows' line ends
     (tmp_path / "redsm5_posts.csv").rename(tmp_path / "redsm5_full_posts.csv")
+    other = "\ufeff" + ANNOTATIONS.replace("DSM5_symptom", "symptom_label")
+    (tmp_path / "redsm5_annotations_long.csv").write_text(other, encoding="utf-8", newline="\r\n")
     assert read_posts(tmp_path, CRITERIA) == (posts, kinds)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name, text, words",
+    "name, row, words",
     [
-        ("redsm5_annotations.csv", HEADER + "s_1_1,a,b,TIRED,1,x\n", ["line 2", "'TIRED'", "FATIGUE"]),
-        ("redsm5_annotations.csv", HEADER + ROWS + "s_1_1,a,b,FATIGUE,2,x\n", ["line 10", "status", "'2'"]),
-        ("redsm5_annotations.csv", HEADER + "s_9_1,a,b,FATIGUE,1,x\n", ["line 2", "'s_9_1'"]),
-        ("redsm5_annotations.csv", HEADER + "s_1_1,a,b\n", ["line 2", "6 fields", "3"]),
-        ("redsm5_posts.csv", "post_id,text\ns_1_1,a\ns_1_1,b\n", ["line 3", "'s_1_1'", "line 2"]),
-        ("redsm5_posts.csv", "post_id,text\ns_1_1,  \n", ["line 2", "text is empty"]),
-        ("redsm5_posts.csv", "post_id,text\ns_1_1,caf\udce9\n", ["line 2", "UTF-8", "0xe9"]),
-        ("own.json", '[{"id": "A", "name": " ", "description": "d"}]', ["0.name", "' '"]),
+        ("annotations", "{post},a,b,TIRED,1,x", ["'TIRED'", "FATIGUE"]),
+        ("annotations", '{post},a,"b\nb",FATIGUE,1,x\n{post},a,b,FATIGUE,2,x', ["status", "'2'"]),
+        ("annotations", "s_0_0,a,b,FATIGUE,1,x", ["'s_0_0'"]),
+        ("annotations", "{post},a,b", ["6 fields", "3"]),
+        ("posts", "{post},a", ["{post}", "line 2"]),
+        ("posts", "s_0_0, ", ["text is empty"]),
+        ("posts", "s_0_0,caf\xe9", ["UTF-8", "0xe9"]),
     ],
 )
-def test_what_is_wrong_in_a_file_is_named_with_its_line(name, text, words, tmp_path):
-    write_files(tmp_path, **{name: text})
-    paths = ("--data_dir", tmp_path, "--criteria_file", tmp_path / "own.json", "--run_dir", tmp_path / "run")
-    refused(run_here("redsm5_nli/train.py", "--sample", *paths), name, *words)
+def test_a_bad_row_is_named_with_its_file_and_line(name, row, words, few_rows, tmp_path):
+    path = shutil.copytree(few_rows("redsm5_nli"), tmp_path / "data") / f"redsm5_{name}.csv"
+    post = read(path)[0]["post_id"]
+    with open(path, "a", encoding="latin-1") as file:
+        file.write(row.format(post=post) + "\n")
+    line = path.read_bytes().count(b"\n")
+    ended = run_here("redsm5_nli/train.py", "--sample", "--data_dir", path.parent, "--run_dir", tmp_path / "run")
+    refused(ended, f"{path}, line {line}", *(word.format(post=post) for word in words))
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("folds", [0, 4])
 def test_no_author_or_text_crosses_the_splits_and_each_has_its_share_of_every_criterion(folds):
-    """200 posts, of which each criterion has 20. Every fourth has its author and two pairs their text in common."""
-    order, texts = np.random.default_rng(0).permutation(200), {7: "A  TEXT", 90: "a text ", 150: "Other", 33: "other"}
+    """200 posts: 180 show the last criterion, 20 each of the others. Some pairs share an author, a text, or chain."""
+    order, texts = np.random.default_rng(0).permutation(200), {5: "A  TEXT", 89: "a text ", 150: "Other", 33: "other"}
+    shown = [[place % 10 == c for c in range(8)] + [place % 10 < 9] for place in order]
     rows = [(f"s_{n - (n % 4 == 1)}_{n}", texts.get(n, str(n))) for n in range(200)]
-    posts = [Post(*row, tuple(int(place % 10 == c) for c in range(9))) for row, place in zip(rows, order)]
+    posts = [Post(*row, tuple(map(int, labels))) for row, labels in zip(rows, shown)]
     tests = []
     for fold in range(max(folds, 1)):
         config = config_of("redsm5_nli", folds=folds, fold=fold, validation_fraction=0.2, test_fraction=0.1)
@@ -377,31 +368,13 @@ def test_no_author_or_text_crosses_the_splits_and_each_has_its_share_of_every_cr
             pairs = {(str(key(post)), name) for name, members in splits.items() for post in members}
             assert len(pairs) == len({key for key, _ in pairs})
         for name, count in (("validation", 4), ("test", 20 / folds if folds else 2)):  # of the 20 of a criterion
-            shown = np.sum([post.labels for post in splits[name]], 0)
-            assert len(splits[name]) == pytest.approx(10 * count, abs=3) and np.abs(shown - count).max() <= 1.5
+            found = np.sum([post.labels for post in splits[name]], 0)[:8]
+            assert len(splits[name]) == pytest.approx(10 * count, abs=3) and np.abs(found - count).max() <= 2
         assert sum(map(len, splits.values())) == len(posts)
         tests += splits["test"]
     assert not folds or sorted(tests) == sorted(posts)
     assert folds or splits == split_posts(posts, config.model_copy(update={"seed": 5}))
     assert folds or splits != split_posts(posts, config.model_copy(update={"split_seed": 5}))
-
-
-def test_groups_chain_over_authors_and_texts_and_the_rarest_criterion_stratifies():
-    rows = [("s_1_1", "a"), ("s_1_2", "B  b"), ("s_2_1", "b\nB"), ("s_2_9", "c")]
-    rows += [("s_12_1", "d"), ("other", "e"), ("s_3_b", "d"), ("s_3_1c", "f")]
-    assert post_groups([Post(name, text, ()) for name, text in rows]).tolist() == [0, 0, 0, 0, 1, 2, 1, 1]
-    labels = [(1, 0, 0), (1, 1, 0), (1, 1, 1), (0, 0, 0), (1, 0, 1)]  # 4, 2 and 2 positives: of equals the first
-    assert rarest_criterion([Post("", "", row) for row in labels]).tolist() == [0, 1, 1, -1, 2]
-
-
-def test_the_loss_is_cross_entropy_times_the_weight_of_the_class():
-    torch.manual_seed(0)
-    logits, labels = torch.randn(5, 3, 2), (torch.rand(5, 3) < 0.3).long()
-    balanced = compute_class_weight("balanced", classes=np.array([0, 1]), y=labels.flatten().numpy())
-    for setting, weights in (("balanced", balanced), ("0.6,5.2", [0.6, 5.2]), ("off", [1.0, 1.0])):
-        loss = pair_loss(logits, labels, class_weights(setting, labels.numpy()))
-        expected = F.cross_entropy(logits.transpose(1, 2), labels, torch.tensor(weights).float(), reduction="none")
-        torch.testing.assert_close(loss, expected)
 
 
 def best_f1(labels: np.ndarray, p: np.ndarray, *thresholds: float) -> float:
@@ -422,12 +395,6 @@ def test_thresholds_are_the_best_cuts_by_brute_force():
     assert tune_threshold(np.array([0.9, 0.6, 0.8, 0.2]), np.array([1, 0, 1, 0])) == pytest.approx(0.7)
     assert tune_threshold(np.array([0.9, 0.3, 0.8, 0.2]), np.array([1, 0, 1, 0])) == 0.5
     assert tune_threshold(np.array([0.7, np.nextafter(0.7, 1)]), np.array([0, 1])) == np.nextafter(0.7, 1)
-
-    p, labels = np.tile(np.linspace(0.9, 0.1, 6)[:, None], 9), np.zeros((6, 9), dtype=int)
-    labels[:2, 0], labels[4:, 1] = 1, 1
-    own, common = [tune_threshold(p[:, c], labels[:, c]) for c in (0, 1)], tune_threshold(p.ravel(), labels.ravel())
-    expected = dict(zip(NAMES, [*own, *[common] * 7]))  # that without a positive pair takes the common one
-    assert tune_thresholds(p, labels, CRITERIA) == {"global": common, "criteria": expected}
 
 
 # Runs
@@ -450,6 +417,7 @@ def test_thresholds_are_chosen_on_validation_alone_and_scores_are_scikit_learns(
     train = [labels for post, labels in posts.items() if post not in found["validation"][2] + found["test"][2]]
     weights = compute_class_weight("balanced", classes=np.array([0, 1]), y=np.ravel(train))
     own = np.array([tuned["criteria"][name] for name in NAMES])
+    assert class_weights("off", None) is None and class_weights("0.5,5.25", None).tolist() == [0.5, 5.25]
 
     for split, (y, p, ids) in found.items():
         assert y.tolist() == [list(posts[post]) for post in ids]
@@ -506,13 +474,13 @@ def test_cross_validation_tests_every_post_once_and_results_lists_the_folds(few_
 
     results = [read(fold / "results.json") for fold in folds]
     for fold, result in zip(folds, results):
-        losses = [line["loss"] for line in read(fold / "metrics.jsonl") if line["event"] == "evaluation"]
+        lines = (fold / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        losses = [json.loads(line)["loss"] for line in lines if "evaluation" in line]
         assert len(losses) == 3 and result["best"] == min(losses) and result["epoch"] == losses.index(min(losses)) + 1
-    lines = (tmp_path / "cv/cross_validation.md").read_text(encoding="utf-8").splitlines()
-    for name, key in (("f1_macro, .5", "at_half"), ("f1_macro, a threshold for each criterion", "at_criteria")):
-        values = [result["test"][key]["f1_macro"] for result in results]
-        row = [statistics.mean(values), statistics.stdev(values), min(values), max(values)]
-        assert f"| {name} | {' | '.join(f'{value:.4f}' for value in row)} |" in lines
+    values = [result["test"]["at_half"]["f1_macro"] for result in results]
+    row = [statistics.mean(values), statistics.stdev(values), min(values), max(values)]
+    table = (tmp_path / "cv/cross_validation.md").read_text(encoding="utf-8")
+    assert f"| f1_macro, .5 | {' | '.join(f'{value:.4f}' for value in row)} |" in table
 
     out = ran("redsm5_nli/results.py", "--runs", *folds, "--sort", "f1_positive")
     header, _, *rows = [line.strip("| ").split(" | ") for line in out.splitlines()[:-1]]
@@ -520,12 +488,6 @@ def test_cross_validation_tests_every_post_once_and_results_lists_the_folds(few_
     assert rows[0]["validation f1_positive"] >= rows[1]["validation f1_positive"]
     expected = {(str(n), f"{result['test']['at_half']['f1_macro']:.4f}") for n, result in enumerate(results)}
     assert {(row["fold"], row["test f1_macro"]) for row in rows} == expected
-
-
-@pytest.mark.slow
-def test_bench_has_a_row_for_every_side():
-    out = ran("redsm5_nli/bench.py", "--part", "layer", "--tokens", 8, "--dtypes", "fp32", "--rounds", 1)
-    assert all(f"| {side} | " in out for side in (*bench.LAYER_SIDES, *bench.DROPOUT_SIDES))
 
 
 @pytest.mark.slow

@@ -1,419 +1,223 @@
-"""The sources of the emotions project: each one's format and traps, what is dropped, what is refused; made-up rows."""
+"""What the emotions project reads, drops and refuses: its sources' raw files, prepared rows, models' own files."""
 
-import csv
 import json
+import shutil
+from pathlib import Path
 
 import pytest
+import sentencepiece
+from launch import ROOT, config_of, ran, refused, run_here
+from transformers import AutoConfig, DistilBertConfig
 
 from common.checkpoint import UserError
-from emotions import dataset, prepare
-from emotions.config import PRESETS, Config
-from emotions.dataset import load_splits, normalized, read_rows
+from emotions.dataset import Row, load_splits, read_rows
 from emotions.labels import ALL, EMOTIONS, NUMBERS
 from emotions.model import find_tokenizer
+from emotions.prepare import SOURCES, isear_text
 
-EC_NAMES = ("anger", "anticipation", "disgust", "fear", "joy", "love", "optimism", "pessimism", "sadness", "surprise")
-EC_HEADER = "\t".join(("ID", "Tweet", *EC_NAMES, "trust"))
-ISEAR_HEADER = "|".join((*(f"F{i}" for i in range(36)), "Field1", "Field3", "Field2", "MYKEY", "SIT", "STATE", ""))
-MELD_HEADER = ["Sr No.", "Utterance", "Speaker", "Emotion", "Sentiment", "Dialogue_ID", "Utterance_ID"]
-MELD_SHORT = "Utterance,Emotion,Dialogue_ID,Utterance_ID\r\n"
-GOEMOTIONS, EC, ISEAR, MELD = prepare.SOURCES
+SAMPLE = config_of("emotions")
 
 
-def sample(**changes) -> Config:
-    return Config(**PRESETS["sample"] | changes)
+# Prepared rows and models
 
 
-EIGHT = ["anger", "disgust", "fear", "joy", "love", "optimism", "sadness", "surprise"]
+def test_files_are_read_with_bom_crlf_blank_lines_and_what_is_known(tmp_path):
+    rows = [
+        {"text": " a\u2028b ", "labels": ["love", "joy"], "known": None, "id": 7, "source": "x"},
+        {"text": "so", "labels": [], "known": ["joy", "fear"]},
+    ]
+    text = "\ufeff" + "\r\n\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "rows.jsonl").write_bytes(text.encode())
+    joy, fear, love = (NUMBERS[name] for name in ("joy", "fear", "love"))
+    expected = [Row("a\u2028b", (joy, love), ALL, "x", 1, 7), Row("so", (), (fear, joy), "", 3)]
+    assert read_rows(tmp_path / "rows.jsonl") == expected
 
 
-def tweet(number: int, text: str, *names: str) -> str:
-    return "\t".join((f"T-{number}", text, *("01"[name in names] for name in (*EC_NAMES, "trust"))))
+def test_a_text_that_is_scored_is_not_trained_on_whatever_its_case_and_punctuation(few_rows, tmp_path):
+    data = shutil.copytree(few_rows("emotions"), tmp_path / "data")
+    config, tokenizer = config_of("emotions", data_dir=str(data)), find_tokenizer(SAMPLE)
+    leak = {"text": f"  {read_rows(data / 'train.jsonl')[0].text.upper()}?! ", "labels": []}
+    shutil.copy(data / "validation.jsonl", data / "test.jsonl")  # neither is trained on
+    assert load_splits(config, tokenizer).keys() == {"train", "validation", "test"}
+    for name in ("test", "validation"):
+        with open(data / f"{name}.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(leak))
+        with pytest.raises(UserError, match=rf"{name}\.jsonl, line \d+: .*train\.jsonl, line 1;"):
+            load_splits(config, tokenizer)
 
 
-def report_line(key: str, emotion: str, text: str, state: str = "1") -> str:
-    return "|".join((*["0"] * 36, emotion, "4", "3", key, text, state, ""))
+def test_the_tokenizer_of_deberta_v3s_own_files_is_sentencepieces(tmp_path):
+    """microsoft/deberta-v3 has a spm.model and no tokenizer.json."""
+    texts = [row.text for row in read_rows(ROOT / "emotions/sample/test.jsonl")]
+    pieces = {f"{name}_id": number for number, name in enumerate(("pad", "bos", "eos", "unk"))}
+    pieces |= {"pad_piece": "[PAD]", "bos_piece": "[CLS]", "eos_piece": "[SEP]", "unk_piece": "[UNK]"}
+    model = {"model_prefix": str(tmp_path / "spm"), "vocab_size": 400, "minloglevel": 2}
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(texts), **pieces, **model)
+    AutoConfig.from_pretrained(ROOT / SAMPLE.model, vocab_size=500).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": false, "vocab_type": "spm"}')
+    config = config_of("emotions", model=str(tmp_path))
+    tokenizer = find_tokenizer(config)
+    tokenizer.save_pretrained(tmp_path / "best")
+    shutil.copy(tmp_path / "config.json", tmp_path / "best")
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "spm.model"))
+    odd = [" two  spaces,\ttab and\nline ", "Привет 😀 ok", "ＦＵＬＬ ﬁne… ½", "\u00a0no\u3000break\u200b"]
+    for ours in (tokenizer, find_tokenizer(config, tmp_path / "best")):
+        for text in odd + texts[:99]:
+            assert ours(text)["input_ids"] == [1, *reference.encode(text), 2], text
+    assert tokenizer.mask_token_id == 400 == len(tokenizer) - 1
+    (tmp_path / "spm.model").write_bytes((tmp_path / "spm.model").read_bytes()[:-9])
+    with pytest.raises(UserError, match="cut off"):
+        find_tokenizer(config)
 
 
-def utterance(text: str, emotion: str, dialogue: int, number: int) -> list[str]:
-    return ["1", text, "Ann", emotion, "neutral", str(dialogue), str(number)]
+GOOD = {"text": "I love it", "labels": ["love", "joy"]}
 
 
-def write_meld(path, rows: list[list[str]]) -> None:
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows([MELD_HEADER, *rows])  # its line ends are CRLF, as MELD's
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, rows, words",
+    [
+        ("train", [GOOD, "", '["a", ["joy"]]'], ["line 3", "['a', ['joy']]", "object"]),
+        ("test", [GOOD, b'{"text": "\xe9"}'], ["line 2", "UTF-8", "0xe9"]),
+        ("train", [GOOD | {"known": ["joy", "bliss"]}], ["known holds 'bliss'", "'admiration'"]),
+        ("train", [GOOD | {"known": ["love"]}], ["['love', 'joy']", "known ['love']"]),
+        ("train", [GOOD | {"labels": [], "known": []}], ["known is empty"]),
+        ("train", [GOOD | {"konwn": ["joy"]}], ["konwn is ['joy']"]),
+        ("validation", [""], ["no row"]),
+        ("validation", [{"text": "so", "labels": []}], ["no label"]),
+        ("validation", [GOOD] * 4, ["4 rows", "5 or more"]),
+    ],
+)
+def test_a_malformed_row_or_file_ends_a_run_with_one_line(few_rows, tmp_path, name, rows, words):
+    path = shutil.copytree(few_rows("emotions"), tmp_path / "data") / f"{name}.jsonl"
+    lines = [json.dumps(row) if isinstance(row, dict) else row for row in rows]
+    path.write_bytes(b"".join((line if isinstance(line, bytes) else line.encode()) + b"\n" for line in lines))
+    refused(run_here("emotions/train.py", "--sample", "--check", "--data_dir", path.parent), path, *words)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "shape, flags, words",
+    [
+        (DistilBertConfig(dim=32, n_heads=2, n_layers=1), (), ["distilbert", "pooling mean"]),
+        (DistilBertConfig(), ("--pooling", "mean", "--max_length", 600), ["600", "512 positions"]),
+        (AutoConfig.from_pretrained(ROOT / SAMPLE.model, vocab_size=5), (), ["line 1", "embeddings"]),
+    ],
+)
+def test_a_model_that_cannot_be_used_is_refused_with_what_is_wrong(tmp_path, few_rows, shape, flags, words):
+    for part in (shape, find_tokenizer(SAMPLE)):
+        part.save_pretrained(tmp_path)
+    model = ("--data_dir", few_rows("emotions"), "--model", tmp_path)
+    refused(run_here("emotions/train.py", "--sample", "--check", *model, *flags), *words)
+
+
+# Raw files
+
+RAW = ROOT / "emotions/sample/raw"
+ALL_SOURCES = ("--sources", *SOURCES)
 
 
 @pytest.fixture
-def raw(tmp_path):
-    """A folder with a few rows of each source, and without GoEmotions' test.tsv."""
-    folder = tmp_path / "raw"
-    for source in (GOEMOTIONS, EC, ISEAR, MELD):
-        (folder / source).mkdir(parents=True)
-    files = {
-        "goemotions/emotions.txt": "\n".join(EMOTIONS),
-        "goemotions/train.tsv": 'The "blue" kite flew!\t17,13\tg1\n"What a tune\t0\tg2\nA bus stop.\t27\tg3\n',
-        "goemotions/dev.tsv": "My boots leak\t3\tv1\nHappy birthday, [NAME]!\t15,17\tv2\n",
-        "semeval2018_ec/E-c-En-train.txt": f"{EC_HEADER}\n{tweet(1, 'Sun at last #beach', 'joy', 'trust')}\n",
-        "semeval2018_ec/E-c-En-dev.txt": f"{EC_HEADER}\n{tweet(2, 'The bus again', 'anticipation')}\n",
-        "isear/isear.csv": f"{ISEAR_HEADER}\n{report_line('k1', 'shame', 'I forgot the á tickets.')}\n"
-        f"{report_line('k2', 'guilt', '[ No response.]')}\n{report_line('k3', 'guilt', 'I lost her á umbrella.')}",
-    }
-    for name, text in files.items():
-        (folder / name).write_text(text, encoding="utf-8", newline="\n")
-    write_meld(folder / "meld/train_sent_emo.csv", [utterance("Oh, it’s you, again.", "neutral", 0, 0)])
-    write_meld(folder / "meld/dev_sent_emo.csv", [utterance("Look at that!", "surprise", 0, 0)])
-    return folder
+def data(tmp_path) -> Path:
+    """A data folder with the sample's raw files alone."""
+    return shutil.copytree(RAW, tmp_path / "data/raw").parent
 
 
-@pytest.fixture
-def run(raw, tmp_path, capsys):
-    """Prepare the folder's data with all sources, or some; the written rows by split, and what was printed."""
-
-    def prepared(sources=tuple(prepare.SOURCES), num_rows=0, raw_dir=str(raw), **settings):
-        config = sample(data_dir=str(tmp_path / "out"), **settings)
-        prepare.main(config, raw_dir, list(sources), num_rows)
-        return {path.stem: read_rows(path) for path in (tmp_path / "out").glob("*.jsonl")}, capsys.readouterr().out
-
-    return prepared
+def prepare(data: Path, *flags: object) -> tuple[int, str, str]:
+    return run_here("emotions/prepare.py", "--data_dir", data, *flags)
 
 
-def labels(row) -> list[str]:
-    return [EMOTIONS[label] for label in row.labels]
+def append(path: Path, text: str) -> None:
+    with open(path, "a", encoding="utf-8", newline="") as file:
+        file.write(text)
 
 
-def known(row) -> list[str]:
-    return [EMOTIONS[label] for label in row.known]
+def test_prepare_makes_the_sample_from_its_raw_files(tmp_path):
+    out = ran("emotions/prepare.py", "--sample", *ALL_SOURCES, "--data_dir", tmp_path, "--raw_dir", RAW)
+    for name in ("train.jsonl", "validation.jsonl", "test.jsonl", "summary.md"):
+        assert (tmp_path / name).read_bytes() == (ROOT / "emotions/sample" / name).read_bytes(), name
+    assert (tmp_path / "summary.md").read_text(encoding="utf-8") in out
 
 
-def test_goemotions_rows(raw, run):
-    rows = run([GOEMOTIONS])[0]
-    assert [row[:2] for row in rows["train"]] == [
-        ('The "blue" kite flew!', (13, 17)),
-        ('"What a tune', (0,)),  # a lone quote opens nothing
-        ("A bus stop.", (27,)),
-    ]
-    assert [row.id for row in rows["train"]] == ["g1", "g2", "g3"]
-    assert all(row.known == ALL and row.source == GOEMOTIONS for split in rows.values() for row in split)
-    assert [row.text for row in rows["validation"]] == ["My boots leak", "Happy birthday, [NAME]!"]
-    written = (raw.parent / "out/train.jsonl").read_text(encoding="utf-8").splitlines()
-    first = {"text": 'The "blue" kite flew!', "labels": ["excitement", "joy"], "source": "goemotions", "id": "g1"}
-    assert json.loads(written[0]) == first  # no known: all are
+def test_each_sources_traps_are_known_and_no_scored_text_is_trained_on(data):
+    zeros, raw, end = "0|" * 36, data / "raw", ",90,1,1,1,0,0\r\n"
+    marks = "\t0" * 4 + "\t1" + "\t0" * 5 + "\t1\n"  # joy, trust
+    append(raw / "goemotions/train.tsv", '\n"A\u2028lone "quote"\t17,13\tx1\r\n')
+    append(raw / "semeval2018_ec/E-c-En-dev.txt", f"x2\tI\x92ll  &amp;\\n\\r\xa0\\o/{marks}")
+    append(raw / "isear/isear.csv", f'\n{zeros}shame|4|3|x3| [ \\her á lake\\" á|NB: Málaga.á ]|1|\n')
+    append(raw / "isear/isear.csv", f'{zeros}guilt|4|3|x4|\\She "left\\"."|1|')
+    append(raw / "meld/dev_sent_emo.csv", f'1,"Two, ""hot""\nlines",A,disgust,negative{end}')
+    for name in ("validation", "test"):
+        text = read_rows(ROOT / f"emotions/sample/{name}.jsonl")[9].text.upper()
+        append(raw / "meld/train_sent_emo.csv", f'1,"{text}?!",A,joy,positive{end}')
+    assert prepare(data, *ALL_SOURCES)[0] == 0
+    rows = {row.id: row for row in read_rows(data / "train.jsonl")}
+    assert "train_90_1" not in rows
+    seven = "anger disgust embarrassment fear joy remorse sadness"
+    for key, text, labels, known in (
+        ("x1", '"A\u2028lone "quote"', "excitement joy", " ".join(EMOTIONS)),
+        ("x2", "I’ll & \\o/", "joy", "anger disgust fear joy love optimism sadness surprise"),
+        ("x3", '"her lake" NB: Málaga.', "embarrassment", seven),
+        ("x4", '"She "left".', "remorse", seven),
+        ("dev_90_1", 'Two, "hot" lines', "disgust", "anger disgust fear joy sadness surprise neutral"),
+    ):
+        found = (" ".join(EMOTIONS[n] for n in numbers) for numbers in (rows[key].labels, rows[key].known))
+        assert [rows[key].text, *found] == [text, labels, known]
 
 
-def test_goemotions_lines_that_are_repeated_stay_and_crlf_or_bom_change_nothing(raw, run):
-    before = run([GOEMOTIONS])[0]
-    path = raw / "goemotions/train.tsv"
-    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
-    assert run([GOEMOTIONS])[0] == before
-    path.write_text("Again\t4\tg1\nA\u2028B\t4\tg2\n\nAgain\t4\tg1\n", encoding="utf-8")  # U+2028 ends no line
-    assert [row.text for row in run([GOEMOTIONS])[0]["train"]] == ["Again", "A\u2028B", "Again"]
-
-
-def test_each_label_of_each_source_is_mapped_as_written():
-    everything = {name: name for name in EMOTIONS}
-    mappings = {name: source.mapping for name, source in prepare.SOURCES.items()}
-    assert mappings[GOEMOTIONS] == {str(number): name for number, name in enumerate(EMOTIONS)}
-    assert mappings[EC] == {name: everything[name] for name in EIGHT} | {
-        "anticipation": None,
-        "pessimism": None,
-        "trust": None,
-    }
-    same = {name: name for name in ("anger", "disgust", "fear", "joy", "sadness")}
-    assert mappings[ISEAR] == same | {"shame": "embarrassment", "guilt": "remorse"}
-    assert mappings[MELD] == same | {"neutral": "neutral", "surprise": "surprise"}
-
-
-def test_tweets(raw, run):
-    lines = [
-        EC_HEADER,
-        tweet(1, "Fish &amp; chips\\n\\rby the sea\xa0 \\o/", "joy", "love", "trust"),
-        tweet(2, "I\x92ll wait", "anticipation", "pessimism"),
-        tweet(3, 'A "quote', *EC_NAMES, "trust"),
-    ]
-    (raw / "semeval2018_ec/E-c-En-train.txt").write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
-    rows = [row for row in run([GOEMOTIONS, EC])[0]["train"] if row.source == EC]
-    assert [row.text for row in rows] == ["Fish & chips by the sea \\o/", "I’ll wait", 'A "quote', "The bus again"]
-    assert [labels(row) for row in rows] == [["joy", "love"], [], EIGHT, []]
-    assert [row.id for row in rows] == ["T-1", "T-2", "T-3", "T-2"]
-    assert all(known(row) == EIGHT for row in rows)
-
-
-def test_columns_are_found_by_name(raw, run):
-    header, row = EC_HEADER.split("\t"), tweet(1, "Sun at last #beach", "joy", "trust").split("\t")
-    before = run([GOEMOTIONS, EC])[0]["train"]
-    lines = ["\t".join(reversed(fields)) + "\n" for fields in (header, row)]
-    (raw / "semeval2018_ec/E-c-En-train.txt").write_text("".join(lines), encoding="utf-8")
-    assert run([GOEMOTIONS, EC])[0]["train"] == before
-
-
-def test_isear_rows(raw, run):
-    lines = [
-        ISEAR_HEADER,
-        report_line("k1", "shame", "I forgot the á tickets á for  Málaga.á"),
-        report_line("k2", "guilt", 'She called it \\her lake\\" and I á|drained it.|NB: all of it."'),
-        report_line("k3", "joy", '\\Well done\\", said our coach, "1"', '1"'),
-        report_line("k4", "disgust", " [ Dirty cups in á a café.] "),
-        report_line("k5", "fear", "A dog, [black], ran at me."),
-    ]
-    (raw / "isear/isear.csv").write_text("\n".join(lines), encoding="utf-8", newline="\n")  # no line end at the end
-    rows = [row for row in run([GOEMOTIONS, ISEAR])[0]["train"] if row.source == ISEAR]
-    assert [row.text for row in rows] == [
-        "I forgot the tickets for Málaga.",
-        'She called it "her lake" and I drained it. NB: all of it.',
-        '"Well done", said our coach, "1"',
-        "Dirty cups in a café.",
-        "A dog, [black], ran at me.",
-    ]
-    assert [labels(row) for row in rows] == [["embarrassment"], ["remorse"], ["joy"], ["disgust"], ["fear"]]
-    assert [row.id for row in rows] == ["k1", "k2", "k3", "k4", "k5"]
-    seven = ["anger", "disgust", "embarrassment", "fear", "joy", "remorse", "sadness"]
-    assert all(known(row) == seven for row in rows)
-
-
-NO_TEXTS = (
-    *("[ No response.]", "NO RESPONSE", "[No reponse.]", "Blank.", "None", "[ No description.]", "Does not apply."),
-    *("[ I can not á remember any such day. ]", "Can't think of any.", "Don't know", "[ Never experienced.]"),
-    *("I have never felt this emotion", "The same as in \\fear\\\".\"", "As for joy.", "Not applicable to myself."),
-    *("[ Oddly, I have never been sad, I think.]", "[ No answer, see above.]", "[ Yes, but I do not recall it.]"),
-)
-TEXTS = (
-    *("No response came to my letters.", "None of my friends came.", "Never mind, we sang.", "[ Rude waiters.]"),
-    *("I do not remember much. The car spun twice.", "Nothing worked that day.", "I have never been so sad."),
-    *("As for the exam, I passed.", "Can't think of it, the smell was so bad", "[ When I know nobody.]"),
-)
-
-
-@pytest.mark.parametrize("text", NO_TEXTS)
-def test_isear_answers_that_tell_nothing_are_no_texts(text):
-    assert prepare.isear_text(text) == ""
-
-
-@pytest.mark.parametrize("text", TEXTS)
-def test_isear_answers_that_tell_something_are_texts(text):
-    assert prepare.isear_text(text) == text.strip("[]").strip()
-
-
-def test_meld_rows(raw, run):
-    write_meld(
-        raw / "meld/train_sent_emo.csv",
-        [
-            utterance('Two, please, and "hot"', "joy", 3, 1),
-            utterance("First line\nand the second", "disgust", 3, 2),
-            utterance("It\x92s late", "sadness", 4, 0),
-        ],
+def test_isear_answers_that_tell_nothing_are_no_texts():
+    empty = (
+        *("[ No response.]", "NO RESPONSE", "Blank.", "None", "Does not apply.", "Not applicable to myself."),
+        *("[ I can not á remember any such day. ]", "Can't think of any.", "[ Never experienced.]", "As for joy."),
+        *('The same as in \\fear\\"."', "[ Oddly, I have never been sad.]", "[ Yes, but I do not recall it.]"),
     )
-    path = raw / "meld/dev_sent_emo.csv"
-    write_meld(path, [utterance("Look at that!", "surprise", 3, 1)])
-    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-    rows = [row for row in run([GOEMOTIONS, MELD])[0]["train"] if row.source == MELD]
-    texts = ['Two, please, and "hot"', "First line and the second", "It’s late", "Look at that!"]
-    assert [row.text for row in rows] == texts
-    assert [labels(row) for row in rows] == [["joy"], ["disgust"], ["sadness"], ["surprise"]]
-    assert [row.id for row in rows] == ["train_3_1", "train_3_2", "train_4_0", "dev_3_1"]
-    assert all(known(row) == ["anger", "disgust", "fear", "joy", "sadness", "surprise", "neutral"] for row in rows)
+    told = (
+        *("No response came to my letters.", "None of my friends came.", "[ Rude waiters.]", "Never mind, we sang."),
+        *("I do not remember much. The car spun twice.", "I have never been so sad.", "As for the exam, I passed."),
+    )
+    assert {isear_text(text) for text in empty} == {""}
+    assert [isear_text(text) for text in told] == [text.strip("[ ]") for text in told]
 
 
-def test_a_text_that_is_scored_is_trained_on_from_no_source(raw, run, tmp_path, monkeypatch):
-    (raw / "goemotions/test.tsv").write_text("Trains rattle.\t27\tt1\nmy boots LEAK!\t3\tt2\n", encoding="utf-8")
-    with open(raw / "goemotions/train.tsv", "a", encoding="utf-8") as file:
-        file.write("MY BOOTS LEAK\t2\tg4\nMy boots leaked\t2\tg5\n")
-    with open(raw / "semeval2018_ec/E-c-En-dev.txt", "a", encoding="utf-8") as file:
-        file.write(tweet(3, "#trains rattle?!", "fear") + "\n")
-    with open(raw / "isear/isear.csv", "a", encoding="utf-8") as file:
-        file.write("\n" + report_line("k4", "joy", "[ Happy á birthday name.]"))
-    write_meld(raw / "meld/dev_sent_emo.csv", [utterance("Happy birthday, NAME", "joy", 0, 0)])
-    rows, out = run()
-    texts = [row.text for row in rows["train"]]
-    expected = ["The \"blue\" kite flew!", '"What a tune', "A bus stop.", "My boots leaked", "Sun at last #beach"]
-    expected += ["The bus again", "I forgot the tickets.", "I lost her umbrella.", "Oh, it’s you, again."]
-    assert texts == expected
-    scored = {normalized(row.text) for row in rows["validation"] + rows["test"]}
-    assert not scored & set(map(normalized, texts))
-    assert [len(rows["validation"]), len(rows["test"])] == [2, 2]  # both whole
-    assert "Texts that stand in validation and in test, where both keep them: 1." in out
-    for line in (
-        "| train | goemotions/train.tsv | 5 | 0 | 1 | 4 |",
-        "| train | semeval2018_ec/E-c-En-dev.txt | 2 | 0 | 1 | 1 |",
-        "| train | isear/isear.csv | 4 | 1 | 1 | 2 |",
-        "| train | meld/dev_sent_emo.csv | 1 | 0 | 1 | 0 |",
-        "| test | goemotions/test.tsv | 2 | 0 | 0 | 2 |",
-    ):
-        assert line in out.splitlines()
-    monkeypatch.setattr(dataset, "FOLDS", 2)  # two rows of validation will do here
-    splits = load_splits(sample(data_dir=str(tmp_path / "out")), find_tokenizer(sample()))
-    assert splits.keys() == {"train", "validation", "test"}
+@pytest.mark.slow
+def test_a_smaller_pilot_is_inside_a_larger_one_and_files_it_did_not_write_stay(data):
+    pilots = []
+    for count in (300, 600, 2142):
+        assert prepare(data, *ALL_SOURCES, "--num_rows", count)[0] == 0
+        pilots.append([row[:2] for row in read_rows(data / "train.jsonl")])
+    assert [*map(len, pilots)] == [300, 600, 2142] and all(row in pilots[1] for row in pilots[0])
+    assert pilots[1] == [row for row in pilots[2] if row in pilots[1]]
+    refused(prepare(data, *ALL_SOURCES, "--num_rows", 2143), "2143", "1 to 2142")
+
+    (data / "raw/goemotions/test.tsv").unlink()  # the test split of an earlier call goes
+    code, out, _ = prepare(data)
+    assert code == 0 and "no test split" in out and not (data / "test.jsonl").exists()
+    (data / "summary.md").unlink()
+    before = (data / "train.jsonl").read_bytes()
+    refused(prepare(data, *ALL_SOURCES), data / "train.jsonl", "--data_dir")
+    assert (data / "train.jsonl").read_bytes() == before
 
 
-def test_nothing_is_left_to_train_on(raw, run):
-    (raw / "goemotions/train.tsv").write_text("My boots leak.\t3\tg1\n", encoding="utf-8")
-    with pytest.raises(UserError, match="no training row is left"):
-        run([GOEMOTIONS])
-    assert not (raw.parent / "out").exists()
-
-
-def test_summary(raw, run, tmp_path):
-    rows, out = run()
-    assert (tmp_path / "out/summary.md").read_text(encoding="utf-8") in out
-    lines = out.splitlines()
-    for line in (
-        "| split | file | rows | no text | in validation or test | kept |",
-        "| train | goemotions/train.tsv | 3 | 0 | 0 | 3 |",
-        "| train | isear/isear.csv | 3 | 1 | 0 | 2 |",
-        "| validation | goemotions/dev.tsv | 2 | 0 | 0 | 2 |",
-        "| train | 9 | 1.0000 | 2 | 1 |",
-        "| validation | 2 | 1.5000 | 2 | 0 |",
-        "| emotion | train | train: goemotions | train: semeval2018_ec | train: isear | train: meld | validation |",
-        "| joy | 2 | 1 | 1 | 0 | 0 | 1 |",
-        "| embarrassment | 1 | 0 | - | 1 | - | 0 |",
-        "| neutral | 2 | 1 | - | - | 1 | 0 |",
-        "| love | 0 | 0 | 0 | - | - | 0 |",
-    ):
-        assert line in lines
-    assert "goemotions/test.tsv is not there: no test split, so no test figure can be reported." in lines
-    assert "- semeval2018_ec's anticipation, pessimism, trust have no counterpart and are left out" in out
-    assert "shame as embarrassment, guilt as remorse; the other 21 of 28 are unknown" in out
-    assert lines[-1].startswith("written: train.jsonl, validation.jsonl and summary.md in ")
-    out = run([GOEMOTIONS])[1]
-    assert "| emotion | train | validation |" in out.splitlines() and "isear" not in out
-    assert len(rows["train"]) == 9 and sum(NUMBERS["joy"] in row.labels for row in rows["train"]) == 2
-
-
-def test_an_old_test_split_goes_where_there_is_no_test_file(raw, run, tmp_path):
-    (raw / "goemotions/test.tsv").write_text("Trains rattle.\t27\tt1\n", encoding="utf-8")
-    rows, out = run([GOEMOTIONS])
-    assert [row.id for row in rows["test"]] == ["t1"] and "no test split" not in out
-    assert "train.jsonl, validation.jsonl, test.jsonl and summary.md" in out
-    (raw / "goemotions/test.tsv").unlink()
-    rows, out = run([GOEMOTIONS])
-    assert rows.keys() == {"train", "validation"} and "no test split" in out
-    assert "The test.jsonl of an earlier call, which was not of this data, is removed." in out
-
-
-def test_files_that_it_did_not_write_stay(run, tmp_path):
-    (tmp_path / "out").mkdir()
-    own = '{"text": "mine", "labels": []}'
-    (tmp_path / "out" / "test.jsonl").write_text(own, encoding="utf-8")
-    with pytest.raises(UserError, match=r"out/test\.jsonl was not written by prepare\.py: give another --data_dir"):
-        run()
-    assert [path.read_text(encoding="utf-8") for path in (tmp_path / "out").iterdir()] == [own]
-
-
-def test_sources_come_in_one_order_and_goemotions_is_among_them(run):
-    assert run([MELD, EC, GOEMOTIONS, MELD])[0] == run([GOEMOTIONS, EC, MELD])[0]
-    with pytest.raises(UserError, match="goemotions must be among them"):
-        run([MELD, EC])
-
-
-def test_raw_files_are_looked_for_in_data_dir(raw, run, tmp_path):
-    expected = run([GOEMOTIONS])[0]
-    raw.rename(tmp_path / "out/raw")
-    assert run([GOEMOTIONS], raw_dir="")[0] == expected
-
-
-def test_a_smaller_pilot_is_inside_a_larger_one(run):
-    everything = run()[0]
-    pilots = [run(num_rows=count) for count in range(1, 10)]
-    ids = [[row[:2] for row in rows["train"]] for rows, _ in pilots]
-    order = [row[:2] for row in everything["train"]]
-    for count, few in enumerate(ids, 1):
-        assert len(few) == count
-        assert few == [row for row in order if row in few]  # the files' order
-        assert count == 9 or set(few) < set(ids[count])
-    assert ids[-1] == order
-    assert all(rows["validation"] == everything["validation"] for rows, _ in pilots)
-    assert "A pilot: 4 of the 9 training rows that were kept." in pilots[3][1] and "A pilot" not in pilots[-1][1]
-    others = [tuple(row[:2] for row in run(num_rows=3, split_seed=seed)[0]["train"]) for seed in range(8)]
-    assert len(set(others)) > 1
-    for count in (10, -1):
-        with pytest.raises(UserError, match=rf"num_rows is {count}, expected 1 to 9"):
-            run(num_rows=count)
-
-
-MISSING = {
-    "goemotions/train.tsv": "goemotions/data/train.tsv",
-    "goemotions/dev.tsv": "goemotions/data/dev.tsv",
-    "semeval2018_ec/E-c-En-dev.txt": "codalab.org/competitions/17751",
-    "isear/isear.csv": "unige.ch/cisa",
-    "meld/dev_sent_emo.csv": "data/MELD/dev_sent_emo.csv",
-}
-
-
-@pytest.mark.parametrize("name", MISSING)
-def test_a_missing_file_is_named_with_the_way_to_it(raw, run, name):
-    run()
-    before = {path: path.read_bytes() for path in (raw.parent / "out").iterdir()}
-    (raw / name).unlink()
-    with pytest.raises(UserError) as error:
-        run()
-    assert str(error.value).startswith(f"{raw / name} not found: get it (")
-    assert all(part in str(error.value) for part in (MISSING[name], "--raw_dir", "--sample"))
-    assert {path: path.read_bytes() for path in (raw.parent / "out").iterdir()} == before
-
-
-BAD = {
-    "goemotions/train.tsv": [
-        ("A\t3\n", "line 1: 2 fields, ['A', '3'], expected 3"),
-        ("A\t3\tx\nB\tC\t3\tx\n", "line 2: 4 fields"),
-        ("A\t28\tx\n", "line 1: label ids is '28', expected numbers from 0 to 27"),
-        ("A\t3,\tx\n", "line 1: label ids is '3,'"),
-        ("A\tjoy\tx\n", "line 1: label ids is 'joy'"),
-        ("A\t\tx\n", "line 1: label ids is ''"),
-        ("A\t3\tx\n  \t3\tx\n", "line 2: the text is empty"),
-        ("A\t3\tx\n\t\t\n", "line 2: label ids is ''"),
-        ("", "holds no row"),
-        ("A\t3\tx\nCaf\udce9\t3\tx\n", "line 2: expected UTF-8, found byte 0xe9"),
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, text, words",
+    [
+        ("goemotions/dev.tsv", None, ["--raw_dir", "data/dev.tsv"]),
+        ("isear/isear.csv", None, ["--raw_dir", "unige.ch"]),
+        ("goemotions/train.tsv", "B\tC\t3\tx\n", ["line 1601", "4 fields"]),
+        ("goemotions/train.tsv", "A\t28\tx\n", ["line 1601", "'28'", "0 to 27"]),
+        ("goemotions/train.tsv", "  \t3\tx\n", ["line 1601", "empty"]),
+        ("goemotions/emotions.txt", "\nawe", ["line 29", "'awe'"]),
+        ("semeval2018_ec/E-c-En-train.txt", "x\tA" + "\t2" * 11 + "\n", ["line 162", "anger is '2'", "0 or 1"]),
+        ("isear/isear.csv", "\n" + "0|" * 36 + "envy|4|3|k|A|1|", ["line 149", "'envy'", "joy, fear"]),
+        ("isear/isear.csv", "\n" + "0|" * 35 + "joy|4|3|k|A|1|", ["line 149", "42 fields"]),
+        ("meld/dev_sent_emo.csv", '1,"a\nb",A,joy,,0,0,1,1,t,t\r\n1,A,joy\r\n', ["line 44", "3 fields"]),
+        ("meld/dev_sent_emo.csv", '1,"B,A,joy,,0,1\r\n', ["line 42", "CSV"]),
     ],
-    "goemotions/emotions.txt": [
-        ("\n".join(sorted(EMOTIONS)) + "\n", "line 21: 'neutral', expected 'optimism'"),
-        ("\n".join(EMOTIONS[:27]), "line 28: '', expected 'neutral'"),
-        ("\n".join((*EMOTIONS, "awe")), "line 29: 'awe', expected ''"),
-    ],
-    "semeval2018_ec/E-c-En-train.txt": [
-        (f"{EC_HEADER}\n{tweet(1, 'A')}\t0\n", "line 2: 14 fields"),
-        (f"{EC_HEADER}\n{tweet(1, 'A')[:-1]}2\n", "line 2: trust is '2', expected 0 or 1"),
-        (f"{EC_HEADER}\n{tweet(1, 'A')[:-1]}NONE\n", "line 2: trust is 'NONE', expected 0 or 1"),
-        (f"{EC_HEADER}\n{tweet(1, 'A')}\n{tweet(2, ' ')}\n", "line 3: the text is empty"),
-        (f"{tweet(1, 'A')}\n", "line 1: the header is ['T-1', 'A', "),
-        (EC_HEADER.replace("love", "lust"), "expected one with love"),
-        (EC_HEADER + "\n", "holds no row"),
-    ],
-    "isear/isear.csv": [
-        (f"{ISEAR_HEADER}\n{report_line('k', 'envy', 'A')}", "line 2: Field1 is 'envy', expected one of joy, fear"),
-        (f"{ISEAR_HEADER}\n{report_line('k', 'joy', 'A')[2:]}", "line 2: 42 fields"),
-        (f"{ISEAR_HEADER}\n{report_line('k', 'joy', ' ')}", "line 2: the text is empty"),
-        (ISEAR_HEADER.replace("SIT", "TEXT"), "expected one with SIT"),
-    ],
-    "meld/dev_sent_emo.csv": [
-        (MELD_SHORT + "A,calm,0,0\r\n", "line 2: Emotion is 'calm', expected one of"),
-        (MELD_SHORT + '"A\nB",joy,0,0\r\nA,B,joy,0,0\r\n', "line 4: 5 fields"),
-        (MELD_SHORT + 'A,joy,0,0\r\n"B,joy,0,1\r\nC,joy,0,2\r\n', "line 3: expected CSV"),
-        (MELD_SHORT + ",joy,0,0\r\n", "line 2: the text is empty"),
-        ("Utterance,Feeling,Dialogue_ID,Utterance_ID\r\n", "expected one with Emotion"),
-    ],
-}
-
-
-@pytest.mark.parametrize("name,content,message", [(name, *case) for name, cases in BAD.items() for case in cases])
-def test_a_bad_row_is_named_and_nothing_is_written(raw, run, name, content, message):
-    (raw / name).write_bytes(content.encode("utf-8", "surrogateescape"))
-    with pytest.raises(UserError) as error:
-        run()
-    assert str(error.value).startswith(str(raw / name)) and message in str(error.value)
-    assert not (raw.parent / "out").exists()
-
-
-def test_emotions_txt_may_be_missing(raw, run):
-    expected = run()[0]
-    (raw / "goemotions/emotions.txt").unlink()
-    assert run()[0] == expected
-
-
-def test_prepared_rows_are_read_back_as_they_were(raw, run):
-    files, evaluation = prepare.read_raw(raw, list(prepare.SOURCES))
-    train, counts = prepare.kept_rows(files, evaluation)
-    rows = run()[0]
-    assert [row._replace(line=0) for row in rows["train"]] == [row._replace(line=0) for row in train]
-    assert rows["validation"] == evaluation["validation"]
-    assert counts["isear/isear.csv"] == (1, 0, 2)
-    assert all(sum(count) == len(files[name]) for name, count in counts.items())
+)
+def test_a_missing_or_malformed_raw_file_is_named_and_nothing_is_written(data, name, text, words):
+    path = data / "raw" / name
+    path.unlink() if text is None else append(path, text)
+    refused(prepare(data, *ALL_SOURCES), path, *words)
+    assert [found.name for found in data.iterdir()] == ["raw"]
+    refused(prepare(data, "--sources", "meld"), "goemotions")

@@ -1,0 +1,125 @@
+"""DeBERTa's fast attention against transformers' own: states and every gradient, also of padded rows."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from launch import config_of
+from torch import Tensor, nn
+from transformers import DebertaV2Config, DebertaV2Model
+
+from common.checkpoint.pretrained import checkpoint_activations
+from emotions.attention import FastSelfAttention, use_fast_attention
+from emotions.model import build_model
+
+SHAPE = {
+    **{"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32},
+    **{"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "type_vocab_size": 0},
+    **{"position_biased_input": False, "relative_attention": True, "position_buckets": 256},
+    **{"max_relative_positions": -1, "share_att_key": True, "pos_att_type": ["p2c", "c2p"]},
+    **{"norm_rel_ebd": "layer_norm", "initializer_range": 0.3},  # so that positions matter
+}
+
+
+def pair(**settings) -> tuple[nn.Module, nn.Module, int]:
+    """The same random encoder with transformers' attention and with ours, and how many of its layers have ours."""
+    torch.manual_seed(0)
+    theirs = DebertaV2Model(DebertaV2Config(**SHAPE | settings)).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))  # biases and norms are not 0 and 1
+    ours = copy.deepcopy(theirs)
+    return theirs, ours, use_fast_attention(ours)
+
+
+def inputs(length: int) -> dict[str, Tensor]:
+    """Three rows: whole, padded by half, and of one token."""
+    mask = torch.ones(3, length, dtype=torch.long)
+    mask[1, (length + 1) // 2 :] = mask[2, 1:] = 0
+    states = torch.randn(3, length, 16, generator=torch.Generator().manual_seed(length))
+    return {"inputs_embeds": states.requires_grad_(), "attention_mask": mask}
+
+
+def states_and_gradients(model: nn.Module, length: int) -> dict[str, Tensor]:
+    batch = inputs(length)
+    model.zero_grad()
+    states = model(**batch).last_hidden_state
+    weights = torch.randn(states.shape, generator=torch.Generator().manual_seed(1)) / length
+    (states * weights).sum().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {"states": states.detach(), "embeddings": batch["inputs_embeds"].grad} | gradients
+
+
+def assert_equal(theirs: nn.Module, ours: nn.Module, length: int) -> None:
+    expected, found = states_and_gradients(theirs, length), states_and_gradients(ours, length)
+    assert expected.keys() == found.keys() and len(found) > 20
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize(
+    "length, settings",
+    [
+        *((length, {}) for length in (1, 31, 129, 130, 300)),  # up to 129 the log buckets are the identity
+        *((length, {"position_buckets": 8}) for length in (5, 64, 300)),
+        (40, {"share_att_key": False}),
+        (40, {"share_att_key": False, "pos_att_type": ["c2p"]}),
+        (40, {"pos_att_type": ["c2p"]}),
+        (40, {"pos_att_type": ["p2c"], "num_attention_heads": 4}),
+        (40, {"pos_att_type": "c2p|p2c", "norm_rel_ebd": "none", "conv_kernel_size": 3}),
+        (40, {"position_buckets": -1, "max_relative_positions": 12}),  # farther than the table goes
+        (9, {"relative_attention": False}),  # not covered: transformers' own stays
+        (9, {"pos_att_type": []}),
+    ],
+)
+def test_states_and_gradients_are_transformers_own(length, settings):
+    theirs, ours, replaced = pair(**settings)
+    assert replaced == (0 if length == 9 else 2)
+    for layer in (*theirs.encoder.layer, *ours.encoder.layer):
+        layer.attention.self.pos_dropout = nn.Softsign()  # whatever stands in the dropout's place is applied
+    assert_equal(theirs, ours, length)
+
+
+def test_settings_choose_it_and_checkpointing_in_the_classifier():
+    for setting, on in (("fast", True), ("library", False)):
+        config = config_of("emotions", attention=setting, gradient_checkpointing=on)
+        model = build_model(config, torch.zeros(28))
+        assert on == any(isinstance(module, FastSelfAttention) for module in model.modules())
+        assert on == model.encoder.is_gradient_checkpointing
+
+
+def test_names_of_parameters_stay_and_copies_and_pickles_have_it_too():
+    theirs, ours, _ = pair()
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    assert use_fast_attention(nn.ModuleDict({"inside": ours})) == 2  # again, and inside a bigger module
+    for again in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert sum(isinstance(module, FastSelfAttention) for module in again.modules()) == 2
+        assert_equal(theirs, again, 9)
+
+
+def test_it_trains_after_a_call_in_inference_mode_and_with_its_activations_recomputed():
+    theirs, ours, _ = pair(position_buckets=10)  # settings of its own: nothing is cached
+    with torch.inference_mode():
+        ours(**inputs(37))
+    checkpoint_activations(ours)
+    assert_equal(theirs, ours.train(), 37)
+
+
+def test_dropout_takes_probabilities_away_and_scales_those_that_stay():
+    theirs, ours, _ = pair(attention_probs_dropout_prob=0.3, num_attention_heads=4)
+    attention, reference = (model.encoder.layer[0].attention.self for model in (ours.train(), theirs))
+    relative, batch = ours.encoder.get_rel_embedding().detach(), inputs(7)
+    hidden, mask = batch["inputs_embeds"], ours.encoder.get_attention_mask(batch["attention_mask"])
+    torch.manual_seed(5)
+    keep = torch.empty(4, 3, 7, 7).bernoulli_(0.7).transpose(0, 1)  # drawn heads first
+    torch.manual_seed(5)
+    found = attention(hidden, mask, rel_embeddings=relative)[0]
+    _, probabilities = reference(hidden, mask, output_attentions=True, rel_embeddings=relative)
+    torch.testing.assert_close(attention.eval()(hidden, mask, True, rel_embeddings=relative)[1], probabilities)
+    values = reference.value_proj(hidden).view(3, 7, 4, 4).transpose(1, 2)
+    expected = (probabilities * keep / 0.7 @ values).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(found, expected)
+    direction = torch.randn_like(found)
+    gradients = (torch.autograd.grad((states * direction).sum(), hidden)[0] for states in (found, expected))
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)

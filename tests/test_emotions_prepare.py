@@ -65,9 +65,6 @@ def test_the_tokenizer_of_deberta_v3s_own_files_is_sentencepieces(tmp_path):
         for text in odd + texts[:99]:
             assert ours(text)["input_ids"] == [1, *reference.encode(text), 2], text
     assert tokenizer.mask_token_id == 400 == len(tokenizer) - 1
-    (tmp_path / "spm.model").write_bytes((tmp_path / "spm.model").read_bytes()[:-9])
-    with pytest.raises(UserError, match="cut off"):
-        find_tokenizer(config)
 
 
 GOOD = {"text": "I love it", "labels": ["love", "joy"]}
@@ -81,7 +78,6 @@ GOOD = {"text": "I love it", "labels": ["love", "joy"]}
         ("test", [GOOD, b'{"text": "\xe9"}'], ["line 2", "UTF-8", "0xe9"]),
         ("train", [GOOD | {"known": ["joy", "bliss"]}], ["known holds 'bliss'", "'admiration'"]),
         ("train", [GOOD | {"known": ["love"]}], ["['love', 'joy']", "known ['love']"]),
-        ("train", [GOOD | {"labels": [], "known": []}], ["known is empty"]),
         ("train", [GOOD | {"konwn": ["joy"]}], ["konwn is ['joy']"]),
         ("validation", [""], ["no row"]),
         ("validation", [{"text": "so", "labels": []}], ["no label"]),
@@ -96,19 +92,10 @@ def test_a_malformed_row_or_file_ends_a_run_with_one_line(few_rows, tmp_path, na
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "shape, flags, words",
-    [
-        (DistilBertConfig(dim=32, n_heads=2, n_layers=1), (), ["distilbert", "pooling mean"]),
-        (DistilBertConfig(), ("--pooling", "mean", "--max_length", 600), ["600", "512 positions"]),
-        (AutoConfig.from_pretrained(ROOT / SAMPLE.model, vocab_size=5), (), ["line 1", "embeddings"]),
-    ],
-)
-def test_a_model_that_cannot_be_used_is_refused_with_what_is_wrong(tmp_path, few_rows, shape, flags, words):
-    for part in (shape, find_tokenizer(SAMPLE)):
+def test_a_model_whose_head_is_not_known_is_refused_with_the_way_out(tmp_path):
+    for part in (DistilBertConfig(dim=32, n_heads=2, n_layers=1), find_tokenizer(SAMPLE)):
         part.save_pretrained(tmp_path)
-    model = ("--data_dir", few_rows("emotions"), "--model", tmp_path)
-    refused(run_here("emotions/train.py", "--sample", "--check", *model, *flags), *words)
+    refused(run_here("emotions/train.py", "--sample", "--model", tmp_path), "distilbert", "pooling mean")
 
 
 # Raw files
@@ -145,7 +132,6 @@ def test_each_sources_traps_are_known_and_no_scored_text_is_trained_on(data):
     append(raw / "goemotions/train.tsv", '\n"A\u2028lone "quote"\t17,13\tx1\r\n')
     append(raw / "semeval2018_ec/E-c-En-dev.txt", f"x2\tI\x92ll  &amp;\\n\\r\xa0\\o/{marks}")
     append(raw / "isear/isear.csv", f'\n{zeros}shame|4|3|x3| [ \\her á lake\\" á|NB: Málaga.á ]|1|\n')
-    append(raw / "isear/isear.csv", f'{zeros}guilt|4|3|x4|\\She "left\\"."|1|')
     append(raw / "meld/dev_sent_emo.csv", f'1,"Two, ""hot""\nlines",A,disgust,negative{end}')
     for name in ("validation", "test"):
         text = read_rows(ROOT / f"emotions/sample/{name}.jsonl")[9].text.upper()
@@ -153,12 +139,10 @@ def test_each_sources_traps_are_known_and_no_scored_text_is_trained_on(data):
     assert prepare(data, *ALL_SOURCES)[0] == 0
     rows = {row.id: row for row in read_rows(data / "train.jsonl")}
     assert "train_90_1" not in rows
-    seven = "anger disgust embarrassment fear joy remorse sadness"
     for key, text, labels, known in (
         ("x1", '"A\u2028lone "quote"', "excitement joy", " ".join(EMOTIONS)),
         ("x2", "I’ll & \\o/", "joy", "anger disgust fear joy love optimism sadness surprise"),
-        ("x3", '"her lake" NB: Málaga.', "embarrassment", seven),
-        ("x4", '"She "left".', "remorse", seven),
+        ("x3", '"her lake" NB: Málaga.', "embarrassment", "anger disgust embarrassment fear joy remorse sadness"),
         ("dev_90_1", 'Two, "hot" lines', "disgust", "anger disgust fear joy sadness surprise neutral"),
     ):
         found = (" ".join(EMOTIONS[n] for n in numbers) for numbers in (rows[key].labels, rows[key].known))
@@ -166,17 +150,17 @@ def test_each_sources_traps_are_known_and_no_scored_text_is_trained_on(data):
 
 
 def test_isear_answers_that_tell_nothing_are_no_texts():
-    empty = (
+    for text in (
         *("[ No response.]", "NO RESPONSE", "Blank.", "None", "Does not apply.", "Not applicable to myself."),
         *("[ I can not á remember any such day. ]", "Can't think of any.", "[ Never experienced.]", "As for joy."),
         *('The same as in \\fear\\"."', "[ Oddly, I have never been sad.]", "[ Yes, but I do not recall it.]"),
-    )
-    told = (
+    ):
+        assert isear_text(text) == ""
+    for text in (
         *("No response came to my letters.", "None of my friends came.", "[ Rude waiters.]", "Never mind, we sang."),
         *("I do not remember much. The car spun twice.", "I have never been so sad.", "As for the exam, I passed."),
-    )
-    assert {isear_text(text) for text in empty} == {""}
-    assert [isear_text(text) for text in told] == [text.strip("[ ]") for text in told]
+    ):
+        assert isear_text(text) == text.strip("[ ]")
 
 
 @pytest.mark.slow
@@ -188,14 +172,11 @@ def test_a_smaller_pilot_is_inside_a_larger_one_and_files_it_did_not_write_stay(
     assert [*map(len, pilots)] == [300, 600, 2142] and all(row in pilots[1] for row in pilots[0])
     assert pilots[1] == [row for row in pilots[2] if row in pilots[1]]
     refused(prepare(data, *ALL_SOURCES, "--num_rows", 2143), "2143", "1 to 2142")
-
     (data / "raw/goemotions/test.tsv").unlink()  # the test split of an earlier call goes
     code, out, _ = prepare(data)
     assert code == 0 and "no test split" in out and not (data / "test.jsonl").exists()
     (data / "summary.md").unlink()
-    before = (data / "train.jsonl").read_bytes()
     refused(prepare(data, *ALL_SOURCES), data / "train.jsonl", "--data_dir")
-    assert (data / "train.jsonl").read_bytes() == before
 
 
 @pytest.mark.slow
@@ -205,12 +186,10 @@ def test_a_smaller_pilot_is_inside_a_larger_one_and_files_it_did_not_write_stay(
         ("goemotions/dev.tsv", None, ["--raw_dir", "data/dev.tsv"]),
         ("isear/isear.csv", None, ["--raw_dir", "unige.ch"]),
         ("goemotions/train.tsv", "B\tC\t3\tx\n", ["line 1601", "4 fields"]),
-        ("goemotions/train.tsv", "A\t28\tx\n", ["line 1601", "'28'", "0 to 27"]),
-        ("goemotions/train.tsv", "  \t3\tx\n", ["line 1601", "empty"]),
+        ("goemotions/train.tsv", "A\t3,28\tx\n", ["line 1601", "'3,28'", "0 to 27"]),
         ("goemotions/emotions.txt", "\nawe", ["line 29", "'awe'"]),
         ("semeval2018_ec/E-c-En-train.txt", "x\tA" + "\t2" * 11 + "\n", ["line 162", "anger is '2'", "0 or 1"]),
         ("isear/isear.csv", "\n" + "0|" * 36 + "envy|4|3|k|A|1|", ["line 149", "'envy'", "joy, fear"]),
-        ("isear/isear.csv", "\n" + "0|" * 35 + "joy|4|3|k|A|1|", ["line 149", "42 fields"]),
         ("meld/dev_sent_emo.csv", '1,"a\nb",A,joy,,0,0,1,1,t,t\r\n1,A,joy\r\n', ["line 44", "3 fields"]),
         ("meld/dev_sent_emo.csv", '1,"B,A,joy,,0,1\r\n', ["line 42", "CSV"]),
     ],

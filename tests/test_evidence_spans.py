@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenize
 from common.checkpoint import UserError
 from common.metrics import answer_scores, multi_span_metrics, span_metrics, token_metrics
 from evidence_spans import search, train
-from evidence_spans.answers import Decoding, answer_row, no_answer_probability, read_decoding, several_answers
+from evidence_spans.answers import Decoding, answer_row, no_answer_probability, several_answers
 from evidence_spans.config import Config
 from evidence_spans.dataset import collate, epoch_steps, make_split, read_source
 from evidence_spans.evaluate import predict, score_split
@@ -97,12 +97,15 @@ def reference_windows(e: Example, tokenizer, max_length: int, stride: int) -> li
 
 
 def test_windows_and_batches_equal_a_search_over_characters(tokenizer, examples):
-    windows = make_windows(examples, tokenizer, sample(max_length=64, doc_stride=20))
+    """Behind a thousand others: more are not tokenised at a time."""
+    rows = [example("Tea.", question="")] * 1000 + examples
+    windows = make_windows(rows, tokenizer, sample(max_length=64, doc_stride=20))[1000:]
     expected = [(n, *window) for n, e in enumerate(examples) for window in reference_windows(e, tokenizer, 64, 20)]
     assert len(windows) == len(expected) > 2 * len(examples)
     batch, reached = collate(windows, pad_token_id=7), [set() for _ in examples]
     for row, (window, (number, ids, labels)) in enumerate(zip(windows, expected)):
-        assert window.example == number and window.input_ids.tolist() == ids and window.labels == (*sorted(labels),)
+        assert (window.example, window.input_ids.tolist()) == (1000 + number, ids)
+        assert window.labels == tuple(sorted(labels))
         padding, first = 64 - len(ids), ids.index(tokenizer.sep_token_id) + 1
         rest = len(ids) - first
         assert batch["input_ids"][row].tolist() == ids + [7] * padding
@@ -115,12 +118,7 @@ def test_windows_and_batches_equal_a_search_over_characters(tokenizer, examples)
         reached[number] |= {*labels.values()}
     for e, spans in zip(examples, reached):  # what is no longer than doc_stride is whole in some window
         assert spans >= {span for span in e.answers if len(tokenizer.tokenize(e.context[slice(*span)])) <= 20}
-    assert {len(window.labels) for window in windows if examples[window.example].answers} == {0, 1, 2, 3}
-
-
-def test_windows_know_their_example_beyond_the_first_thousand(tokenizer):
-    windows = make_windows([example("Tea.", question="")] * 1005, tokenizer, sample())
-    assert [window.example for window in windows] == [*range(1005)]
+    assert {len(window.labels) for window in windows if rows[window.example].answers} == {0, 1, 2, 3}
 
 
 def test_a_question_that_leaves_no_room_is_named(tokenizer):
@@ -139,14 +137,13 @@ def test_the_best_model_loads_in_transformers_with_equal_logits(model_type, toke
     shape |= {"intermediate_size": 24, "max_position_embeddings": 40, "pad_token_id": 0, "embedding_size": 16}
     if model_type == "distilbert":
         shape |= {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24}
-    if model_type == "deberta-v2":
+    if "deberta" in model_type:
         shape |= {"relative_attention": True, "position_buckets": 8, "pos_att_type": ["p2c", "c2p"]}
-    base, best = shutil.copytree(ROOT / "evidence_spans/sample/model", tmp_path / "base"), tmp_path / "best"
+    base, best = (shutil.copytree(ROOT / "evidence_spans/sample/model", tmp_path / name) for name in ("base", "best"))
     AutoConfig.for_model(model_type, **shape, initializer_range=0.3).save_pretrained(base)
     config = sample(model=str(base), max_length=30, doc_stride=4, dropout=0.5)
     own, model = find_tokenizer(config), random_model(config)
-    best.mkdir()
-    batch = collate(make_windows([example("I weep. I lie awake."), example("Tea!")], own, config), 0)
+    batch = inputs_of(collate(make_windows([example("I weep. I lie awake."), example("Tea!")], own, config), 0))
     save_model(model, own, UNTUNED, best)
     saved = json.loads((best / "tokenizer.json").read_text(encoding="utf-8"))
     assert saved["truncation"] is None and saved["padding"] is None  # the windows' settings are no part of it
@@ -154,49 +151,48 @@ def test_the_best_model_loads_in_transformers_with_equal_logits(model_type, toke
     assert not info["missing_keys"] and not info["unexpected_keys"]
     again, decoding = load_model(best, config)
     with torch.no_grad():
-        expected = theirs.eval()(**inputs_of(batch))
-        for found in (model(**inputs_of(batch)), again(**inputs_of(batch))):
-            assert torch.equal(found[0], expected.start_logits) and torch.equal(found[1], expected.end_logits)
+        expected = theirs.eval()(**batch)
+        for start, end in (model(**batch), again(**batch)):
+            assert torch.equal(start, expected.start_logits) and torch.equal(end, expected.end_logits)
     assert expected.start_logits.std() > 0.1 and decoding == UNTUNED
     (best / "decoding.json").write_text('{"max_answer_length": 0}')
     with pytest.raises(UserError, match=r"decoding.json: max_answer_length is 0"):
-        read_decoding(best)
+        load_model(best, config)
 
 
 def test_the_loss_is_cross_entropy_over_cls_and_context_with_the_answers_summed():
-    """Value and gradient, of windows with several answers, none and one."""
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(2, 3, 9, generator=generator, requires_grad=True)
-    context = torch.zeros(3, 9, dtype=torch.bool)
-    context[0, 3:8] = context[1, 3:6] = context[2, 2:9] = True
-    wanted = ([[3, 5], [0], [4]], [[4, 7], [0], [8]])
-    labels = torch.zeros(2, 3, 9, dtype=torch.bool)
-    for edge in range(2):
-        for row, places in enumerate(wanted[edge]):
-            labels[edge, row, places] = True
-    loss = span_loss(*logits, {"context_mask": context, "start_labels": labels[0], "end_labels": labels[1]})
+    """Value and gradient, of windows with several answers, none and one; each edge by itself."""
+    logits = torch.randn(2, 3, 9, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    context, labels = torch.zeros(3, 9, dtype=torch.bool), torch.zeros(2, 3, 9, dtype=torch.bool)
+    rows = [([3, 4, 5, 6, 7], [3, 5], [4, 7]), ([3, 4, 5], [0], [0]), ([2, 3, 4, 5, 6, 7, 8], [4], [8])]
     expected = torch.zeros(3, dtype=torch.float64)
-    for edge in range(2):
-        for row, places in enumerate(wanted[edge]):
-            allowed = [0, *context[row].nonzero().flatten().tolist()]
-            classes = torch.tensor([allowed.index(place) for place in places])
-            each = logits[edge, row, allowed].double().expand(len(places), -1)
+    for row, (inside, *edges) in enumerate(rows):
+        context[row, inside] = True
+        for edge, places in enumerate(edges):
+            labels[edge, row, places] = True
+            classes = torch.tensor([[0, *inside].index(place) for place in places])
+            each = logits[edge, row, [0, *inside]].double().expand(len(places), -1)
             expected[row] -= torch.logsumexp(-F.cross_entropy(each, classes, reduction="none"), 0) / 2
+    loss = span_loss(*logits, {"context_mask": context, "start_labels": labels[0], "end_labels": labels[1]})
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
     weights = torch.tensor([0.3, 1.7, 0.9])
-    (found,) = torch.autograd.grad((loss * weights).sum(), logits)
-    (reference,) = torch.autograd.grad((expected * weights).sum(), logits)
-    torch.testing.assert_close(found, reference, rtol=1e-4, atol=1e-6)
+    gradients = [torch.autograd.grad((one * weights).sum(), logits)[0] for one in (loss, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 
 def test_the_head_drops_out_and_computes_in_fp32(tokenizer, examples):
     model, seen = random_model(sample(dropout=0.4)), []
     batch = inputs_of(collate(make_windows(examples[:3], tokenizer, sample()), 0))
+
+    def end_in_bf16(module, given, output):
+        output.last_hidden_state = output.last_hidden_state.bfloat16()  # as some encoders do under autocast
+
+    model.bert.register_forward_hook(end_in_bf16)
     model.qa_outputs.register_forward_hook(lambda module, given, output: seen.append((given[0], output.dtype)))
     with torch.autocast("cpu", torch.bfloat16):
         model(**batch)
-    model.train()(**batch)
-    assert seen[0][0].dtype == seen[0][1] == torch.float32
+        model.train()(**batch)
+    assert {dtype for hidden_states, output in seen for dtype in (hidden_states.dtype, output)} == {torch.float32}
     zeros = [(hidden_states == 0).float().mean().item() for hidden_states, _ in seen]
     assert zeros == pytest.approx([0, 0.4], abs=0.03)
 
@@ -229,10 +225,12 @@ def candidates(window: Window, context: str, tokens: list[tuple], decode: str, l
     return [(offsets.index(some[0]), offsets.index(some[-1])) for some in inside if some and {*some} <= {*offsets}]
 
 
-@pytest.mark.parametrize("decode, longest", [("span", 1), ("span", 3), ("span", 13), ("span", 99), ("sentence", 1)])
-def test_predictions_are_the_best_of_all_spans_of_all_windows(decode, longest, tokenizer, examples):
+@pytest.mark.parametrize(
+    "decode, longest, n", [("span", 1, 7), ("span", 5, 2), ("span", 11, 1), ("span", 99, 20), ("sentence", 1, 3)]
+)
+def test_predictions_are_the_best_of_all_spans_of_all_windows(decode, longest, n, tokenizer, examples):
     """Each window scored alone; a span of two windows counts once, with its best score."""
-    config = sample(max_length=64, doc_stride=20, n_best_size=7, eval_batch_size=5, decode=decode)
+    config = sample(max_length=64, doc_stride=20, n_best_size=n, eval_batch_size=5, decode=decode)
     model, rows = random_model(config), [*examples[:3], *examples[3::3]]
     split, losses = make_split(rows, tokenizer, config), []
     predictions, loss = predict(model, split, tokenizer, longest, config, None)
@@ -245,11 +243,11 @@ def test_predictions_are_the_best_of_all_spans_of_all_windows(decode, longest, t
                 start, end = model(**inputs_of(batch))
             losses.append(span_loss(start, end, batch).item())
             null_scores.append((start[0, 0] + end[0, 0]).item())
+            starts, ends = start[0, window.first :].tolist(), end[0, window.first :].tolist()
             for i, j in candidates(window, e.context, tokens, decode, longest):
                 place = int(window.offsets[i, 0]), int(window.offsets[j, 1])
-                score = (start[0, window.first + i] + end[0, window.first + j]).item()
-                best[place] = max(score, best.get(place, -math.inf))
-        expected = sorted(best.items(), key=lambda item: -item[1])[:7]
+                best[place] = max(starts[i] + ends[j], best.get(place, -math.inf))
+        expected = sorted(best.items(), key=lambda item: -item[1])[:n]
         assert prediction.null_score == pytest.approx(min(null_scores), abs=1e-4)
         assert [span[:2] for span in prediction.spans] == [place for place, _ in expected]
         assert [span.score for span in prediction.spans] == pytest.approx([score for _, score in expected], abs=1e-4)
@@ -286,17 +284,17 @@ def chosen(prediction: Prediction, threshold: float) -> list[Span]:
 
 
 def random_predictions(generator: np.random.Generator) -> tuple[list[Prediction], list[Example]]:
-    """Of contexts whose words repeat, with ties and without any span; of the best spans some are right."""
+    """Of contexts whose words repeat; with ties, spans that touch and without any span; some spans are right."""
     predictions, rows = [], []
     for n in range(12):
         words = generator.choice(["one", "two", "tea", "day"], 5)
-        places = [(4 * i, 4 * j + 3) for i in range(5) for j in range(i, min(i + 3, 5))]
+        places = [(4 * i, 4 * j + 4) for i in range(5) for j in range(i, min(i + 3, 5))]
         drawn = [places[k] for k in generator.permutation(len(places))[: generator.integers(0, 6)]]
         spans = [Span(*place, round(generator.normal(), 1)) for place in drawn]
         spans.sort(key=lambda span: -span.score)
         predictions.append(Prediction(round(generator.normal(), 1), spans))
         answers = tuple(sorted(drawn[: generator.integers(0, 3)])) if n else ()
-        rows.append(Example("e", "p", "?", " ".join(words), answers, "", True))
+        rows.append(Example("e", "p", "?", " ".join([*words, ""]), answers, "", True))
     return predictions, rows
 
 
@@ -321,10 +319,10 @@ def test_thresholds_are_the_best_of_all_cuts(metric):
             assert several_answers(prediction, decoding) == chosen(prediction, decoding.span_threshold)
 
 
-def test_a_threshold_lies_in_the_middle_of_its_gap_and_at_zero_where_it_can():
-    right, wrong = np.array([1.0, 0.0]), np.array([0.0, 1.0])
-    assert tune_threshold(np.array([-4.0, 3.0]), right, wrong) == 0.0
-    assert tune_threshold(np.array([2.0, 5.0]), right, wrong) == 3.5
+def test_a_threshold_lies_in_the_middle_of_the_best_gap_that_is_nearest_to_zero_or_at_zero():
+    for differences, expected in (([-4.0, 3.0], 0.0), ([2.0, 5.0], 3.5), ([-8.0, -4.0, 2.0, 7.0], 4.5)):
+        right = np.resize([1.0, 0.0], len(differences))
+        assert tune_threshold(np.array(differences), right, 1 - right) == expected
     assert tune_threshold(np.array([2.0, 5.0]), np.ones(2), np.zeros(2)) >= 5
     assert tune_threshold(np.array([2.0, 5.0, math.inf]), np.zeros(3), np.ones(3)) < 2
 
@@ -333,25 +331,23 @@ def test_without_a_no_answer_there_is_no_threshold_and_alternatives_are_not_seve
     context = "one two. Tea."
     rows = [example(context, "one two.", "Tea.", together=False), example(context, "Tea.", together=False)]
     predictions = [Prediction(0.0, [Span(0, 8, 5.0), Span(9, 13, -9.0)]), Prediction(9.0, [Span(9, 13, 1.0)])]
-    decoding = tune(predictions, rows, UNTUNED, sample())
-    assert decoding == UNTUNED
-    scores = score_split(predictions, rows, 0.0, decoding)
+    scores = score_split(predictions, rows, 0.0, decoding := tune(predictions, rows, UNTUNED, sample()))
+    assert decoding == UNTUNED and several_answers(predictions[0], decoding) == [Span(0, 8, 5.0)]
     assert scores["at_threshold"]["f1"] == scores["at_threshold"]["tokens"]["f1"] == 1
     assert not scores.keys() & {"at_zero", "several", "no_answer_brier"}
-    assert several_answers(predictions[0], decoding) == [Span(0, 8, 5.0)]
 
 
 def test_scores_of_a_split_by_hand():
     rows = [example("I weep. Tea. I lie awake.", "I weep.", "I lie awake."), example("Tea. Cake.")]
-    spans = [[Span(0, 7, 5.0), Span(13, 25, 4.0), Span(8, 12, -9.0)], [Span(0, 4, 2.0)]]
+    spans = [[Span(0, 7, 5.0), Span(13, 25, 4.0), Span(8, 12, -9.0)], [Span(0, 4, 0.7)]]
     predictions = [Prediction(0.0, spans[0]), Prediction(1.0, spans[1])]
-    scores = score_split(predictions, rows, 0.25, Decoding(9, -2.5, -3.5, 0.5, -0.2, {}))
+    scores = score_split(predictions, rows, 0.25, Decoding(9, 0.4, -3.5, 0.5, -0.2, {}))
     assert scores["loss"] == 0.25 and scores["all_empty"]["f1"] == 0.5
-    assert scores["at_threshold"]["exact_match"] == 1 and scores["at_zero"]["exact_match"] == 0.5
-    assert scores["at_threshold"]["tokens"] == pytest.approx({"precision": 1, "recall": 2 / 5, "f1": 4 / 7})
+    assert scores["at_threshold"]["exact_match"] == 0.5 and scores["at_zero"]["exact_match"] == 1
+    assert scores["at_threshold"]["tokens"] == pytest.approx({"precision": 2 / 3, "recall": 2 / 5, "f1": 4 / 8})
     perfect = {"precision": 1.0, "recall": 1.0, "f1": 1.0}
     assert scores["several"] == {"all": perfect, "tokens": perfect, "posts_with_several": perfect | {"rows": 1}}
-    p = [1 / (1 + math.exp(-(0.5 * difference - 0.2))) for difference in (-5, -1)]
+    p = [1 / (1 + math.exp(-(0.5 * difference - 0.2))) for difference in (-5, 0.3)]
     assert scores["no_answer_brier"] == pytest.approx((p[0] ** 2 + (1 - p[1]) ** 2) / 2)
 
 
@@ -536,8 +532,6 @@ def test_the_search_halves_goes_on_where_it_was_and_trains_the_winner_anew(few_r
         assert [call for call in calls if call[0] != name] == [*expected, ("winner", 0)]
     outcomes = lines(tmp_path / "whole/metrics.jsonl")
     assert outcomes == lines(tmp_path / "stopped/metrics.jsonl") and outcomes[4]["score"] is None
-    with pytest.raises(UserError, match="trials 9 there, 5 here"):
-        search.main(run, **own | {"trials": 5})
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -82,8 +83,8 @@ def test_all_spans_of_a_post_and_criterion_are_one_example_and_nothing_is_droppe
         ("s_3_1", "Nor is this.", "DEPRESSED_MOOD", 1),
         ("s_3_1", "Odd.", "SPECIAL_CASE", 1),
     ]
-    lines = [f"{post},0,{sentence},{symptom},{status},why\n" for post, sentence, symptom, status in rows]
-    (tmp_path / ANNOTATIONS).write_text(HEADER + "".join(lines), encoding="utf-8")
+    lines = (f"{post},0,{sentence},{symptom},{status},why\n" for post, sentence, symptom, status in rows)
+    (tmp_path / ANNOTATIONS).write_text(HEADER + "".join(lines))
     (tmp_path / POSTS).write_text("post_id,text\n" + "".join(f"{name},{text}\n" for name, text in posts.items()))
     source = read_source(sample(tmp_path))
     found = {e.id: e for e in source.examples}
@@ -108,18 +109,16 @@ def test_all_spans_of_a_post_and_criterion_are_one_example_and_nothing_is_droppe
     }
 
 
-def test_a_run_lists_what_it_did_not_find_and_is_not_evaluated_on_other_rows(few_rows, tmp_path):
+def test_a_run_lists_what_it_did_not_find(few_rows, tmp_path):
     data, run = shutil.copytree(few_rows("evidence_spans"), tmp_path / "data"), tmp_path / "run"
-    posts = (data / POSTS).read_text(encoding="utf-8")
     with open(data / ANNOTATIONS, "a", encoding="utf-8") as file:
-        file.write(f"{posts.splitlines()[1].split(',')[0]},0,This stands nowhere.,FATIGUE,1,why\n")
+        post = read_source(sample(data)).examples[0].post
+        file.write(f"{post},0,This stands nowhere.,FATIGUE,1,why\n")
     flags = ("--question_form", "empty", "--max_steps", "1", "--data_dir", data, "--run_dir", run)
     out = ran("evidence_spans/train.py", *short_flags("evidence_spans"), *flags)
     (lost,) = map(json.loads, (run / "not_found.jsonl").read_text(encoding="utf-8").splitlines())
     assert lost["sentence_text"] == "This stands nowhere." and f"{ANNOTATIONS}, lines {lost['line']}" in out
     assert json.loads((run / "results.json").read_text(encoding="utf-8"))["not_found"] == 1
-    (data / POSTS).write_text(posts.replace("I ", "We ", 1), encoding="utf-8")
-    refused(run_here("evidence_spans/evaluate.py", "--run_dir", run), "data_sha256")
 
 
 # SQuAD
@@ -166,16 +165,15 @@ def test_a_path_that_does_not_hold_one_format_is_refused(names, changes, words, 
     for number, name in enumerate(names):
         write_squad(tmp_path / name, (f"Rome {number}.", f"{number}", "Where?", [("Rome", 0)]))
     changes = changes | {"data_dir": str(tmp_path / changes.get("data_dir", ""))}
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError, match=".*".join(map(re.escape, words))):
         read_source(sample(**changes))
-    assert all(word in str(error.value) for word in words), error.value
 
 
 # Which rows are trained on
 
 
 def test_posts_of_one_author_or_text_share_a_split_that_a_hash_chooses():
-    """Against a search along all links. That other posts do not matter, and the splits' sizes, follow from the hash."""
+    """That other posts do not matter follows from the hash."""
     generator = random.Random(1)
     examples, texts = [], [generator.randrange(400) for _ in range(400)]
     posts = [f"s_{generator.randrange(300)}_{n}" if n % 9 else f"other{n}" for n in range(400)]
@@ -187,19 +185,18 @@ def test_posts_of_one_author_or_text_share_a_split_that_a_hash_chooses():
     found = [(e.id, name) for name, some in splits.items() for e in some]
 
     authors = [post.rsplit("_", 1)[0] + "_" if post.startswith("s_") else post for post in posts]
-    expected, sizes, left = [], [], {*range(400)}
-    while left:
-        group, new = set(), {min(left)}
-        while new:
-            group |= new
-            new = {n for n in left - group for m in new if authors[n] == authors[m] or texts[n] == texts[m]}
-        digest = hashlib.sha256(f"7\n{min(authors[n] for n in group)}".encode()).hexdigest()
-        share = int(digest[:16], 16) / 2**64
+    names, before, expected = authors, [], []
+    while names != before:  # the smallest author among all that a chain of links reaches
+        before, least = names, {}
+        for linked in (authors, texts):
+            for key, name in zip(linked, names):
+                least[key] = min(least.get(key, name), name)
+        names = [min(least[author], least[text]) for author, text in zip(authors, texts)]
+    for post, name in zip(posts, names):
+        share = int(hashlib.sha256(f"7\n{name}".encode()).hexdigest()[:16], 16) / 2**64
         split = "validation" if share < 0.2 else "test" if share < 0.5 else "train"
-        expected += [(f"{posts[n]}:{name}", split) for n in group for name in "AB"]
-        sizes.append(len(group))
-        left -= group
-    assert sorted(found) == sorted(expected) and max(sizes) > 5 and len(sizes) > 50
+        expected += [(f"{post}:A", split), (f"{post}:B", split)]
+    assert sorted(found) == sorted(expected) and max(Counter(names).values()) > 5
     with pytest.raises(UserError, match="validation would hold no answer"):
         split_examples(source, sample(validation_fraction=1e-9))
 
@@ -221,26 +218,21 @@ def test_an_epoch_takes_each_window_of_what_is_drawn_once(few_rows):
         assert (counts["answered"], counts["rejected"]) == (answered, rejected)
         assert counts["unannotated"] == min(round(ratio * answered), unannotated)
 
-    drawn, orders = [], []
+    epochs = []
     for epoch, seed in ((0, 42), (1, 42), (0, 43), (0, 42)):
         seeded = config.model_copy(update={"seed": seed})
-        drawn.append(draw_windows(split, seeded, epoch).tolist())
-        orders.append(epoch_steps(split, 3, seeded, epoch))
-        assert {len(step) for step in orders[-1][:-1]} == {3} and 0 < len(orders[-1][-1]) <= 3
-        batches = [batch for step in orders[-1] for batch in step]
-        assert sorted(row for batch in batches for row in batch) == drawn[-1]
-        assert {len(batch) for batch in batches} <= {7, len(drawn[-1]) % 7}
-    for found in (drawn, orders):
-        assert found[0] == found[3] and found[0] not in found[1:3]
+        steps, drawn = epoch_steps(split, 3, seeded, epoch), draw_windows(split, seeded, epoch).tolist()
+        assert {len(step) for step in steps[:-1]} == {3} and 0 < len(steps[-1]) <= 3
+        assert sorted(row for step in steps for batch in step for row in batch) == drawn
+        epochs.append(drawn)
+    assert epochs[0] == epochs[3] and epochs[0] not in epochs[1:3]
 
 
 # Files that are wrong, and forms that are right, as train.py meets them
 
 
-def check_refuses(path: Path, run_dir: Path, *words: object) -> None:
-    flags = ("--sample", "--check", "--data_dir", path, "--run_dir", run_dir)
-    refused(run_here("evidence_spans/train.py", *flags), path, *words)
-    assert not run_dir.exists()
+def check_refuses(path: Path, *words: str) -> None:
+    refused(run_here("evidence_spans/train.py", "--sample", "--check", "--data_dir", path), path, *words)
 
 
 @pytest.mark.slow
@@ -249,21 +241,19 @@ def check_refuses(path: Path, run_dir: Path, *words: object) -> None:
     [
         ("post_id,text\ns_1_1,I weep.\ns_1_1,Again.\n", "", ["line 3", "'s_1_1'", "line 2"]),
         ("post_id,text\ns_1_1, \n", "", ["line 2", "text is empty"]),
-        ("post_id\ns_1_1\n", "", ["line 1", "text", "post_id"]),
         ("post_id,text\ns_1_1,I weep.,more\n", "", ["line 2", "expected 2 fields, found 3"]),
         ('post_id,text\ns_1_1,"I weep.\n', "", ["line 2", "quote"]),
         (b"post_id,text\ns_1_1,I w\xe9p.\n", "", ["line 2", "UTF-8", "0xe9"]),
         (None, "\nx,0,I weep.,FATIGUE,1,w\n", ["line 3", "'x'", POSTS]),  # a blank line is none, but counts
         (None, "s_1_1,0,I weep.,TIRED,1,w\n", ["line 2", "'TIRED'", "FATIGUE"]),
         (None, "s_1_1,0,I weep.,FATIGUE,2,w\n", ["line 2", "status is '2'", "1 (evidence)", "0 (rejected)"]),
-        (None, "s_1_1,0, ,FATIGUE,1,w\n", ["line 2", "sentence_text is empty"]),
     ],
 )
 def test_a_malformed_table_is_named_with_line_and_value(posts, rows, words, tmp_path):
     posts = posts or "post_id,text\ns_1_1,I weep.\n"
     (tmp_path / POSTS).write_bytes(posts if isinstance(posts, bytes) else posts.encode())
     (tmp_path / ANNOTATIONS).write_text(HEADER + rows, encoding="utf-8")
-    check_refuses(tmp_path, tmp_path / "run", *words)
+    check_refuses(tmp_path, *words)
 
 
 @pytest.mark.slow
@@ -272,24 +262,22 @@ def test_a_malformed_table_is_named_with_line_and_value(posts, rows, words, tmp_
     [
         ("answer_start", 2, ["data[0].paragraphs[0].qas[0]", "id a", "' Pari'", "'Paris'", "2"]),
         ("answer_start", -5, ["id a", "-5"]),
-        ("answer_start", "3", ["qas[0]", "answer_start is '3'", "int"]),
         ("is_impossible", True, ["id a", "is_impossible"]),
         ("id", "b", ["qas[1]", "id 'b'", "already"]),
         ("question", None, ["qas[0]", "question is None"]),
         ("context", "a \ud800", ["paragraphs[0]", "context", "surrogate"]),
-        ("data", [], ["no question"]),
         ("", b"", ["not JSON", "line 1 column 1"]),
         ("", b'{"data":\n"\xc4\xe3"}', ["line 2", "UTF-8", "0xc4"]),
     ],
 )
 def test_malformed_squad_is_named_with_its_place(key, value, words, tmp_path):
-    path, context = tmp_path / "x.json", "In Paris."
-    content = write_squad(path, (context, "a", "Where?", [("Paris", 3)]), (context, "b", "Who?", []))
+    path = tmp_path / "x.json"
+    content = write_squad(path, ("In Paris.", "a", "Where?", [("Paris", 3)]), ("In Paris.", "b", "Who?", []))
     paragraph = content["data"][0]["paragraphs"][0]
     for part in (content, paragraph, paragraph["qas"][0], paragraph["qas"][0]["answers"][0]):
         part |= {key: value} if key in part else {}
     path.write_bytes(value if isinstance(value, bytes) else json.dumps(content).encode())
-    check_refuses(path, tmp_path / "run", *words)
+    check_refuses(path, *words)
 
 
 @pytest.mark.slow
@@ -302,10 +290,9 @@ def test_files_as_other_systems_write_them_hold_the_same_rows(few_rows, tmp_path
         for changed in (b"\xef\xbb\xbf" + content, content.replace(b"\n", b"\r\n"), content.replace(b"\n", b"\r")):
             path.write_bytes(changed)
             assert read_source(sample(data)).examples == source.examples
-    with open(data / POSTS, "a", encoding="utf-8") as file:
-        file.write(f"s_9_9,{'It is ' * 30_000}now.\r")
-    with open(data / ANNOTATIONS, "a", encoding="utf-8") as file:
-        file.write("s_9_9,0,It is now.,FATIGUE,1,why\r" * 2)  # a row that stands twice is counted twice
+    posts, rows = (path.read_bytes() for path in (data / POSTS, data / ANNOTATIONS))
+    (data / POSTS).write_bytes(posts + b"s_9_9,%snow.\r" % (b"It is " * 30_000))
+    (data / ANNOTATIONS).write_bytes(rows + b"s_9_9,0,It is now.,FATIGUE,1,why\r" * 2)  # which is counted twice
     longer = read_source(sample(data))
     assert longer.counts["evidence"] == source.counts["evidence"] + 2
     assert [e.texts for e in longer.examples if e.id == "s_9_9:FATIGUE"] == [["It is now."]]
@@ -320,6 +307,5 @@ def test_the_sample_is_what_its_scripts_write(tmp_path, monkeypatch):
     monkeypatch.setattr(make_model, "HERE", tmp_path)
     make_sample.main(tmp_path)
     make_model.write_tokenizer(tmp_path / "model")
-    written = [path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()]
-    assert {path.name for path in written} >= {POSTS, ANNOTATIONS, "tokenizer.json"}
-    assert all((tmp_path / path).read_bytes() == (kept / path).read_bytes() for path in written)
+    for name in (POSTS, ANNOTATIONS, "model/tokenizer.json", "model/tokenizer_config.json", "model/config.json"):
+        assert (tmp_path / name).read_bytes() == (kept / name).read_bytes()

@@ -1,4 +1,4 @@
-"""How tests start the scripts: as a user does, on the sample, with few steps. A new project is found by its config.py."""
+"""How tests start the scripts: as a user does, on the sample, with few steps. Projects are found by their config.py."""
 
 import csv
 import io

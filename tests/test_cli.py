@@ -80,7 +80,7 @@ def test_an_impossible_value_ends_with_one_line_that_names_its_flag(project, cap
     values = {name: set(impossible_values(project, name)) for name in settings_of(project)}
     assert {"0", "1.5", "nan"} <= values["batch_size"] and values["model"]
     assert {"-0.001", "inf"} <= values["learning_rate"] and str(2**32) in values["seed"]
-    for name, value in ((name, value) for name in values for value in values[name]):
+    for name, value in [(name, value) for name, some in values.items() for value in some]:
         try:
             parse(["--sample", f"--{name}={value}"])
             status = None

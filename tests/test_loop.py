@@ -189,7 +189,7 @@ def test_what_trains_is_optimized_once_and_biases_norms_and_magnitudes_do_not_de
     decay = {p: group["weight_decay"] for group in groups for p in group["params"]}
     assert len(decay) == sum(len(group["params"]) for group in groups)
     assert decay.keys() == {p for p in step.model.parameters() if p.requires_grad}
-    names = {name: p for name, p in step.model.named_parameters()}
+    names = dict(step.model.named_parameters())
     with_adapters = any("lora_" in name for name in names)  # which train with the head alone
     for name, p in names.items():
         assert p.requires_grad == (not with_adapters or "lora_" in name or name.startswith(("head.", "pooler."))), name

@@ -344,15 +344,18 @@ def test_another_projects_or_another_configs_run_is_refused_and_left_alone(proje
 
 
 @every_project
-def test_other_rows_are_noted_and_another_precision_is_said(project, stopped, short_run, train, few_rows, tmp_path):
-    data = shutil.copytree(few_rows(project), tmp_path / "data")
+def test_rows_that_changed_since_are_refused_and_another_precision_is_said(
+    project, stopped, short_run, train, few_rows, tmp_path
+):
+    run, data = stopped(project), shutil.copytree(few_rows(project), tmp_path / "data")
+    text = (run / "config.json").read_text(encoding="utf-8").replace(str(few_rows(project)), str(data))
+    (run / "config.json").write_text(text, encoding="utf-8")  # as if it had been begun with this folder
     (path,) = (path for path in data.iterdir() if "train" in path.name or "posts" in path.name)
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     path.write_text("".join([lines[0], lines[2], lines[1], *lines[3:]]), encoding="utf-8", newline="")
-    run = stopped(project)
     before = contents(run)
-    err = refused(train(project, run, "--data_dir", data))  # data_dir is a setting of the run
-    assert "data_dir" in err and contents(run) == before
+    refused(train(project, run, "--data_dir", data), run, "rows")
+    assert contents(run) == before
     code, _, err = run_here(answering(project), "--run_dir", short_run(project), "--amp", "bf16", text=LINE)
     assert code == 0 and re.search("trained with .*(None|float32), now .*bfloat16", err)
 

@@ -5,6 +5,7 @@ import json
 import math
 import re
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,10 +32,7 @@ from emotions.thresholds import Thresholds, cross_fitted, thresholds_json, tune
 
 CPU = torch.device("cpu")
 EVEN = thresholds_json(Thresholds(0.0, np.zeros(28)))
-
-
-def changed(**settings):
-    return config_of("emotions", **settings)
+changed = partial(config_of, "emotions", "sample")
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +131,7 @@ def test_only_rows_with_a_rare_label_are_augmented_with_partners_of_their_rarest
     assert totals["rows"] > 100 and totals["swapped"] > 0.8 * totals["rows"]
     assert 0.85 < totals["kept"] / totals["words"] < 0.95  # a tenth is deleted
     assert 0.3 < len(shares) / totals["rows"] < 0.7 and 0 < min(shares) < 0.2 < 0.8 < max(shares) < 1
+    assert len({*shares}) == len(shares)  # another epoch draws others
     plain = epoch_draws(split, weights, changed(), epoch=3)
     assert plain == [Draw(number, rows[number].text) for number in draw_rows(weights, 42, 3).tolist()]
 
@@ -204,11 +203,11 @@ def test_best_has_the_logits_of_transformers_own_classes(tmp_path, tokenizer, sp
 
 def test_the_pipeline_and_predict_answer_as_evaluation_did_each_label_at_its_own_threshold(short_run, tmp_path):
     run, script, path = short_run("emotions"), "emotions/predict.py", tmp_path / "texts.txt"
-    rows = lines_of(run / "predictions/validation_predictions.jsonl")[:7]
+    rows = lines_of(run / "predictions/validation_predictions.jsonl")
     path.write_bytes(b"\n\r\n".join(line["text"].encode() for line in rows) + b"\n\xff")
     code, out, err = run_here(script, "--run_dir", run, "--input", path)
     *answers, last = [json.loads(line) for line in out.splitlines()]
-    assert code == 1 and "0xff" in last["error"] and last["line"] == 14 and f"{path}, line 14:" in err
+    assert code == 1 and "0xff" in last["error"] and last["line"] == 2 * len(rows) and f"{path}, line " in err
     cuts = json.loads((run / "best/thresholds.json").read_text(encoding="utf-8"))["per_label"]
     classify = pipeline("text-classification", model=str(run / "best"), top_k=None)
     for answer, line, scores in zip(answers, rows, classify([line["text"] for line in rows]), strict=True):
@@ -217,7 +216,7 @@ def test_the_pipeline_and_predict_answer_as_evaluation_did_each_label_at_its_own
         assert found == pytest.approx({one["label"]: one["score"] for one in scores}, abs=1e-5)
         assert [*found.values()] == sorted(found.values(), reverse=True)  # the likeliest first
         assert answer["labels"] == line["predicted"] == [name for name in found if found[name] >= cuts[name]]
-    assert 0 < sum(len(answer["labels"]) for answer in answers) < 7 * 28
+    assert 0 < sum(len(answer["labels"]) for answer in answers) < len(rows) * 28
     assert len(json.loads(ran(script, "--run_dir", run, "--threshold", 0, text="So be it."))["labels"]) == 28
 
 
@@ -261,22 +260,15 @@ def loss_by_formula(logits: Tensor, labels: Tensor, known: Tensor, config, weigh
     return torch.stack([row[counts].sum() for row, counts in zip(cells, known)])
 
 
-def random_cells() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Logits, labels with an interpolated row, what is known, and the labels' weights."""
-    generator = torch.Generator().manual_seed(3)
-    logits = 2 * torch.randn(6, 5, generator=generator, dtype=torch.float64)
-    labels = torch.randint(0, 2, (6, 5), generator=generator).double()
-    labels[0] = torch.tensor([0.25, 0.5, 0.75, 0.1, 0.9])
-    known = torch.rand(6, 5, generator=generator) < 0.7
-    known[5] = False
-    return logits.requires_grad_(), labels, known, torch.tensor([1.5, 20.0, 0.5, 3.0, 7.0])
-
-
 @pytest.mark.parametrize("detach", [False, True])
 @KINDS
 def test_values_and_gradients_are_those_of_the_formulas_whatever_unknown_cells_hold(kind, detach):
-    logits, labels, known, weights = random_cells()
-    scale = torch.arange(1, 7)
+    generator = torch.Generator().manual_seed(3)
+    logits = (2 * torch.randn(6, 5, generator=generator).double()).requires_grad_()
+    labels = torch.randint(0, 2, (6, 5), generator=generator).double()
+    labels[0] = torch.tensor([0.25, 0.5, 0.75, 0.1, 0.9])  # an interpolated row
+    known = torch.rand(6, 5, generator=generator) < 0.7
+    weights, scale = torch.tensor([1.5, 20.0, 0.5, 3.0, 7.0]), torch.arange(1, 7)
     for unknown, fields in (
         (math.nan, {"gamma_neg": 2.5, "gamma_pos": 0.7, "clip": 0.15, "focal_gamma": 1.5, "label_smoothing": 0.3}),
         (math.inf, {"gamma_neg": 0.5, "gamma_pos": 1.5, "clip": 0.0, "focal_gamma": 0.5, "combined_ratio": 0.3}),
@@ -383,13 +375,13 @@ def test_thresholds_are_those_of_validation_and_test_is_scored_at_them(short_run
     rows, test = splits["validation"], splits["test"]
     exact, scored = (predict_logits(model, one, tokenizer, config, None).double().numpy() for one in (rows, test))
     tuned = tune(exact, rows.labels, rows.known, config.threshold_smoothing)
-    for name, wanted in thresholds_json(tuned).items():
-        assert results["thresholds"][name] == pytest.approx(wanted, abs=1e-5)
+    saved = [results["thresholds"]["shared"], *results["thresholds"]["per_label"].values()]
+    assert saved == pytest.approx(1 / (1 + np.exp(-np.array([tuned.shared, *tuned.per_label]))), abs=1e-5)
     crossed = cross_fitted(exact, rows.labels, rows.known, config.threshold_smoothing, config.split_seed)[1]
     macro = results["test"]["at_per_label"]["f1_macro"]
-    found = results["validation"]["cross_fitted"]["at_per_label"]["f1_macro"], macro
-    expected = macro_f1(rows.labels, crossed), macro_f1(test.labels, scored >= tuned.per_label)
-    assert found == pytest.approx(expected) and macro > 0
+    found = results["best"], results["validation"]["cross_fitted"]["at_per_label"]["f1_macro"], macro
+    chosen = [(rows, exact >= tuned.shared), (rows, crossed), (test, scored >= tuned.per_label)]
+    assert found == pytest.approx([macro_f1(split.labels, cells) for split, cells in chosen]) and macro > 0
     assert f"| test | per label, tuned on validation | {macro:.4f} |" in (run / "report.md").read_text(encoding="utf-8")
 
 
@@ -441,13 +433,13 @@ def test_logits_are_in_the_rows_order_also_from_several_processes(tokenizer, spl
 # The step
 
 
-@pytest.mark.parametrize("rank, world", [(0, 1), (1, 3)])
+@pytest.mark.parametrize("rank, world, batch_size", [(0, 1, 8), (1, 3, 8), (2, 3, 64)])  # the last has a stand-in
 def test_a_process_gives_its_part_of_the_mean_over_all_examples_from_the_prior_of_what_is_drawn(
-    rank, world, settings, splits, tokenizer, tmp_path, monkeypatch
+    rank, world, batch_size, settings, splits, tokenizer, tmp_path, monkeypatch
 ):
     drawing = {"source_weights": "isear=0.3", "label_balance": 0.5, "augment_features": 1.0, "rare_label_rows": 6}
-    drawing |= {"head_lr_factor": 7.0}
-    config = changed(**settings, **drawing, loss="asl", class_weights="balanced", batch_size=8, max_grad_norm=0.0)
+    drawing |= {"head_lr_factor": 7.0, "batch_size": batch_size}
+    config = changed(**settings, **drawing, loss="asl", class_weights="balanced", max_grad_norm=0.0)
     config = config.model_copy(update={"run_dir": str(tmp_path / "run"), "gradient_accumulation_steps": 2})
     seeds = []
     monkeypatch.setattr(train, "start_processes", lambda seconds: Processes(rank, world, CPU))
@@ -455,7 +447,7 @@ def test_a_process_gives_its_part_of_the_mean_over_all_examples_from_the_prior_o
     monkeypatch.setattr(train, "rank_0_first", lambda make, processes: make())
     monkeypatch.setattr(train, "seed_micro_batch", lambda *numbers: seeds.append(numbers))
     step, split, drawn = first_step(train, config), splits["train"], draw_weights(splits["train"], config)
-    assert seeds == [(42, 0, 0, rank), (42, 0, 1, rank)]  # each process has a dropout of its own
+    assert seeds == [(42, 0, number, rank) for number in range(1 + (rank < 2))]  # a dropout of its own
 
     # The bias is the log odds of a label among what knows it, with one row more on either side; the head's own rate
     positives, known = drawn @ split.labels, drawn @ split.known
@@ -470,14 +462,14 @@ def test_a_process_gives_its_part_of_the_mean_over_all_examples_from_the_prior_o
     reference.zero_grad()
     whole = epoch_steps(split, drawn, config, 0, accumulation=2 * world)[0]  # as one process has it
     batches = [collate(draws, split, tokenizer, config.max_length) for draws in whole.micro_batches]
-    examples = sum(len(batch["labels"]) for batch in batches)
-    assert examples > 16 * world
+    examples = sum(len(batch["labels"]) for batch in batches)  # with the interpolated ones
     for batch in batches[rank::world]:
         targets, cells = batch.pop("labels"), batch.pop("known")
         loss = emotion_loss(reference(**batch), targets, cells, config, weights).sum()
         (loss * world / examples).backward()  # what all processes have is averaged
     for name, parameter in reference.named_parameters():
-        torch.testing.assert_close(step.gradient[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
+        expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        torch.testing.assert_close(step.gradient[name], expected, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_gradient_health_is_logged_unclipped_and_says_what_collapsed(short_run):

@@ -116,10 +116,12 @@ def test_dropout_takes_probabilities_away_and_scales_those_that_stay():
     torch.manual_seed(5)
     found = attention(hidden, mask, rel_embeddings=relative)[0]
     _, probabilities = reference(hidden, mask, output_attentions=True, rel_embeddings=relative)
-    torch.testing.assert_close(attention.eval()(hidden, mask, True, rel_embeddings=relative)[1], probabilities)
     values = reference.value_proj(hidden).view(3, 7, 4, 4).transpose(1, 2)
     expected = (probabilities * keep / 0.7 @ values).transpose(1, 2).flatten(2)
     torch.testing.assert_close(found, expected)
     direction = torch.randn_like(found)
     gradients = (torch.autograd.grad((states * direction).sum(), hidden)[0] for states in (found, expected))
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)
+    for maps in (False, True):  # which a call may ask for
+        sides = (module.eval()(hidden, mask, maps, rel_embeddings=relative) for module in (attention, reference))
+        assert all(torch.allclose(*pair, atol=1e-5) for pair in list(zip(*sides))[: 1 + maps])

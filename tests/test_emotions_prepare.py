@@ -18,9 +18,6 @@ from emotions.prepare import SOURCES, isear_text
 SAMPLE = config_of("emotions")
 
 
-# Prepared rows and models
-
-
 def test_files_are_read_with_bom_crlf_blank_lines_and_what_is_known(tmp_path):
     rows = [
         {"text": " a\u2028b ", "labels": ["love", "joy"], "known": None, "id": 7, "source": "x"},

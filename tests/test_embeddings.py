@@ -15,7 +15,6 @@ import pytest
 import torch
 from launch import FirstStep, config_of, first_step, refused, run_here
 from scipy.stats import spearmanr
-from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import ByteLevel, Sequence, TemplateProcessing
 from torch import Tensor, nn
@@ -24,7 +23,7 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, LlamaConfig, Llam
 
 from common.checkpoint import UserError
 from embeddings import train
-from embeddings.batching import Rows, Tokens, chunk_texts, epoch_batches, pad, tokenize, tokenize_rows
+from embeddings.batching import Rows, Tokens, chunk_texts, epoch_batches, tokenize, tokenize_rows
 from embeddings.bidirectional import check_bidirectional, make_bidirectional
 from embeddings.dataset import Pair, Splits, load_splits, read_pairs, read_triplets, repeated_in_test
 from embeddings.lora import LoRALinear, adapters, add_adapters, load_adapter, merge_adapters, save_adapter
@@ -98,8 +97,6 @@ def test_a_training_text_whose_letters_are_judged_is_refused(column, tmp_path):
 @pytest.mark.parametrize(
     "name, line, words",
     [
-        ("train.jsonl", "nonsense", ["JSON object", "'nonsense'"]),
-        ("train.jsonl", "caf\udce9", ["UTF-8", "0xe9"]),
         ("train.jsonl", TRIPLET | {"positive": ["a"]}, ["positive is ['a']"]),
         ("train.jsonl", TRIPLET | {"negative": "V"}, ["negative 'V'"]),
         ("train.jsonl", {"anchor": "a", "positive": "b"}, ["no negative", "line 1"]),
@@ -112,7 +109,7 @@ def test_a_malformed_row_ends_the_run_with_its_file_line_and_value(name, line, w
     data = Path(shutil.copytree(few_rows("embeddings"), tmp_path / "data"))
     lines = (data / name).read_text(encoding="utf-8").splitlines()
     lines[7] = json.dumps(line) if isinstance(line, dict) else line
-    (data / name).write_bytes("\n".join(lines).encode("utf-8", "surrogateescape"))
+    (data / name).write_text("\n".join(lines), encoding="utf-8")
     ended = run_here("embeddings/train.py", "--sample", "--data_dir", data, "--check")
     refused(ended, f"{data / name}, line 8: ", *words)
 
@@ -157,17 +154,13 @@ def test_an_epoch_has_every_row_once_in_batches_of_like_length_by_seed_and_epoch
     assert not any(np.array_equal(draw(*other), batches) for other in ((1, 3), (2, 2), (2, 1)))
 
 
-def test_texts_are_the_same_in_any_case_tokenized_once_padded_as_the_tokenizer_pads_and_cut_by_length(few_rows):
-    tokenizer = find_tokenizer(sample())
+def test_texts_are_the_same_in_any_case_and_tokenized_once_and_chunks_keep_to_their_budget(few_rows):
     rows = read_triplets(few_rows("embeddings") / "train.jsonl")[:50]
     rows.append(rows[0]._replace(positive=rows[0].positive.upper()))
-    texts = [text for row in rows for text in row[:3]]
-    tokens, numbers = tokenize_rows(rows, tokenizer, sample())
-    assert len(tokens.lengths) == len({*texts}) and numbers.texts[-1, 1] != numbers.texts[0, 1]
-    assert np.array_equal(numbers.identities[-1], numbers.identities[0])
+    tokens, numbers = tokenize_rows(rows, find_tokenizer(sample()), sample())
+    assert len(tokens.lengths) == len({text for row in rows for text in row[:3]})
+    assert numbers.texts[-1, 1] != numbers.texts[0, 1] and (numbers.identities[-1] == numbers.identities[0]).all()
     assert np.array_equal(numbers.lengths, tokens.lengths[numbers.texts].max(1))
-    found, expected = pad(tokens, numbers.texts.flatten()), tokenizer(texts, padding=True, return_tensors="pt")
-    assert all(torch.equal(found[name], expected[name]) for name in ("input_ids", "attention_mask"))
     chunks, order = chunk_texts(tokens, numbers.texts, 100)
     assert np.array_equal(np.concatenate(chunks)[order], numbers.texts)
     assert max(len(chunk) * tokens.lengths[chunk].max() for chunk in chunks) <= 100
@@ -219,14 +212,12 @@ def test_the_tokenizer_itself_ends_every_text_in_eos_and_every_loader_keeps_it(k
         assert pair.count(2) == 2 + begins.count(2) and pair[-1] == 2
 
 
-def test_a_text_without_eos_or_any_token_is_refused():
+def test_a_text_without_eos_is_refused_where_the_last_token_counts():
     with pytest.raises(UserError, match="no EOS token"):
         end_in_eos(words_tokenizer(eos_token=None), "model")
     with pytest.raises(UserError, match="does not end 'a b' in </s>"):
         tokenize(["a b"], words_tokenizer(BOS), sample())
     assert tokenize(["a b"], words_tokenizer(BOS), sample(pooling="mean")).ids.tolist() == [1, 4, 5]
-    with pytest.raises(UserError, match="no token of ''"):
-        tokenize(["a", ""], words_tokenizer(), sample(pooling="mean"))
 
 
 POOLING = {"last": lambda states: states[-1], "cls": lambda states: states[0], "mean": lambda states: states.mean(0)}
@@ -287,27 +278,36 @@ def test_a_decoder_that_stays_causal_in_one_layer_or_sees_padding_is_refused():
 # LoRA
 
 
-@pytest.mark.parametrize("dropout, bias", [(0.0, True), (0.4, False)])
-def test_an_adapted_layer_and_its_gradients_follow_the_formula_and_it_merges(dropout, bias):
+@pytest.mark.parametrize(
+    "dropout, bias, dtype", [(0.0, True, torch.float32), (0.4, False, torch.float32), (0.0, True, torch.bfloat16)]
+)
+def test_an_adapted_layer_and_its_gradients_follow_the_formula_and_it_merges(dropout, bias, dtype):
+    """A and B are fp32 whatever the base is, and W + s B A is rounded to it once."""
     torch.manual_seed(0)
-    base, x, direction = nn.Linear(24, 40, bias=bias), torch.randn(3, 7, 24, requires_grad=True), torch.randn(3, 7, 40)
-    layer = LoRALinear(base, 4, 10.0, dropout)
-    assert layer.lora_A.std().item() == pytest.approx(1 / 4, rel=0.2)
+    base, x = nn.Linear(24, 40, bias=bias).to(dtype), torch.randn(3, 7, 24).to(dtype).requires_grad_()
+    layer, direction = LoRALinear(base, 4, 10.0, dropout), torch.randn(3, 7, 40)
+    assert layer.lora_A.std().item() == pytest.approx(1 / 4, rel=0.2) and layer.lora_A.dtype == torch.float32
     nn.init.normal_(layer.lora_B, std=0.3)
 
     def formula(dropped: Tensor) -> Tensor:
-        y = x @ base.weight.T + 2.5 * dropped @ layer.lora_A.T @ layer.lora_B.T
-        return y + base.bias if bias else y
+        y = x.float() @ base.weight.float().T + 2.5 * dropped.float() @ layer.lora_A.T @ layer.lora_B.T
+        return y + base.bias.float() if bias else y
 
     torch.manual_seed(5)
     found = layer(x)
     torch.manual_seed(5)
     expected = formula(F.dropout(x, dropout))
-    close(found, expected, atol=1e-5, rtol=1e-5)
+    near = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2**-5, "atol": 2**-5}
+    close(found.float(), expected, **near)
     variables = [x, layer.lora_A, layer.lora_B]
-    close(*(torch.autograd.grad((y * direction).sum(), variables) for y in (found, expected)), atol=1e-4, rtol=1e-4)
-    close(layer.eval()(x), formula(x), atol=1e-5, rtol=1e-5)
-    close(layer.to_linear()(x), formula(x), atol=1e-5, rtol=1e-5)
+    gradients = ([*torch.autograd.grad((y * direction).sum(), variables)] for y in (found, expected))
+    for one, other in zip(*gradients):
+        assert (one - other).norm() < near["rtol"] * other.norm()
+    close(layer.eval()(x).float(), formula(x), **near)
+    close(layer.to_linear()(x).float(), formula(x), **near)
+    exact = base.weight.double() + 2.5 * layer.lora_B.double() @ layer.lora_A.double()
+    differ = layer.to_linear().weight != exact.to(dtype)
+    assert dtype == torch.float32 or differ.double().mean() < 1e-2  # where fp32 lies on a tie of bf16
 
 
 @pytest.mark.parametrize("kind, targets, count", [("llama", "q_proj, v_proj", 4), ("bert", "all-linear", 12)])
@@ -326,18 +326,6 @@ def test_adapters_start_as_the_identity_train_alone_and_merge(kind, targets, cou
     merge_adapters(model)
     assert not adapters(model) and model.state_dict().keys() == plain.state_dict().keys()
     close(model(ids).last_hidden_state, adapted, atol=1e-4, rtol=1e-4)
-
-
-def test_adapters_are_fp32_on_a_bf16_base_and_merge_with_one_rounding():
-    torch.manual_seed(0)
-    base, x = nn.Linear(64, 64, bias=False).bfloat16(), torch.randn(8, 64).bfloat16()
-    layer = LoRALinear(base, 4, 32.0)
-    nn.init.normal_(layer.lora_B)
-    exact = base.weight.double() + 8.0 * layer.lora_B.double() @ layer.lora_A.double()
-    found, expected = layer(x), x.double() @ exact.T
-    assert layer.lora_A.dtype == layer.lora_B.dtype == torch.float32 and found.dtype == torch.bfloat16
-    assert (found - expected).abs().max() < 2**-6 * expected.abs().max()
-    assert (layer.to_linear().weight != exact.bfloat16()).double().mean() < 1e-3  # where fp32 lies on a tie of bf16
 
 
 def test_an_adapter_comes_back_whole_or_not_at_all_and_wrong_targets_are_named(tmp_path):
@@ -399,9 +387,6 @@ def test_the_loss_and_its_gradient_are_the_formula_in_fp32(width, temperature, d
     close(low, info_nce(vectors.bfloat16().float(), temperature))
     close(*(torch.autograd.grad(loss, vectors)[0] for loss in (found, expected)), atol=1e-5, rtol=1e-4)
     assert margin is None or (found - written_out(vectors, temperature, dims)).abs() > 0.1
-    if not dims and margin is None:
-        theirs = MultipleNegativesRankingLoss(nn.Identity(), scale=1 / temperature)
-        close(found / 7, theirs.compute_loss_from_embeddings(list(vectors), None))
 
 
 # GradCache, and several processes

@@ -1,16 +1,20 @@
-"""prepare.py: each format, what is dropped and counted, what is refused; and the sample, by its maker."""
+"""What is prepared: triplets by prepare.py, the sample by its maker, MiniCPM as a Llama by minicpm.py."""
 
 import json
+import math
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from launch import ROOT, config_of, ran, refused, run_here
+from torch import nn
+from transformers import AutoModel, AutoTokenizer
 
 from embeddings.dataset import letters, load_splits, read_triplets
 from embeddings.sample import make_sample
 
-pytestmark = pytest.mark.slow
-
+SAMPLE = ROOT / "embeddings/sample"
 STS = "main-captions\tMSRvid\t2012\t1\t5.000\tA fox sleeps.\tA fox is asleep.\n"
 STS += 'main-news\tx\t2013\t2\t0.500\tThe "bank closed\tRain fell.\tx\ty\n'
 TREE = ("The tree is tall.", "The tree is big.", "The tree is small.")
@@ -63,6 +67,7 @@ FORMATS = dict.fromkeys(("snli.jsonl", "snli.tsv", "snli"), COUNTS)
 FORMATS |= {"nli.csv": {"rows": ["3"], "empty text": ["1"], "no gold label": ["-"]}, "own.jsonl": {"rows": ["2"]}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_gives_its_triplets_with_any_line_ends_and_the_sts_files_beside_them(name, raw):
     found, counts = prepared(raw, name)
@@ -75,6 +80,7 @@ def test_every_format_gives_its_triplets_with_any_line_ends_and_the_sts_files_be
     assert prepared(raw, name)[0] == found and not (raw / "out/sts-test.csv").exists()
 
 
+@pytest.mark.slow
 def test_what_teaches_nothing_or_is_judged_is_dropped_and_counted_by_reason_and_a_pilot_is_a_part(raw):
     rows = [DOG, ("Same text", "same  TEXT ", "other"), ("a", "b", "B "), ("a", "b", " A"), ("a", "b", "c")]
     rows += [tuple(map(str.upper, DOG)), ("a", "", "c"), (*DOG[:2], "A cat sits.")]
@@ -91,18 +97,16 @@ def test_what_teaches_nothing_or_is_judged_is_dropped_and_counted_by_reason_and_
     assert len(large) == 3 and large == [row for row in found if row in large]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, text, words",
     [
-        ("nli.csv", "sent0,sent1,hard_neg\na,b,c\na,b\n", ["line 3", "2 fields"]),
         ("nli.csv", 'sent0,sent1,hard_neg\n"a\nb",b,c\na,"b,c\n', ["line 4", "quotes"]),
         ("nli.csv", "sent0,sent1,negative\na,b,c\n", ["line 1", "no known format"]),
-        ("snli.jsonl", json.dumps(dict(zip(KEYS, ("-", "a", 7)))), ["line 1", "sentence2 is 7"]),
         ("snli.jsonl", json.dumps(dict(zip(KEYS, ("maybe", "a", "b")))), ["line 1", "label is 'maybe'"]),
         ("snli.tsv", "\t".join(KEYS) + "\nentailment\ta\tCaf\udce9\n", ["line 2", "UTF-8", "0xe9"]),
         ("snli/labels.dev", "neutral\n", ["labels.dev, line 2", "at its end"]),
         ("own.jsonl", '{"anchor": "a", "positive": "b"}', ["own.jsonl, line 1: has no negative", "nli.csv, line 2"]),
-        ("sts/sts-test.csv", STS.replace("0.500", "5.5"), ["sts-test.csv, line 2", "'5.5'"]),
         ("out/train.jsonl", "mine", ["train.jsonl", "not written by prepare.py"]),
     ],
 )
@@ -114,11 +118,72 @@ def test_a_malformed_source_is_named_and_nothing_is_written(name, text, words, r
     assert {path: path.read_bytes() for path in raw.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.slow
 def test_the_sample_is_made_again_byte_for_byte_and_no_text_of_it_stands_in_two_splits(tmp_path):
     make_sample.main(tmp_path)
     written = [path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()]
-    sample = ROOT / "embeddings/sample"
-    assert len(written) == 6 and all((tmp_path / path).read_bytes() == (sample / path).read_bytes() for path in written)
+    assert len(written) == 6 and all((tmp_path / path).read_bytes() == (SAMPLE / path).read_bytes() for path in written)
     splits = load_splits(config_of("embeddings", data_dir=str(tmp_path)))  # which refuses what is trained on and judged
     dev, test = ({letters(text) for pair in part for text in pair[:2]} for part in (splits.validation, splits.test))
     assert not dev & test
+
+
+# MiniCPM
+
+OWN = {"model_type": "minicpm", "architectures": ["MiniCPMForCausalLM"], "scale_emb": 12, "scale_depth": 1.4}
+OWN |= {"dim_model_base": 8, "rope_parameters": None, "auto_map": {"AutoModel": "modeling_minicpm.MiniCPM"}}
+
+
+def write_minicpm(source: Path, dtype: torch.dtype = torch.float32, **changes) -> nn.Module:
+    """A folder as it is downloaded; the Llama of its weights, not scaled."""
+    llama = AutoModel.from_pretrained(SAMPLE / "model", dtype=dtype)
+    shutil.copytree(SAMPLE / "model", source)
+    (source / "model.safetensors").unlink()
+    config = json.loads((SAMPLE / "model/config.json").read_text(encoding="utf-8"))
+    (source / "config.json").write_text(json.dumps(config | OWN | changes), encoding="utf-8")
+    weights = {f"model.{name}": tensor for name, tensor in llama.state_dict().items()}
+    torch.save(weights | {"lm_head.weight": torch.ones(1280, 64)}, source / "pytorch_model.bin")
+    return llama.float()
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_the_converted_model_gives_what_minicpms_equations_give(dtype, tolerance, tmp_path):
+    llama = write_minicpm(tmp_path / "source", dtype)
+    code, out, err = run_here("embeddings/minicpm.py", "source", "made/target", cwd=tmp_path)
+    assert (code, err) == (0, "") and str(Path("made/target")) in out
+    assert [path.name for path in (tmp_path / "made").iterdir()] == ["target"]
+    found, info = AutoModel.from_pretrained(tmp_path / "made/target", output_loading_info=True)
+    assert type(found) is type(llama) and found.dtype == dtype and not any(info.values())
+
+    depth, ids = 1.4 / math.sqrt(3), torch.randint(0, 1280, (3, 11))
+    llama.embed_tokens.register_forward_hook(lambda module, inputs, output: 12 * output)
+    for branch in (part for layer in llama.layers for part in (layer.self_attn.o_proj, layer.mlp.down_proj)):
+        branch.register_forward_hook(lambda module, inputs, output: depth * output)
+    expected = llama(ids).last_hidden_state
+    assert (found.float()(ids).last_hidden_state - expected).norm() < tolerance * expected.norm()
+    source, target = (AutoTokenizer.from_pretrained(tmp_path / name) for name in ("source", "made/target"))
+    assert source("naïve: 两只狗")["input_ids"] == target("naïve: 两只狗")["input_ids"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"model_type": "llama"}, ["model_type is 'llama'", "'minicpm'"]),
+        ({"rope_scaling": {"type": "longrope"}}, ["rope_scaling", "longrope"]),
+        ({"num_hidden_layers": 2}, ["9 of the weights are unexpected", "layers.2."]),
+        ({"vocab_size": 1279}, ["embed_tokens.weight is (1280, 64)", "(1279, 64)"]),
+        ({"scale_emb": 1e39}, ["embed_tokens", "finite"]),
+        ("source/config.json", ["config.json", "hf download"]),
+        ("target", ["target exists"]),
+    ],
+)
+def test_what_cannot_be_converted_is_named_and_nothing_is_left(change, words, tmp_path):
+    write_minicpm(tmp_path / "source", **change if isinstance(change, dict) else {})
+    if change == "target":
+        write_minicpm(tmp_path / change)
+    elif isinstance(change, str):
+        (tmp_path / change).unlink()
+    before = sorted(tmp_path.rglob("*"))
+    refused(run_here("embeddings/minicpm.py", "source", "target", cwd=tmp_path), *words)
+    assert sorted(tmp_path.rglob("*")) == before

@@ -274,14 +274,14 @@ def test_the_metric_chooses_the_epoch_and_patience_ends_a_run(metric, best, conf
 
 
 def test_the_tuned_threshold_has_the_best_macro_f1_that_there_is():
-    for seed in range(12):
+    for seed in range(8):
         generator = np.random.default_rng(seed)
         labels = generator.integers(0, 2, 40) if seed else np.zeros(40, dtype=int)
         p = np.clip(0.3 * labels + generator.normal(0.35, 0.2, 40), 0, 1).round(1 + seed % 2)  # with ties
         threshold, best = tune_threshold(p, labels), max(macro_f1(labels, p >= cut) for cut in [*np.unique(p), 1.1])
         assert 0 <= threshold <= 1 and macro_f1(labels, p >= threshold) == pytest.approx(best)
-    for p, threshold in (([0.1, 0.4, 0.6, 0.9], 0.5), ([0.1, 0.2, 0.3, 0.9], 0.25)):  # the middle, or .5 if as good
-        assert tune_threshold(np.array(p), np.array([0, 0, 1, 1])) == pytest.approx(threshold)
+    for p, labels, best in (([0.1, 0.6, 0.7, 0.9], [0, 1, 0, 1], 0.5), ([0.1, 0.2, 0.3, 0.9], [0, 0, 1, 1], 0.25)):
+        assert tune_threshold(np.array(p), np.array(labels)) == pytest.approx(best)  # of two gaps that nearer to .5
 
 
 def test_a_run_is_scored_at_half_and_at_the_best_threshold_of_validation(config, splits, tokenizer, tmp_path):

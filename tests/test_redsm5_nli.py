@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from launch import ROOT, config_of, ran, refused, run_here
+from launch import ROOT, config_of, first_step, ran, refused, run_here
 from safetensors.torch import load_file
 from sklearn.metrics import average_precision_score, f1_score
 from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, Gemma3Config
 
-from redsm5_nli import dora
+from redsm5_nli import dora, train
 from redsm5_nli.bidirectional import check_bidirectional, make_bidirectional
 from redsm5_nli.criteria import CRITERIA, load_criteria
 from redsm5_nli.dataset import join
@@ -84,13 +84,15 @@ def test_a_token_sees_every_real_one_in_the_window_and_a_shared_post_itself_alon
     torch.testing.assert_close(unpadded, states[0], atol=1e-4, rtol=1e-4)
 
     posts, criteria = ([torch.randint(1, 60, (n,)).tolist() for n in lengths] for lengths in ((14, 9), (11, 5, 12)))
-    matcher = Matcher(model, "mean", 0.0).eval()
+    matcher = Matcher(model, "mean", 0.3).eval()
     nn.init.normal_(matcher.head.weight)
-    logits = matcher(**join([[post, *criteria] for post in posts], 0))
+    batch = join([[post, *criteria] for post in posts], 0)
+    logits = matcher(**batch)
     for row, post in enumerate(posts):
         for column, criterion in enumerate(criteria):
             own = states_by_transformers(plain, post + criterion, apart=len(post))[len(post) :]
             torch.testing.assert_close(logits[row, column], matcher.head(own.mean(0)), atol=1e-4, rtol=1e-4)
+    assert not torch.equal(matcher.train()(**batch), logits)  # of whose states some are dropped
 
 
 def test_the_self_check_finds_a_causal_model_one_causal_layer_and_padding_that_is_seen():
@@ -242,7 +244,8 @@ def logits_by_transformers(config, best: Path, posts: list[Post]) -> torch.Tenso
     tokenizer, logits = AutoTokenizer.from_pretrained(config.model), []
     for post in posts:
         ids = tokenizer(post.text)["input_ids"]
-        segments = [tokenizer(post.text, criterion.text)["input_ids"][len(ids) :] for criterion in CRITERIA]
+        texts = [f"{criterion.name}: {criterion.description}" for criterion in CRITERIA]
+        segments = [tokenizer(post.text, text)["input_ids"][len(ids) :] for text in texts]
         for segment in segments:
             kept = ids[: config.max_length - len(max(segments, key=len) if config.share_post else segment)]
             apart = len(kept) * config.share_post  # tokens that are not pooled
@@ -282,6 +285,7 @@ def test_best_gives_its_logits_in_plain_transformers_and_again(base, adapter, po
         torch.manual_seed(3)
         pair_loss(some.train()(**batch), labels, None).mean().backward()
     assert len(calls) == 2  # once more in the backward pass
+    assert all(layer.dropout == pytest.approx(0.2, abs=1e-4) for layer in dora.adapters(again).values())
     for one, other in zip(model.parameters(), again.parameters()):
         assert not one.requires_grad or torch.allclose(one.grad, other.grad, atol=1e-6, rtol=1e-4)
 
@@ -414,8 +418,8 @@ def test_thresholds_are_chosen_on_validation_alone_and_scores_are_scikit_learns(
     results, tuned = read(run / "results.json"), read(run / "best/thresholds.json")
     found = {split: predictions(run, split) for split in ("validation", "test")}
     posts = {post.id: post.labels for post in read_posts(few_rows("redsm5_nli"), CRITERIA)[0]}
-    train = [labels for post, labels in posts.items() if post not in found["validation"][2] + found["test"][2]]
-    weights = compute_class_weight("balanced", classes=np.array([0, 1]), y=np.ravel(train))
+    trained = [labels for post, labels in posts.items() if post not in found["validation"][2] + found["test"][2]]
+    weights = compute_class_weight("balanced", classes=np.array([0, 1]), y=np.ravel(trained))
     own = np.array([tuned["criteria"][name] for name in NAMES])
     assert class_weights("off", None) is None and class_weights("0.5,5.25", None).tolist() == [0.5, 5.25]
 
@@ -440,6 +444,14 @@ def test_thresholds_are_chosen_on_validation_alone_and_scores_are_scikit_learns(
         assert reached if labels.any() else threshold == tuned["global"]
     assert results["test"]["at_global"]["f1_macro"] < best_f1(*found["test"][:2]) - 1e-3
     assert results["best"] == results["validation"]["at_half"]["f1_macro"]
+
+
+def test_rare_positives_weigh_as_much_as_the_rest_in_a_step(few_rows, tmp_path):
+    paths = {"data_dir": str(few_rows("redsm5_nli")), "run_dir": str(tmp_path / "run")}
+    few = {"validation_fraction": 0.4, "test_fraction": 0.4, "max_length": 64}
+    config = config_of("redsm5_nli", **paths | few, batch_size=100, max_grad_norm=0.0)
+    gradient = first_step(train, config).gradient["head.bias"]
+    assert gradient.abs().max() < 0.15  # where all answers are near .5; .4 without weights
 
 
 def test_predict_answers_for_a_text_and_for_a_file(short_run, few_rows, tmp_path):
@@ -476,18 +488,19 @@ def test_cross_validation_tests_every_post_once_and_results_lists_the_folds(few_
     for fold, result in zip(folds, results):
         lines = (fold / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         losses = [json.loads(line)["loss"] for line in lines if "evaluation" in line]
-        assert len(losses) == 3 and result["best"] == min(losses) and result["epoch"] == losses.index(min(losses)) + 1
-    values = [result["test"]["at_half"]["f1_macro"] for result in results]
+        assert len(losses) == 3 and losses.index(min(losses)) + 1 == result["epoch"]
+        assert result["best"] == min(losses) == pytest.approx(result["validation"]["loss"])
+    values = [result["test"]["auprc"] for result in results]
     row = [statistics.mean(values), statistics.stdev(values), min(values), max(values)]
     table = (tmp_path / "cv/cross_validation.md").read_text(encoding="utf-8")
-    assert f"| f1_macro, .5 | {' | '.join(f'{value:.4f}' for value in row)} |" in table
+    assert f"| auprc | {' | '.join(f'{value:.4f}' for value in row)} |" in table
 
-    out = ran("redsm5_nli/results.py", "--runs", *folds, "--sort", "f1_positive")
+    out = ran("redsm5_nli/results.py", "--runs", *folds, "--sort", "auprc")
     header, _, *rows = [line.strip("| ").split(" | ") for line in out.splitlines()[:-1]]
-    rows = [dict(zip(header, row)) for row in rows]
-    assert rows[0]["validation f1_positive"] >= rows[1]["validation f1_positive"]
-    expected = {(str(n), f"{result['test']['at_half']['f1_macro']:.4f}") for n, result in enumerate(results)}
-    assert {(row["fold"], row["test f1_macro"]) for row in rows} == expected
+    found = [dict(zip(header, row)) for row in rows]
+    assert found[0]["validation auprc"] > found[1]["validation auprc"]
+    expected = {str(number): f"{value:.4f}" for number, value in enumerate(values)}
+    assert {row["fold"]: row["test auprc"] for row in found} == expected and values[0] != values[1]
 
 
 @pytest.mark.slow

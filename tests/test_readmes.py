@@ -27,8 +27,8 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 pytestmark = pytest.mark.slow
 
 MAKERS = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("*/sample/make_*.py"))
-OWN_PAGES = [f"{project}/{page}.md" for project in PROJECTS for page in ("README", "RESULTS")]
-PAGES = ["README.md", "CONTRIBUTING.md", *OWN_PAGES]
+PAGES = ["README.md", "CONTRIBUTING.md", *(f"{one}/{page}.md" for one in PROJECTS for page in ("README", "RESULTS"))]
+STARTS = re.compile(r"\b(python|torchrun) [^#]*\.py\b|\.py +-")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -69,15 +69,10 @@ def started(line: str) -> Iterator[tuple[str, list[str], str]]:
 
 
 def commands_in(name: str) -> Iterator[tuple[str, tuple[str, ...], str]]:
-    """The commands that start the repository's scripts: path, flags, what is sent. What cannot be read is an error.
-
-    With what is optional, [--flag], and without; for <project> each of them; a script without a folder is the page's.
-    """
+    """The commands that start the repository's scripts: path, flags, what is sent. What cannot be read is an error."""
     folders = [name.split("/")[0]] if "/" in name else PROJECTS
-    for line in (re.sub("pytest [^;&|]*", "", line) for line in code_lines(name)):
-        if not re.search(r"\b(python|torchrun) [^#]*\.py\b|\.py +-", line):
-            continue
-        for optional in ("", r"\1"):
+    for line in filter(STARTS.search, (re.sub("pytest [^;&|]*", "", line) for line in code_lines(name))):
+        for optional in ("", r"\1"):  # without what stands in brackets, and with it
             form = re.sub(r"\[(-[^]]*)\]", optional, line)
             form = re.sub(r"<(\w[\w ]*)>", lambda named: named[1].replace(" ", "_"), form)  # a placeholder
             found = [*started(form)]
@@ -86,8 +81,7 @@ def commands_in(name: str) -> Iterator[tuple[str, tuple[str, ...], str]]:
             for script, flags, sent in found:
                 if "/" not in script and f"python {script}" in form:
                     continue  # it is printed in the page itself
-                paths = {script, *(f"{folder}/{script.removeprefix('project/')}" for folder in folders)}
-                paths &= {*SCRIPTS, *MAKERS}
+                paths = {script, *(f"{one}/{script.removeprefix('project/')}" for one in folders)} & {*SCRIPTS, *MAKERS}
                 assert paths, f"{name}: there is no {script}"
                 yield from ((path, tuple(flags), sent) for path in paths)
 
@@ -105,10 +99,10 @@ def commands() -> dict[str, dict[tuple, str]]:
 # How it is run on the sample
 
 LIMITS = {  # of the flags that a script offers
-    **{"max_steps": 1, "warmup_steps": 1, "eval_steps": 1, "batch_size": 8, "gradient_accumulation_steps": 1},
-    **{"rounds": 1, "layers": 1, "pairs": 24, "texts": 8, "steps": 1, "rows": 8, "windows": 8, "trials": 2, "folds": 2},
-    **{"tokens": 8, "vocab": 64, "length": 64, "lengths": 8, "post_tokens": 8, "batch": 2},
-    **{"encode_sizes": 4, "memory_sizes": 4},
+    **dict.fromkeys(("max_steps", "warmup_steps", "eval_steps", "gradient_accumulation_steps"), 1),
+    **dict.fromkeys(("rounds", "layers", "steps"), 1) | dict.fromkeys(("batch", "trials", "folds"), 2),
+    **dict.fromkeys(("batch_size", "encode_sizes", "memory_sizes", "texts", "rows", "windows", "tokens", "lengths"), 8),
+    **{"post_tokens": 8, "pairs": 24, "length": 64, "vocab": 64, "sides": "ours"},
 }
 ROW = '{"text": "I lie awake.", "question": "Why?", "sentence1": "怎么还款", "sentence2": "如何还款"}\n'
 
@@ -147,27 +141,23 @@ def sample_form(script: str, flags: tuple[str, ...], offered: set[str], rows: Pa
 
 def lacking(script: str, words: list[str], offered: set[str]) -> str:
     """What the error of a command must say is missing; empty where the command must run."""
-    reasons = {
-        "hub|network|offline": script.split("/")[1].startswith(("download", "mteb")),
-        "".join(words[:1]): "sample" not in offered,  # a folder to be downloaded
-        "fp16": "fp16" in words,
-        "torchrun": "--shard" in words,
-        "accelerate": "trainer" in words and not find_spec("accelerate"),
-    }
-    return next((reason for reason, holds in reasons.items() if holds), "")
+    if script.split("/")[1].startswith(("download", "mteb")) or "sample" not in offered:
+        return "hub|network|offline" if "sample" in offered else words[0]  # a folder to be downloaded
+    reasons = {"fp16": "fp16", "--shard": "torchrun"} | ({} if find_spec("accelerate") else {"trainer": "accelerate"})
+    return next((reasons[word] for word in words if word in reasons), "")
 
 
 @pytest.fixture
 def without_processes(monkeypatch):
     """What a bench would start in a process of its own, to measure its memory, is run in this one."""
-    run = subprocess.run
 
-    def run_in_this(command, **settings):
+    def run(command, **settings):
         ours = command[0] == sys.executable
-        return SimpleNamespace(stdout=run_here(*command[1:])[1]) if ours else run(command, **settings)
+        return SimpleNamespace(stdout=run_here(*command[1:])[1]) if ours else run_process(command, **settings)
 
+    run_process = subprocess.run
     pool = SimpleNamespace(submit=lambda function, *words: SimpleNamespace(result=lambda: function(*words)))
-    monkeypatch.setattr(subprocess, "run", run_in_this)
+    monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setattr("concurrent.futures.ProcessPoolExecutor", lambda *_: nullcontext(pool))
     monkeypatch.setattr("gc.collect", int)  # a second each, beside all that other tests have imported
 
@@ -176,7 +166,7 @@ def without_processes(monkeypatch):
 def test_every_command_runs_on_the_sample(script, few_rows, short_run, tmp_path, without_processes, monkeypatch):
     project = script.split("/")[0]
     sample = ROOT / project / "sample"
-    before, problems, done = listing(sample), [], []
+    before, problems, forms = listing(sample), [], {}
     if (sample / "raw").exists():
         shutil.copytree(sample / "raw", tmp_path / "raw")
     shutil.copytree(short_run(project), tmp_path / "runs/short")
@@ -184,13 +174,12 @@ def test_every_command_runs_on_the_sample(script, few_rows, short_run, tmp_path,
     offered = {*re.findall(r"^  --(\w+)", run_here(script, "--help")[1], re.MULTILINE)}
     for (flags, sent), where in commands()[script].items():
         form = sample_form(script, flags, offered, few_rows(project), tmp_path)
-        if (form, sent) in done:
-            continue
-        done.append((form, sent))
+        forms.setdefault((*form, sent), f"{where}: {script} {shlex.join(flags)}")
+    for (*form, sent), command in forms.items():
         code, out, err = run_here(str(ROOT / script), *form, cwd=tmp_path, text=f"{sent or ROW}\n")
         reason = lacking(script, form, offered)
         if not (re.fullmatch(f"error: .*({reason}).*\n", err, re.IGNORECASE) if reason else code == 0):
-            problems.append(f"{where}: {script} {shlex.join(flags)}\nas {shlex.join(form)}: {code}\n{out[-500:]}{err}")
+            problems.append(f"{command}\nas {shlex.join(form)}: {code}\n{out[-500:]}{err}")
     assert not problems, "\n\n".join(problems)
     assert listing(sample) == before
 
@@ -236,7 +225,6 @@ def test_what_a_page_links_names_and_imports_is_there(page):
         assert {"runs", "data"} & {*Path(name).parts} or any(path.exists() for path in paths), name
 
     for code in (content for language, content in FENCE.findall(text) if language == "python"):
-        compile(code, page, "exec")
         for node in ast.walk(ast.parse(code)):
             if isinstance(node, ast.ImportFrom) and find_spec(node.module.split(".")[0]):  # peft may be missing
                 assert not {alias.name for alias in node.names} - {*dir(import_module(node.module))}

@@ -477,10 +477,13 @@ def test_evaluate_scores_one_split_and_predict_gives_the_same_answers(short_run,
         assert answer["id"] == name and answer["difference"] == pytest.approx(kept["difference"], abs=1e-4)
     assert len({answer["criterion"] for answer in answers[6:]}) == 9
 
-    marked = ran(*script, "--question", criterion, "--highlight", text=text)
-    assert f"{text[: kept['start']]}[[{kept['answer']}]]{text[kept['end'] :]}".strip() in marked
-    several = ran(*script, "--question", criterion, "--highlight", "--several", "--text", f"{text} \x1b[31m")
-    assert several.count("[[") == several.count("]]") > 1 and "\x1b" not in several
+    for flags, spans in (((), [kept]), (("--several",), kept["answers"])):
+        expected, end = "", 0
+        for span in spans:
+            expected += f"{text[end : span['start']]}[[{text[span['start'] : span['end']]}]]"
+            end = span["end"]
+        out = ran(*script, "--question", criterion, "--highlight", *flags, text=f"{text}\x1b")  # which is disarmed
+        assert out.endswith(f"\n{expected}{text[end:]}�\n\n") and len(kept["answers"]) > 1
 
 
 def test_evaluations_are_spread_over_each_epoch_and_a_bad_loss_names_its_examples(tokenizer, examples):

@@ -149,6 +149,7 @@ def test_no_text_of_a_test_file_is_trained_on(tmp_path):
     assert [e.context for e in found["test"]] == again
     assert {e.context for name in ("train", "validation") for e in found[name]} == {*texts[5:]}
     assert 5 in source.counts.values()
+    assert {e.question for e in read_source(sample(tmp_path, question_form="empty")).test} == {""}
 
 
 @pytest.mark.parametrize(

@@ -340,7 +340,7 @@ def test_without_a_no_answer_there_is_no_threshold_and_alternatives_are_not_seve
 def test_scores_of_a_split_by_hand():
     rows = [example("I weep. Tea. I lie awake.", "I weep.", "I lie awake."), example("Tea. Cake.", "Cake.")]
     rows.append(example("Tea. Cake."))
-    spans = [Span(0, 7, 5.0), Span(13, 25, 4.0), Span(8, 12, -9.0)], [Span(5, 10, 6.0)], [Span(0, 4, 0.7)]
+    spans = [Span(0, 7, 5.0), Span(13, 25, 4.0), Span(8, 12, -9.0)], [Span(5, 10, 6.0)], [Span(0, 4, 0.9)]
     predictions = [Prediction(null_score, some) for null_score, some in zip((0.0, 0.0, 1.0), spans)]
     scores = score_split(predictions, rows, 0.25, Decoding(9, 0.4, -3.5, 0.5, -0.2, {}))
     assert scores["loss"] == 0.25 and scores["all_empty"]["f1"] == 1 / 3
@@ -348,7 +348,7 @@ def test_scores_of_a_split_by_hand():
     assert scores["at_threshold"]["tokens"] == pytest.approx({"precision": 3 / 4, "recall": 3 / 6, "f1": 6 / 10})
     perfect = {"precision": 1.0, "recall": 1.0, "f1": 1.0}
     assert scores["several"] == {"all": perfect, "tokens": perfect, "posts_with_several": perfect | {"rows": 1}}
-    p = [1 / (1 + math.exp(-(0.5 * difference - 0.2))) for difference in (-5, -6, 0.3)]
+    p = [1 / (1 + math.exp(-(0.5 * difference - 0.2))) for difference in (-5, -6, 0.1)]
     assert scores["no_answer_brier"] == pytest.approx((p[0] ** 2 + p[1] ** 2 + (1 - p[2]) ** 2) / 3)
 
 

@@ -1,5 +1,7 @@
 """The command line of every project: what is a flag, what is refused, and in which words."""
 
+import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, get_args, get_origin
@@ -7,6 +9,8 @@ from typing import Literal, get_args, get_origin
 import pytest
 from launch import PROJECTS, ROOT, config_of, listing, module, refused, run_here, settings_of
 from pydantic import ValidationError
+
+from common.checkpoint import UserError
 
 TEXTS = ("fünf & 6/x", "0.5,2.25", "64,32", "isear=0.5,meld=0", "query,value")  # one of them is any setting's
 NO_SUCH_TEXT = ("1", "1,2,3", "0,1", "a,b", "nan,1", "64;32", "64,,32", "isear", "=1", "isear=-1", "a=1,,b=1", "", ",")
@@ -172,6 +176,26 @@ def test_paths_of_flags_are_the_current_folders_and_those_of_config_py_the_repos
     assert cli.parse(["--data_dir", str(inside)])[0].data_dir == f"{project}/sample"  # alike in any checkout
     first, second = (cli.run_path(cli.parse(["--sample", "--seed", seed])[0]) for seed in ("1", "2"))
     assert first != second and first.parent == second.parent == ROOT / project / "runs"
+
+
+@every_project
+def test_a_runs_settings_are_the_defaults_of_what_uses_it_and_stay_as_they_are(project, short_run, tmp_path, capsys):
+    cli, run = module(project, "cli"), shutil.copytree(short_run(project), tmp_path / "run")
+    saved = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    flags, settings = ["--run_dir", str(run)], saved["config"]
+    assert cli.run_settings(cli.parse([*flags, "--amp", "bf16"], trained=True)[0]) == settings | {"amp": "bf16"}
+    assert (settings["max_steps"], settings["amp"]) == (6, "off")
+    with pytest.raises(SystemExit):
+        cli.parse([*flags, "--seed", "7"], trained=True)
+    assert "--seed" in (said := capsys.readouterr().err) and "42" in said and said.count("\n") == 1
+
+    del settings["seed"]
+    (run / "config.json").write_text(json.dumps(saved), encoding="utf-8")
+    with pytest.raises(UserError, match=r"config\.json: seed"):
+        cli.parse(flags, trained=True)
+    older = {"config": settings | {"gone": 1}, "environment": saved["environment"]}  # without a format
+    (run / "config.json").write_text(json.dumps(older), encoding="utf-8")
+    assert cli.run_settings(cli.parse(flags, trained=True)[0]) == settings | {"seed": 42}
 
 
 LACKING = [  # what is asked for, and what must be said of it

@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from scipy.stats import rankdata
 from common import metrics
 from common.checkpoint import UserError, environment
 from common.checkpoint.files import write_json
-from common.checkpoint.progress import Best, Progress
+from common.checkpoint.progress import Best, Progress, StopSignal
 from common.checkpoint.run import Run, best_folder, read_results, read_run
 from common.seed import epoch_generator, mix, seed_everything, seed_micro_batch
 
@@ -142,6 +143,14 @@ def test_amp_auto_takes_what_the_device_has(monkeypatch):
         assert found == (bf16 if avx or amx else None, bf16 if amx else fp16)
     with pytest.raises(UserError, match="fp16 needs a GPU"):
         take("fp16", torch.device("cpu"))
+
+
+def test_a_signal_is_noted_once_and_a_second_one_ends_the_process():
+    before = signal.getsignal(signal.SIGTERM)
+    with StopSignal() as stop:
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.number == signal.SIGTERM and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from launch import (
     DRAWN,
     LINE,
     PROJECTS,
+    ROOT,
     answering,
     call,
     final_weights,
@@ -277,7 +278,9 @@ def test_what_may_not_be_written_or_read_is_named_and_left_alone(
     goes_on(project, run)
 
 
-# Damaged and foreign files of a run
+# Damaged and foreign files
+
+CHOSEN = {"threshold", "thresholds", "decoding", "adapter_config"}  # what best/ holds beside the weights
 
 
 def attack(folder: Path) -> object:
@@ -322,12 +325,36 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_left_as_it_is(project, how,
 @pytest.mark.parametrize("how", ["cut", "empty", "pickle"])
 @every_project
 def test_a_damaged_model_is_refused_by_name(project, how, short_run, tmp_path):
+    files = [path for path in (short_run(project) / "best").iterdir() if path.suffix == ".safetensors"]
+    files += [path for path in (short_run(project) / "best").glob("*.json") if path.stem in CHOSEN]
+    for number, path in enumerate(files):
+        run = shutil.copytree(short_run(project), tmp_path / f"run{number}")
+        damage(run / "best" / path.name, how)
+        before = contents(run)
+        for script in (f"{project}/evaluate.py", answering(project)):
+            refused(run_here(script, "--run_dir", run, text=LINE), run / "best")
+            assert contents(run) == before and not (run / "best" / "pwned").exists()
+
+
+@every_project
+def test_a_model_folder_that_lacks_a_part_is_named(project, train, tmp_path):
+    for part in ("tokenizer.json", "config.json", "model.safetensors"):
+        model = shutil.copytree(ROOT / project / "sample/model", tmp_path / part)
+        for path in model.glob("tokenizer*") if "tokenizer" in part else (model / part,):
+            path.unlink(missing_ok=True)
+        own = ("--init", "pretrained") if "init" in settings_of(project) else ()
+        refused(train(project, tmp_path / "run", "--model", model, *own), model)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a closed pipe is another error on Windows")
+@every_project
+def test_a_reader_that_stops_early_gets_no_error_message(project, short_run, tmp_path):
     run = shutil.copytree(short_run(project), tmp_path / "run")
-    damage(min((run / "best").glob("*.safetensors")), how)
-    before = contents(run)
-    for script in (f"{project}/evaluate.py", answering(project)):
-        refused(run_here(script, "--run_dir", run, text=LINE), run / "best", "does not load")
-        assert contents(run) == before and not (run / "best" / "pwned").exists()
+    with start(f"{project}/evaluate.py", "--run_dir", run) as process:
+        process.stdout.close()
+        process.stdin.close()
+        assert process.stderr.read() == ""
 
 
 @every_project
@@ -352,9 +379,10 @@ def test_rows_that_changed_since_are_refused_and_another_precision_is_said(
     (run / "config.json").write_text(text, encoding="utf-8")  # as if it had been begun with this folder
     (path,) = (path for path in data.iterdir() if "train" in path.name or "posts" in path.name)
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    path.write_text("".join([lines[0], lines[2], lines[1], *lines[3:]]), encoding="utf-8", newline="")
+    path.write_text("".join([lines[0], *reversed(lines[1:])]), encoding="utf-8", newline="")
     before = contents(run)
-    refused(train(project, run, "--data_dir", data), run, "rows")
+    refused(train(project, run, "--data_dir", data), run, "data_sha256")
+    refused(run_here(f"{project}/evaluate.py", "--run_dir", run, "--data_dir", data), run, "data_sha256")
     assert contents(run) == before
     code, _, err = run_here(answering(project), "--run_dir", short_run(project), "--amp", "bf16", text=LINE)
     assert code == 0 and re.search("trained with .*(None|float32), now .*bfloat16", err)

@@ -51,7 +51,7 @@ def tokenizer():
 def examples(few_rows) -> list[Example]:
     """A short one, without tokens, with ends that are no tokens; posts under a question, and under none, with all."""
     text = "\u200bI am tired. " + "I sleep and I eat and I walk in the old town. " * 3 + "I am sad.\u200b"
-    rows = [example("Tea!"), example("\u200b\u200b"), example(text, text[:11], text[-10:])]
+    rows = [example("Tea!", "Tea", "!"), example("\u200b\u200b"), example(text, text[:11], text[-10:])]
     for form in ("criterion", "empty"):
         found = read_source(sample(data_dir=str(few_rows("evidence_spans")), question_form=form)).examples
         rows += sorted(found, key=lambda e: (-len(e.answers), -len(e.context)))[:16]

@@ -4,7 +4,6 @@ import json
 import math
 import shutil
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +14,11 @@ from sklearn.metrics import confusion_matrix, f1_score
 from sklearn.utils.class_weight import compute_class_weight
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, pipeline
 
-from afqmc import bench, dataset, download, train
+from afqmc import dataset, download, train
 from afqmc.dataset import Pair, collate, fingerprint, load_splits, make_split, split_pairs
 from afqmc.evaluate import evaluate_run, tune_threshold
 from afqmc.loss import pair_loss
 from afqmc.model import PairClassifier, build_model, fgm_perturbation, find_tokenizer, load_model, save_model
-from afqmc.sample import make_sample
 from common.checkpoint import UserError
 from common.checkpoint.run import Run
 
@@ -110,13 +108,6 @@ def test_a_batch_is_cls_a_sep_b_sep_with_types_and_is_cut_on_its_longer_side(tok
         batch = collate([pair], tokenizer, 16)
         first, second = ("".join(sentence[:9]) for sentence in pair[:2])
         assert tokenizer.decode(batch["input_ids"][0]).replace(" ", "") == f"[CLS]{first}[SEP]{second}[SEP]"
-
-
-@pytest.mark.slow
-def test_the_sample_is_what_its_script_makes(tmp_path):
-    make_sample.main(tmp_path)
-    made = {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    assert len(made) == 6 and {path: (ROOT / "afqmc/sample" / path).read_bytes() for path in made} == made
 
 
 ENCODERS = {  # what each has beside the common sizes, and the class that its checkpoint was saved by
@@ -359,19 +350,6 @@ def test_eda_counts_labels_repetitions_and_what_two_files_share(tmp_path):
     assert all(f"| {what} | 1 | 0 |" in out for what in once) and "| equal sentences | 2 | 0 |" in out
     assert "| train | 7 | 3 (42.9%) | 4 (57.1%) |" in out and "| train, dev | 1 | 3 (75.0% of dev) |" in out
     assert "1.1667, 0.8750" in out and "max_length: 64 " in out and "cuts 0 of 7 " in out  # 7 / (2 * 3), 7 / (2 * 4)
-
-
-@pytest.mark.slow
-def test_bench_measures_each_side(monkeypatch, capsys):
-    flags = ("--sample", "--pairs", 32, "--layers", 1, "--batch_size", 8, "--memory_of", "ours")
-    assert json.loads(ran("afqmc/bench.py", *flags))["peak_memory_bytes"] > 1e8
-    sides = ["ours", "padded to max_length", "Trainer, random"]
-    monkeypatch.setattr(bench, "peak_memory", lambda side: 1.5)  # a process for each side, like the one above
-    bench.main(config_of("afqmc", batch_size=8), pairs=32, rounds=1, layers=1, sides=sides, memory_of="")
-    lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    table = {side: figures for side, *figures in lines}
-    assert float(table["ours"][2].rstrip("%")) < 20 < 40 < float(table["padded to max_length"][2].rstrip("%"))
-    assert (table["Trainer, random"][0] == "not run") == (find_spec("accelerate") is None)
 
 
 @pytest.mark.slow

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import ROOT, config_of, ran, refused, run_here
+from launch import ROOT, ran, refused, run_here
 from torch import nn
 from transformers import AutoModel, AutoTokenizer
 
-from embeddings.dataset import letters, load_splits, read_triplets
-from embeddings.sample import make_sample
+from embeddings.dataset import read_triplets
 
 SAMPLE = ROOT / "embeddings/sample"
 STS = "main-captions\tMSRvid\t2012\t1\t5.000\tA fox sleeps.\tA fox is asleep.\n"
@@ -116,16 +115,6 @@ def test_a_malformed_source_is_named_and_nothing_is_written(name, text, words, r
     before = {path: path.read_bytes() for path in raw.rglob("*") if path.is_file()}
     refused(run_here(*PREPARE, "nli.csv", "snli.jsonl", "snli.tsv", "snli", "own.jsonl", cwd=raw), *words)
     assert {path: path.read_bytes() for path in raw.rglob("*") if path.is_file()} == before
-
-
-@pytest.mark.slow
-def test_the_sample_is_made_again_byte_for_byte_and_no_text_of_it_stands_in_two_splits(tmp_path):
-    make_sample.main(tmp_path)
-    written = [path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()]
-    assert len(written) == 6 and all((tmp_path / path).read_bytes() == (SAMPLE / path).read_bytes() for path in written)
-    splits = load_splits(config_of("embeddings", data_dir=str(tmp_path)))  # which refuses what is trained on and judged
-    dev, test = ({letters(text) for pair in part for text in pair[:2]} for part in (splits.validation, splits.test))
-    assert not dev & test
 
 
 # MiniCPM

@@ -13,7 +13,7 @@ from common.checkpoint import UserError
 from emotions.dataset import Row, load_splits, read_rows
 from emotions.labels import ALL, EMOTIONS, NUMBERS
 from emotions.model import find_tokenizer
-from emotions.prepare import SOURCES, isear_text
+from emotions.prepare import SOURCES
 
 SAMPLE = config_of("emotions")
 
@@ -144,20 +144,6 @@ def test_each_sources_traps_are_known_and_no_scored_text_is_trained_on(data):
     ):
         found = (" ".join(EMOTIONS[n] for n in numbers) for numbers in (rows[key].labels, rows[key].known))
         assert [rows[key].text, *found] == [text, labels, known]
-
-
-def test_isear_answers_that_tell_nothing_are_no_texts():
-    for text in (
-        *("[ No response.]", "NO RESPONSE", "Blank.", "None", "Does not apply.", "Not applicable to myself."),
-        *("[ I can not á remember any such day. ]", "Can't think of any.", "[ Never experienced.]", "As for joy."),
-        *('The same as in \\fear\\"."', "[ Oddly, I have never been sad.]", "[ Yes, but I do not recall it.]"),
-    ):
-        assert isear_text(text) == ""
-    for text in (
-        *("No response came to my letters.", "None of my friends came.", "[ Rude waiters.]", "Never mind, we sang."),
-        *("I do not remember much. The car spun twice.", "I have never been so sad.", "As for the exam, I passed."),
-    ):
-        assert isear_text(text) == text.strip("[ ]")
 
 
 @pytest.mark.slow

@@ -6,13 +6,12 @@ import re
 import shutil
 import string
 from collections import Counter
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from launch import ROOT, config_of, listing, ran, run_here, short_flags
+from launch import ROOT, config_of, listing, ran, run_here
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenizer
 
@@ -552,14 +551,3 @@ def test_a_search_scores_its_winner_alone_on_test_and_predict_marks_sentences_wi
     answer = json.loads(ran(*ask))
     assert {row["text"] for row in answer["n_best"]} == {"I lie awake at night.", "Tea!", ""}
     assert run_here(*ask, "--question", "Why?")[0] == run_here(*ask, "--several")[0] == 1
-
-
-@pytest.mark.slow
-def test_the_bench_finds_the_best_spans_and_needs_accelerate_for_the_trainer(short_run, few_rows):
-    for run in ((), ("--run_dir", short_run("evidence_spans"))):
-        out = ran("evidence_spans/bench.py", *("--rounds", "1", "--windows", "8", "--length", "60"), *run)
-        ours = [line for line in out.splitlines() if line.startswith("| 30 | ours")]
-        assert ours and all(line.endswith("| 100.0% |") for line in ours)
-    flags = short_flags("evidence_spans", "--data_dir", few_rows("evidence_spans"), "--part", "trainer")
-    code, out, err = run_here("evidence_spans/bench.py", *flags)
-    assert (code == 0 and "| test | Trainer, 6 steps, " in out) if find_spec("accelerate") else "accelerate" in err

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from launch import ROOT, config_of, ran, refused, run_here, short_flags
+from launch import config_of, ran, refused, run_here, short_flags
 
 from common.checkpoint import UserError
 from evidence_spans.dataset import draw_windows, epoch_steps, load_examples, make_split, read_source
 from evidence_spans.formats import Example, Source
-from evidence_spans.model import build_model, find_tokenizer
+from evidence_spans.model import find_tokenizer
 from evidence_spans.redsm5 import CRITERIA, find_spans
 from evidence_spans.splits import split_examples
 
@@ -277,35 +277,3 @@ def test_malformed_squad_is_named_with_its_place(key, value, words, tmp_path):
         part |= {key: value} if key in part else {}
     path.write_bytes(value if isinstance(value, bytes) else json.dumps(content).encode())
     refused(run_here(*CHECK, path), path, *words)
-
-
-@pytest.mark.slow
-def test_files_as_other_systems_write_them_hold_the_same_rows(few_rows, tmp_path):
-    """With a byte order mark, the line ends of Windows or of Excel for Mac, and a post longer than csv's limit."""
-    data = shutil.copytree(few_rows("evidence_spans"), tmp_path / "data")
-    source = read_source(sample(data))
-    for path in (data / POSTS, data / ANNOTATIONS):
-        content = path.read_bytes()
-        for changed in (b"\xef\xbb\xbf" + content, content.replace(b"\n", b"\r\n"), content.replace(b"\n", b"\r")):
-            path.write_bytes(changed)
-            assert read_source(sample(data)).examples == source.examples
-    posts, rows = (path.read_bytes() for path in (data / POSTS, data / ANNOTATIONS))
-    (data / POSTS).write_bytes(posts + b"s_9_9,%snow.\r" % (b"It is " * 30_000))
-    (data / ANNOTATIONS).write_bytes(rows + b"s_9_9,0,It is now.,FATIGUE,1,why\r" * 2)  # which is counted twice
-    longer = read_source(sample(data))
-    assert longer.counts["evidence"] == source.counts["evidence"] + 2
-    assert [e.texts for e in longer.examples if e.id == "s_9_9:FATIGUE"] == [["It is now."]]
-
-
-@pytest.mark.slow
-def test_the_sample_is_what_its_scripts_write(tmp_path, monkeypatch):
-    """But for the model's weights, which are trained for a step here."""
-    from evidence_spans.sample import make_model, make_sample
-
-    monkeypatch.setattr(make_model, "HERE", tmp_path)
-    monkeypatch.setattr(make_model, "STEPS", 1)
-    make_sample.main(tmp_path)
-    make_model.main()
-    for name in (POSTS, ANNOTATIONS, "model/config.json", "model/tokenizer.json", "model/tokenizer_config.json"):
-        assert (tmp_path / name).read_bytes() == (ROOT / "evidence_spans/sample" / name).read_bytes()
-    build_model(sample(model=str(tmp_path / "model")))

@@ -25,7 +25,6 @@ from redsm5_nli.evaluate import predict_logits, tune_threshold
 from redsm5_nli.loss import class_weights, pair_loss
 from redsm5_nli.model import Matcher, build_model, find_collator, load_weights, save_model
 from redsm5_nli.redsm5 import Post, read_posts
-from redsm5_nli.sample.make_sample import main as make_sample
 from redsm5_nli.splits import split_posts
 
 CPU, SAMPLE = torch.device("cpu"), ROOT / "redsm5_nli/sample"
@@ -502,10 +501,3 @@ def test_cross_validation_tests_every_post_once_and_results_lists_the_folds(few_
     assert found[0]["validation auprc"] > found[1]["validation auprc"]
     expected = {str(number): f"{value:.4f}" for number, value in enumerate(values)}
     assert {row["fold"]: row["test auprc"] for row in found} == expected and values[0] != values[1]
-
-
-@pytest.mark.slow
-def test_the_sample_is_what_its_script_writes(tmp_path):
-    make_sample(tmp_path)
-    for name in ("redsm5_posts.csv", "redsm5_annotations.csv"):
-        assert (tmp_path / name).read_bytes() == (SAMPLE / name).read_bytes()

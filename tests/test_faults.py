@@ -7,7 +7,6 @@ import random
 import re
 import shutil
 import signal
-import zipfile
 from functools import cache
 from pathlib import Path
 
@@ -280,7 +279,7 @@ def test_what_may_not_be_written_or_read_is_named_and_left_alone(
 
 # Damaged and foreign files
 
-CHOSEN = {"threshold", "thresholds", "decoding", "adapter_config"}  # what best/ holds beside the weights
+CHOSEN = {"threshold", "thresholds", "decoding"}  # what best/ holds beside the weights
 
 
 def attack(folder: Path) -> object:
@@ -294,25 +293,13 @@ def attack(folder: Path) -> object:
 
 
 def damage(path: Path, how: str) -> None:
-    content = bytearray(path.read_bytes())
     if how == "cut":
-        path.write_bytes(content[: len(content) // 2])
-    elif how == "empty":
-        path.write_bytes(b"")
-    elif how == "pickle":
+        path.write_bytes(path.read_bytes()[:-100])
+    else:
         path.write_bytes(pickle.dumps(attack(path.parent)))
-    elif how == "archive with a pickle":
-        torch.save({"state": attack(path.parent)}, path)
-    else:  # one bit of a tensor
-        with zipfile.ZipFile(path) as archive:
-            largest = max(archive.infolist(), key=lambda entry: entry.file_size)
-        header = content[largest.header_offset :][:30]
-        name, extra = (int.from_bytes(header[place : place + 2], "little") for place in (26, 28))
-        content[largest.header_offset + 30 + name + extra + largest.file_size // 2] ^= 1
-        path.write_bytes(content)
 
 
-@pytest.mark.parametrize("how", ["cut", "empty", "pickle", "archive with a pickle", "one bit"])
+@pytest.mark.parametrize("how", ["cut", "pickle"])
 @every_project
 def test_a_damaged_checkpoint_is_refused_by_name_and_left_as_it_is(project, how, stopped, train):
     run = stopped(project)
@@ -322,7 +309,7 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_left_as_it_is(project, how,
     assert contents(run) == before and not (run / "pwned").exists()
 
 
-@pytest.mark.parametrize("how", ["cut", "empty", "pickle"])
+@pytest.mark.parametrize("how", ["cut", "pickle"])
 @every_project
 def test_a_damaged_model_is_refused_by_name(project, how, short_run, tmp_path):
     files = [path for path in (short_run(project) / "best").iterdir() if path.suffix == ".safetensors"]

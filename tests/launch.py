@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import os
 import re
 import runpy
@@ -203,6 +204,11 @@ def train_short(project: str, data: Path, folder: Path) -> Path:
 
 def final_weights(run: Path) -> dict[str, torch.Tensor]:
     return torch.load(run / "last.pt", weights_only=True)["state"]["model"]
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The objects of a file of JSON lines."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def listing(folder: Path) -> dict[str, int]:

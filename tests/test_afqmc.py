@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from launch import ROOT, config_of, first_step, ran, refused, run_here, short_flags
+from launch import ROOT, config_of, first_step, ran, read_lines, refused, run_here, short_flags
 from sklearn.metrics import confusion_matrix, f1_score
 from sklearn.utils.class_weight import compute_class_weight
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, pipeline
@@ -25,10 +25,6 @@ from common.checkpoint.run import Run
 MODEL = ROOT / "afqmc/sample/model"
 macro_f1 = partial(f1_score, average="macro", zero_division=0)
 GOOD = {"sentence1": "怎么还款", "sentence2": "如何还款", "label": "1"}
-
-
-def read_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def write_lines(path: Path, lines: list) -> Path:

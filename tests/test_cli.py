@@ -220,11 +220,3 @@ def test_what_is_not_there_is_said_in_one_line_and_nothing_is_written(project, n
     flags = [folder / "sample" if word == "SAMPLE" else word for word in flags]
     refused(run_here(f"{project}/{name}.py", *flags, cwd=tmp_path), *words)
     assert not list(tmp_path.iterdir()) and listing(folder) == before
-
-
-@every_project
-def test_no_setting_is_without_use_and_no_project_needs_another(project):
-    paths = [path for path in (ROOT / project).rglob("*.py") if path.name not in ("config.py", "bench.py")]
-    text = "\n".join(path.read_text(encoding="utf-8") for path in paths)
-    assert not [name for name in settings_of(project) if f".{name}" not in text]
-    assert not [other for other in {*PROJECTS} - {project} if f"from {other}" in text or f"import {other}" in text]

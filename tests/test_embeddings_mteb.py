@@ -13,17 +13,16 @@ from launch import ROOT, ran, refused, run_here
 from mteb.abstasks import AbsTaskSTS
 from mteb.models import EncoderProtocol
 from mteb.types import PromptType
-from safetensors.torch import load_file, save_file
 from scipy.stats import spearmanr
 from sentence_transformers import SentenceTransformer
 
 from common.checkpoint import UserError
-from embeddings import local_tasks, mteb_encoder, mteb_sts
+from embeddings import local_tasks, mteb_sts
 from embeddings.cli import parse
 from embeddings.dataset import read_pairs
-from embeddings.local_tasks import read_qrels, read_texts, retrieval_task, sts_task
+from embeddings.local_tasks import read_qrels, read_texts, retrieval_task
 from embeddings.model import embed_texts, load_embedder
-from embeddings.mteb_encoder import TextEncoder, revision, run_tasks
+from embeddings.mteb_encoder import TextEncoder, revision
 
 
 def changed(config, **changes):
@@ -86,37 +85,6 @@ def test_the_revision_changes_with_all_that_shapes_the_vectors_and_nothing_else(
         next(model.parameters())[0, 0] += 1e-6
     found += [revision(model, tokenizer, config), revision(model.to(torch.bfloat16), tokenizer, config)]
     assert len({*found}) == len(found)
-
-
-def test_scores_are_kept_for_the_same_weights_settings_and_files_alone(config, tmp_path, monkeypatch):
-    pairs = Path(shutil.copy(Path(config.data_dir, "sts-dev.csv"), tmp_path / "pairs.csv"))
-    path, calls = tmp_path / "run/best/model.safetensors", []
-
-    def watched(*arguments, **settings) -> np.ndarray:
-        calls.append(arguments)
-        return embed_texts(*arguments, **settings)
-
-    def score(base: bool = False, **changes) -> float:
-        results = run_tasks(changed(config, **changes), base, [sts_task(str(pairs))])
-        return results.task_results[0].scores["test"][0]["cosine_spearman"]
-
-    monkeypatch.setattr(mteb_encoder, "embed_texts", watched)
-    first, kept, weights = score(), path.read_bytes(), load_file(path)
-    torch.manual_seed(0)
-    others = {name: weight + 0.3 * torch.randn_like(weight) for name, weight in weights.items()}
-    save_file(others, path, metadata={"format": "pt"})
-    second = score()
-    assert abs(first - second) > 0.01 and len(calls) == 4
-    assert score() == pytest.approx(second, abs=1e-6)  # mteb rounds
-    path.write_bytes(kept)
-    assert score() == pytest.approx(first, abs=1e-6) and len(calls) == 4
-    score(base=True), score(query_prompt="a ")
-    pairs.write_text(pairs.read_text(encoding="utf-8").replace("a", "e"), encoding="utf-8")
-    assert score() and len(calls) == 10
-    for half in (tmp_path / "run/mteb/results").rglob("pairs-*.json"):
-        half.write_bytes(half.read_bytes()[:100])
-    with pytest.raises(UserError, match=r"pairs-.*\.json cannot be read"):
-        score()
 
 
 def test_local_scores_are_scipys_and_trec_evals_by_brute_force(config, beir):

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from launch import call, config_of, final_weights, ran, refused, run_here, short_flags
+from launch import call, config_of, final_weights, ran, read_lines, refused, run_here, short_flags
 from safetensors.torch import load_file
 from scipy.stats import pearsonr, spearmanr
 from sentence_transformers import SentenceTransformer
@@ -32,10 +32,6 @@ def short(few_rows, tmp_path):
     paths = {"data_dir": str(few_rows("embeddings")), "run_dir": str(tmp_path / "run")}
     steps = {"batch_size": 16, "max_steps": 6, "warmup_steps": 1, "eval_steps": 3, "save_steps": 2}
     return lambda **changes: config_of("embeddings", **paths | steps | changes)
-
-
-def read_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def read_results(run: Path) -> dict:

@@ -6,12 +6,11 @@ import math
 import re
 from collections import Counter
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from launch import ROOT, call, config_of, final_weights, first_step, ran, run_here
+from launch import ROOT, call, config_of, final_weights, first_step, ran, read_lines, run_here
 from sklearn.metrics import average_precision_score
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -70,10 +69,6 @@ def inputs_of(rows: list[Row], tokenizer, draws: list[Draw] | None = None) -> di
 def built(config) -> nn.Module:
     torch.manual_seed(0)
     return build_model(config, torch.zeros(28)).eval()
-
-
-def lines_of(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 # Draws
@@ -203,7 +198,7 @@ def test_best_has_the_logits_of_transformers_own_classes(tmp_path, tokenizer, sp
 
 def test_the_pipeline_and_predict_answer_as_evaluation_did_each_label_at_its_own_threshold(short_run, tmp_path):
     run, script, path = short_run("emotions"), "emotions/predict.py", tmp_path / "texts.txt"
-    rows = lines_of(run / "predictions/validation_predictions.jsonl")
+    rows = read_lines(run / "predictions/validation_predictions.jsonl")
     path.write_bytes(b"\n\r\n".join(line["text"].encode() for line in rows) + b"\n\xff")
     code, out, err = run_here(script, "--run_dir", run, "--input", path)
     *answers, last = [json.loads(line) for line in out.splitlines()]
@@ -473,7 +468,7 @@ def test_a_process_gives_its_part_of_the_mean_over_all_examples_from_the_prior_o
 
 
 def test_gradient_health_is_logged_unclipped_and_says_what_collapsed(short_run):
-    for line in lines_of(short_run("emotions") / "metrics.jsonl")[:6]:
+    for line in read_lines(short_run("emotions") / "metrics.jsonl")[:6]:
         norms = [group["norm"] for group in line["gradients"].values()]
         assert np.linalg.norm(norms) == pytest.approx(line["grad_norm"], rel=1e-4) and len(norms) == 4
     model = built(changed())
@@ -543,9 +538,11 @@ def test_two_processes_one_of_which_dies_once_and_two_sharded_ones_equal_one(set
     assert "resuming from step 3 of 6" in said["two"][0]
 
     whole, *runs = (final_weights(tmp_path / name) for name in ("one", *starts))
-    losses = [line["loss"] for line in lines_of(tmp_path / "one/metrics.jsonl")]
+    losses = [line["loss"] for line in read_lines(tmp_path / "one/metrics.jsonl")]
     for name, found in zip(starts, runs):
         assert said[name][0].count("done | validation") == 1 and found.keys() == whole.keys()
         assert max((found[key] - whole[key]).abs().max().item() for key in whole) < 1e-6
-        assert [line["loss"] for line in lines_of(tmp_path / name / "metrics.jsonl")] == pytest.approx(losses, abs=1e-5)
+        assert [line["loss"] for line in read_lines(tmp_path / name / "metrics.jsonl")] == pytest.approx(
+            losses, abs=1e-5
+        )
         load_model(tmp_path / name / "best", changed())

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from launch import ROOT, config_of, listing, ran, run_here
+from launch import ROOT, config_of, listing, ran, read_lines, run_here
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenizer
 
@@ -68,10 +68,6 @@ def random_model(config: Config) -> SpanModel:
 
 def inputs_of(batch: dict) -> dict:
     return {name: batch[name] for name in MODEL_INPUTS if name in batch}
-
-
-def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 # Windows
@@ -434,13 +430,13 @@ def test_epoch_and_thresholds_are_chosen_on_validation_alone(short_run):
     run = short_run("evidence_spans")
     results, posts = json.loads((run / "results.json").read_text(encoding="utf-8")), []
     for split in ("validation", "test"):
-        rows = lines(run / f"predictions/{split}_predictions.jsonl")
+        rows = read_lines(run / f"predictions/{split}_predictions.jsonl")
         assert all((row["answer"] == "") == (row["difference"] > results["decoding"]["threshold"]) for row in rows)
         scores = span_metrics([row["answer"] for row in rows], [row["gold"] for row in rows])
         assert scores.items() <= results[split]["at_threshold"].items()
         posts.append({row["post"] for row in rows})
     assert not posts[0] & posts[1]
-    history = [line for line in lines(run / "metrics.jsonl") if line["event"] == "evaluation"]
+    history = [line for line in read_lines(run / "metrics.jsonl") if line["event"] == "evaluation"]
     best = max(history, key=lambda line: line["f1_balanced"])
     assert results["best"] == best["f1_balanced"] == results["validation"]["at_threshold"]["f1_balanced"]
     assert results["validation"]["loss"] == pytest.approx(best["loss"])
@@ -456,7 +452,7 @@ def test_evaluate_scores_one_split_and_predict_gives_the_same_answers(short_run,
     ran("evidence_spans/evaluate.py", "--run_dir", run, *flags, cwd=tmp_path)
     scores = json.loads((tmp_path / "m.json").read_text(encoding="utf-8"))
     assert scores.keys() == {"decoding", "validation"} and listing(run) == before
-    rows = lines(tmp_path / "p.jsonl")
+    rows = read_lines(tmp_path / "p.jsonl")
     found = span_metrics([row["answer"] for row in rows], [row["gold"] for row in rows])
     assert all(row["answer"] for row in rows) and found.items() <= scores["validation"]["at_threshold"].items()
 
@@ -535,19 +531,5 @@ def test_the_search_halves_goes_on_where_it_was_and_trains_the_winner_anew(few_r
             assert calls.pop() == ("trial-02", 1)
         ran(*script)
         assert [call for call in calls if call[0] != name] == [*expected, ("winner", 0)]
-    outcomes = lines(tmp_path / "whole/metrics.jsonl")
-    assert outcomes == lines(tmp_path / "stopped/metrics.jsonl") and outcomes[4]["score"] is None
-
-
-@pytest.mark.slow
-def test_a_search_scores_its_winner_alone_on_test_and_predict_marks_sentences_with_it(few_rows, tmp_path):
-    flags = ("--sample", "--data_dir", few_rows("evidence_spans"), "--question_form", "empty", "--epochs", "2")
-    flags += ("--decode", "sentence", "--gradient_checkpointing", "--trials", "3", "--run_dir", tmp_path / "run")
-    assert "best: trial" in ran("evidence_spans/search.py", *flags)
-    assert [path.parent.name for path in (tmp_path / "run").glob("*/results.json")] == ["winner"]
-    results = json.loads((tmp_path / "run/winner/results.json").read_text(encoding="utf-8"))
-    assert results["best"] >= max(line["score"] for line in lines(tmp_path / "run/metrics.jsonl"))
-    ask = ("evidence_spans/predict.py", "--run_dir", tmp_path / "run/winner", "--text", "I lie awake at night. Tea!")
-    answer = json.loads(ran(*ask))
-    assert {row["text"] for row in answer["n_best"]} == {"I lie awake at night.", "Tea!", ""}
-    assert run_here(*ask, "--question", "Why?")[0] == run_here(*ask, "--several")[0] == 1
+    outcomes = read_lines(tmp_path / "whole/metrics.jsonl")
+    assert outcomes == read_lines(tmp_path / "stopped/metrics.jsonl") and outcomes[4]["score"] is None

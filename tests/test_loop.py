@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import numpy as np
 import pytest
 import torch
-from launch import PROJECTS, config_of, final_weights, first_step, module, settings_of
+from launch import PROJECTS, config_of, final_weights, first_step, module, read_lines, settings_of
 from torch import nn
 
 every_project = pytest.mark.parametrize("project", PROJECTS)
@@ -170,7 +170,7 @@ def test_the_schedule_counts_optimizer_steps_and_waits_for_a_skipped_one(project
 @every_project
 def test_a_run_logs_its_loss_its_rate_and_the_norm_before_clipping_at_each_step(project, short_run):
     run = short_run(project)
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = read_lines(run / "metrics.jsonl")
     config = json.loads((run / "config.json").read_text(encoding="utf-8"))["config"]
     lines = [line for line in lines if line["event"] == "step"]
     warmup = config["warmup_steps"] if "warmup_steps" in config else round(config["warmup_ratio"] * 6)

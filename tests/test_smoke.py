@@ -20,6 +20,7 @@ from launch import (
     listing,
     module,
     ran,
+    read_lines,
     refused,
     run_here,
     short_flags,
@@ -86,7 +87,7 @@ def test_a_finished_run_says_so_and_is_never_overwritten(project, few_rows, shor
 
 
 def metrics(run: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = read_lines(run / "metrics.jsonl")
     return [{name: value for name, value in line.items() if name != "tokens_per_second"} for line in lines]
 
 

@@ -61,13 +61,6 @@ def test_a_file_that_is_a_folder_or_has_no_rows_is_named(project, name, data):
     refused(check(project, path.parent), name)
 
 
-@pytest.mark.parametrize("project, name", TRAINING)
-def test_a_training_file_that_is_missing_is_named(project, name, data):
-    path = data(project) / name
-    path.unlink()
-    refused(check(project, path.parent), name, "--data_dir")
-
-
 @pytest.mark.parametrize("project, name", FILES)
 def test_a_byte_of_another_encoding_is_named_with_its_line(project, name, data):
     path = data(project) / name

@@ -2,7 +2,6 @@
 
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ from torch import nn
 from transformers import BertConfig
 
 from common.checkpoint import UserError
+from common.checkpoint.files import read_json
 from embeddings import evaluate, train
 from embeddings.batching import epoch_batches, tokenize_rows
 from embeddings.cli import parse
@@ -32,10 +32,6 @@ def short(few_rows, tmp_path):
     paths = {"data_dir": str(few_rows("embeddings")), "run_dir": str(tmp_path / "run")}
     steps = {"batch_size": 16, "max_steps": 6, "warmup_steps": 1, "eval_steps": 3, "save_steps": 2}
     return lambda **changes: config_of("embeddings", **paths | steps | changes)
-
-
-def read_results(run: Path) -> dict:
-    return json.loads((run / "results.json").read_text(encoding="utf-8"))
 
 
 # Training
@@ -59,7 +55,8 @@ def test_patience_ends_a_run_and_best_is_of_the_best_step(short, tmp_path, monke
 
     monkeypatch.setattr(train, "validate", validate)
     train.main(short(eval_steps=1, patience=2))
-    results, state = read_results(tmp_path / "run"), torch.load(tmp_path / "run/last.pt", weights_only=True)["state"]
+    results = read_json(tmp_path / "run/results.json")
+    state = torch.load(tmp_path / "run/last.pt", weights_only=True)["state"]
     assert (results["base"], results["best"], results["step"], state["progress"]["step"]) == (0.1, 0.5, 1, 3)
     saved = load_file(tmp_path / "run/best/adapter/adapter_model.safetensors")
     assert all(torch.equal(saved[f"base_model.model.{name}.lora_B.weight"], tensor) for name, tensor in seen[1].items())
@@ -67,7 +64,7 @@ def test_patience_ends_a_run_and_best_is_of_the_best_step(short, tmp_path, monke
 
 def test_scores_are_scipys_on_the_cosines_of_the_saved_model_and_of_the_base(short_run):
     run = short_run("embeddings")
-    config, results = parse(["--run_dir", str(run)], trained=True)[0], read_results(run)
+    config, results = parse(["--run_dir", str(run)], trained=True)[0], read_json(run / "results.json")
     splits, theirs = load_splits(config), SentenceTransformer(str(run / "best"), device="cpu")
     for name in ("validation", "test"):
         pairs, rows = getattr(splits, name), read_lines(run / f"predictions/{name}_predictions.jsonl")
@@ -183,6 +180,7 @@ def test_two_processes_of_torchrun_end_as_one_of_the_same_batch_and_do_not_go_on
     ran(*flags, tmp_path / "one")
     one, two = (final_weights(tmp_path / name) for name in ("one", "two"))
     torch.testing.assert_close(two, one, atol=1e-6, rtol=0)
-    assert read_results(tmp_path / "two")["best"] == pytest.approx(read_results(tmp_path / "one")["best"], abs=1e-3)
+    best = [read_json(tmp_path / name / "results.json")["best"] for name in ("one", "two")]
+    assert best[1] == pytest.approx(best[0], abs=1e-3)
     (tmp_path / "two/results.json").unlink()
     refused(run_here(*flags, tmp_path / "two"), "processes was 2, is 1")

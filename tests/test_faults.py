@@ -282,21 +282,16 @@ def test_what_may_not_be_written_or_read_is_named_and_left_alone(
 CHOSEN = {"threshold", "thresholds", "decoding"}  # what best/ holds beside the weights
 
 
-def attack(folder: Path) -> object:
-    """What makes a folder when it is unpickled."""
+class Attack(str):
+    """The path of a folder that is made when it is unpickled."""
 
-    class Attack:
-        def __reduce__(self):
-            return os.mkdir, (str(folder / "pwned"),)
-
-    return Attack()
+    def __reduce__(self):
+        return os.mkdir, (str(self),)
 
 
 def damage(path: Path, how: str) -> None:
-    if how == "cut":
-        path.write_bytes(path.read_bytes()[:-100])
-    else:
-        path.write_bytes(pickle.dumps(attack(path.parent)))
+    attack = pickle.dumps(Attack(path.parent / "pwned"))
+    path.write_bytes(path.read_bytes()[:-100] if how == "cut" else attack)
 
 
 @pytest.mark.parametrize("how", ["cut", "pickle"])

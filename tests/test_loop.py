@@ -32,11 +32,13 @@ def padding(batches: Iterable[list[int]]) -> float:
 
 @pytest.mark.parametrize("project", SORTING)
 def test_an_epoch_holds_every_row_once_in_batches_of_like_length(project):
-    epoch_batches = module(project, "dataset").epoch_batches
+    dataset = module(project, "dataset")
     for count in (1, 32, 33, 5000):
-        batches = epoch_batches(LENGTHS[:count], 32, 1, 2)
-        assert sorted(row for batch in batches for row in batch) == list(range(count))
+        batches = dataset.epoch_batches(LENGTHS[:count], 32, 1, 2)
+        in_evaluation = [row for batch in dataset.sorted_batches(LENGTHS[:count], 32) for row in batch]
+        assert sorted(row for batch in batches for row in batch) == sorted(in_evaluation) == list(range(count))
         assert len(batches) == math.ceil(count / 32) and max(map(len, batches)) <= 32
+        assert (np.diff(LENGTHS[in_evaluation]) <= 0).all()  # the longest first
     shuffled = np.random.default_rng(0).permutation(5000)
     assert padding(batches) < 0.2 < 0.7 < padding(shuffled[first : first + 32] for first in range(0, 5000, 32))
     longest = [LENGTHS[batch].max() for batch in batches]
@@ -52,13 +54,6 @@ def test_the_order_is_a_function_of_seed_and_epoch_alone(project):
     state = random.getstate(), np.random.get_state()[2], torch.get_rng_state().tolist()
     assert epoch_batches(LENGTHS, 32, 1, 2) == first
     assert state == (random.getstate(), np.random.get_state()[2], torch.get_rng_state().tolist())
-
-
-@pytest.mark.parametrize("project", SORTING)
-def test_evaluation_holds_every_row_once_longest_first(project):
-    for count in (1, 33, 5000):
-        rows = [row for batch in module(project, "dataset").sorted_batches(LENGTHS[:count], 32) for row in batch]
-        assert sorted(rows) == list(range(count)) and (np.diff(LENGTHS[rows]) <= 0).all()
 
 
 # The gradient

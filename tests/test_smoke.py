@@ -141,5 +141,6 @@ def test_killed_and_started_again_a_run_ends_bit_for_bit_as_one_never_stopped(
     assert train.main(killed) is None
     resumed = re.findall("resuming from step (.) of 6", capsys.readouterr().out)
     assert resumed in (["2", "4"], ["2", "5"])  # 5: an epoch's end, where each run is saved
+    assert {*begun} == {*range(6)}  # each step draws from its own number, in every epoch
     expected, found = outcome(tmp_path / "whole"), outcome(tmp_path / "killed")
     assert [name for name in expected | found if not same(expected.get(name), found.get(name))] == []

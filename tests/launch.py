@@ -160,6 +160,28 @@ def first_step(train, config, model=None, prepare=lambda model: None) -> FirstSt
     return FirstStep(models[0], gradient, tuple(taken))
 
 
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+# python -c STOP MODULE SIGNAL STEP FLAGS: a script to which a signal is sent at a step.
+STOP = """
+import os, runpy, sys
+sys.path[0] = os.getcwd()
+from common.checkpoint.run import Run
+
+log, module, number, step = Run.log, sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+
+def stop(run, record):
+    log(run, record)
+    if record["event"] == "step" and record["step"] == step:
+        if "RANK" not in os.environ:
+            os.killpg(0, number)  # the loader's worker too, as a terminal and a scheduler do
+        elif os.environ["RANK"] == "1":
+            os.kill(os.getpid(), number)
+
+Run.log, sys.argv = stop, [module, *sys.argv[4:]]
+runpy.run_module(module, run_name="__main__")
+"""
+
+
 # Short runs
 
 

@@ -202,7 +202,6 @@ LACKING = [  # what is asked for, and what must be said of it
     ("train", ("--sample", "--data_dir", "none"), ["none", "--data_dir", "--sample"]),
     ("train", ("--sample", "--model", "no/such"), ["model no/such is not on this machine", "download"]),
     ("train", ("--sample", "--model", "../typo"), ["model ../typo: there is no such folder"]),
-    ("train", ("--sample", "--model", "afqmc/config.py"), ["model afqmc/config.py"]),
     ("train", ("--model", "no/such", "--data_dir", "SAMPLE"), ["model no/such is not on this machine", "--sample"]),
     ("evaluate", ("--run_dir", "none"), ["none is not a run", "--run_dir"]),
     ("evaluate", ("--sample", "--seed", "77"), ["holds no trained model", "--run_dir"]),

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from launch import call, config_of, final_weights, ran, read_lines, refused, run_here, short_flags
+from launch import STOP, TORCHRUN, call, config_of, final_weights, ran, read_lines, refused, run_here, short_flags
 from safetensors.torch import load_file
 from scipy.stats import pearsonr, spearmanr
 from sentence_transformers import SentenceTransformer
@@ -172,11 +172,13 @@ def test_a_query_prints_the_nearest_lines_with_the_prompts(short_run):
 
 
 @pytest.mark.slow
-def test_two_processes_of_torchrun_end_as_one_of_the_same_batch_and_do_not_go_on_as_one(few_rows, tmp_path):
+def test_two_processes_of_torchrun_stop_together_and_end_as_one_of_the_same_batch(few_rows, tmp_path):
     fixed = ("--adapter_dropout", 0, "--chunk_tokens", 300, "--learning_rate", "2e-4", "--run_dir")
     flags = ("embeddings/train.py", *short_flags("embeddings", "--data_dir", few_rows("embeddings"), *fixed))
-    out, _ = call("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, *flags, tmp_path / "two")
-    assert out.count("done | validation") == 1  # only one process speaks
+    (tmp_path / "stop.py").write_text(STOP, encoding="utf-8")
+    call(*TORCHRUN, tmp_path / "stop.py", "embeddings.train", 15, 3, *flags[1:], tmp_path / "two", code=1)
+    out, _ = call(*TORCHRUN, *flags, tmp_path / "two")
+    assert "resuming from step 4 of 6" in out and out.count("done | validation") == 1  # only one process speaks
     ran(*flags, tmp_path / "one")
     one, two = (final_weights(tmp_path / name) for name in ("one", "two"))
     torch.testing.assert_close(two, one, atol=1e-6, rtol=0)

@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from launch import ROOT, call, config_of, final_weights, first_step, ran, read_lines, run_here
+from launch import ROOT, STOP, TORCHRUN, call, config_of, final_weights, first_step, ran, read_lines, run_here
 from sklearn.metrics import average_precision_score
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -525,17 +525,21 @@ def test_a_process_that_hangs_is_ended_with_its_stacks(settings, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_one_of_which_dies_once_and_two_sharded_ones_equal_one(settings, tmp_path):
+def test_two_processes_one_of_which_stops_and_dies_once_and_two_sharded_ones_equal_one(settings, tmp_path):
     """Batches of 10 of 126 rows, in steps of 4: the last step of an epoch has one, and a process a stand-in."""
     own = {"max_steps": 6, "save_steps": 3, "batch_size": 10, "learning_rate": 2e-4, "logging_steps": 1} | settings
     own |= {"augment_features": 1.0, "rare_label_rows": 8}
     train.main(changed(**own, gradient_accumulation_steps=4, run_dir=str(tmp_path / "one")))
     (tmp_path / "fails.py").write_text(FAILS, encoding="utf-8")
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1")
+    (tmp_path / "stop.py").write_text(STOP, encoding="utf-8")
     flags = ("--sample", "--gradient_accumulation_steps=2", *(f"--{name}={value}" for name, value in own.items()))
     starts = {"two": (tmp_path / "fails.py",), "sharded": (ROOT / "emotions/train.py", "--shard")}
-    said = {name: call(*torchrun, *words, *flags, f"--run_dir={tmp_path / name}") for name, words in starts.items()}
-    assert "resuming from step 3 of 6" in said["two"][0]
+    stop = ("emotions.train", 15, 1, *flags, f"--run_dir={tmp_path / 'two'}")
+    call(*TORCHRUN, tmp_path / "stop.py", *stop, code=1)
+    torchrun, said = (*TORCHRUN, "--max-restarts=1"), {}
+    for name, words in starts.items():
+        said[name] = call(*torchrun, *words, *flags, f"--run_dir={tmp_path / name}")
+    assert all(f"resuming from step {step} of 6" in said["two"][0] for step in (2, 3))
 
     whole, *runs = (final_weights(tmp_path / name) for name in ("one", *starts))
     losses = [line["loss"] for line in read_lines(tmp_path / "one/metrics.jsonl")]

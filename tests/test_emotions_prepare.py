@@ -170,11 +170,9 @@ def test_a_smaller_pilot_is_inside_a_larger_one_and_files_it_did_not_write_stay(
         ("isear/isear.csv", None, ["--raw_dir", "unige.ch"]),
         ("goemotions/train.tsv", "B\tC\t3\tx\n", ["line 1601", "4 fields"]),
         ("goemotions/train.tsv", "A\t3,28\tx\n", ["line 1601", "'3,28'", "0 to 27"]),
-        ("goemotions/emotions.txt", "\nawe", ["line 29", "'awe'"]),
         ("semeval2018_ec/E-c-En-train.txt", "x\tA" + "\t2" * 11 + "\n", ["line 162", "anger is '2'", "0 or 1"]),
         ("isear/isear.csv", "\n" + "0|" * 36 + "envy|4|3|k|A|1|", ["line 149", "'envy'", "joy, fear"]),
         ("meld/dev_sent_emo.csv", '1,"a\nb",A,joy,,0,0,1,1,t,t\r\n1,A,joy\r\n', ["line 44", "3 fields"]),
-        ("meld/dev_sent_emo.csv", '1,"B,A,joy,,0,1\r\n', ["line 42", "CSV"]),
     ],
 )
 def test_a_missing_or_malformed_raw_file_is_named_and_nothing_is_written(data, name, text, words):

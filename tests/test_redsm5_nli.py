@@ -342,7 +342,6 @@ def test_a_pair_is_positive_exactly_where_some_row_has_status_1(tmp_path):
         ("annotations", "{post},a,b", ["6 fields", "3"]),
         ("posts", "{post},a", ["{post}", "line 2"]),
         ("posts", "s_0_0, ", ["text is empty"]),
-        ("posts", "s_0_0,caf\xe9", ["UTF-8", "0xe9"]),
     ],
 )
 def test_a_bad_row_is_named_with_its_file_and_line(name, row, words, few_rows, tmp_path):

@@ -130,13 +130,13 @@ def test_killed_and_started_again_a_run_ends_bit_for_bit_as_one_never_stopped(
         if begun[-1:] != [step]:
             begun.append(step)
             if len(begun) % 4 == 0:  # in the second step after one that was saved
-                raise KeyboardInterrupt
+                raise SystemExit
         seed_micro_batch(seed, step, *rest)
 
     monkeypatch.setattr(train, "seed_micro_batch", kill)
     killed = config.model_copy(update={"run_dir": str(tmp_path / "killed")})
     for _ in range(2):
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(SystemExit):
             train.main(killed)
     assert train.main(killed) is None
     resumed = re.findall("resuming from step (.) of 6", capsys.readouterr().out)

@@ -12,7 +12,8 @@ from launch import train_short, write_few_rows
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before the first look for a GPU; the scripts that tests start inherit it
 # Where the weights are on the machine the tests must not find them: some tell what is missing.
-os.environ |= dict.fromkeys(("HF_HOME", "HF_HUB_CACHE"), tempfile.mkdtemp()) | {"HF_HUB_OFFLINE": "1"}
+os.environ |= dict.fromkeys(("HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE"), tempfile.mkdtemp())
+os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(1)
 
 
@@ -25,6 +26,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         slow = [item for item in items if item.get_closest_marker("slow")]
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if item not in {*slow}]
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)  # what a test draws depends on no test before it
 
 
 @pytest.fixture(scope="session")

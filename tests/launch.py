@@ -28,7 +28,7 @@ SCRIPTS = sorted(
 )
 
 # A line that every project answers.
-LINE = '{"text": "I cannot sleep.", "sentence1": "怎么还款", "sentence2": "如何还款"}'
+LINE = '{"text": "I cannot sleep.", "question": "Why?", "sentence1": "怎么还款", "sentence2": "如何还款"}'
 DRAWN = {  # settings under which all is drawn that can be, in epochs of 4 or 5 steps: runs that are stopped and go on
     "afqmc": {"fgm_epsilon": 1.0, "gradient_accumulation_steps": 2, "batch_size": 12, "amp": "bf16"},
     "redsm5_nli": {"adapter_dropout": 0.1, "pooler": "attention", "gradient_accumulation_steps": 3, "batch_size": 5},
@@ -97,10 +97,11 @@ def run_here(script: str, *flags: object, cwd: Path = ROOT, text: str | bytes = 
         patch.chdir(cwd)
         patch.setenv("COLUMNS", "120")
         patch.setattr(sys, "argv", [script, *map(str, flags)])
-        patch.setattr(sys, "path", [*sys.path])
+        patch.setattr(sys, "path", [str((ROOT / script).parent), *sys.path])
         patch.setattr(sys, "stdin", io.TextIOWrapper(sent, encoding="utf-8"))
         with pytest.raises(SystemExit) as end:
             runpy.run_path(str(ROOT / script), run_name="__main__")
+        assert sys.path[0] == str(ROOT)  # without which it could not be started as a process
     said = []
     for stream in (out, err):
         stream.flush()
@@ -131,18 +132,15 @@ class FirstStep(NamedTuple):
     update: tuple  # what train.update takes: optimizer, scheduler and, where losses are scaled, the scaler
 
 
-def first_step(train, config, model=None, prepare=lambda model: None) -> FirstStep:
-    """Run train.main to its first optimizer step and no further.
-
-    model: trained instead of the one that the config names. prepare: is shown the model before.
-    """
+def first_step(train, config, prepare=lambda model: None) -> FirstStep:
+    """Run train.main to its first optimizer step and no further. prepare: is shown the model before."""
     models, taken = [], []
 
     class Taken(Exception):
         pass
 
     def build(*arguments):
-        models.append(build_model(*arguments) if model is None else model)
+        models.append(build_model(*arguments))
         prepare(models[-1])
         return models[-1]
 
@@ -235,8 +233,9 @@ def read_lines(path: Path) -> list[dict]:
 
 def listing(folder: Path) -> dict[str, int]:
     """The times of a folder's files, those aside that Python or the user of the checkout makes."""
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {str(path): path.stat().st_mtime_ns for path in files if not {"__pycache__", "runs", "data"} & {*path.parts}}
+    made, files = {"__pycache__", "runs", "data"}, (path for path in folder.rglob("*") if path.is_file())
+    files = (path for path in files if not made & {*path.relative_to(folder).parts})
+    return {str(path): path.stat().st_mtime_ns for path in files}
 
 
 def wait_for_lines(process: subprocess.Popen, path: Path, count: int) -> None:

@@ -223,7 +223,6 @@ def test_a_steps_gradient_is_autograds_at_once(weights, gamma, smoothing, epsilo
 
 
 def test_fgms_step_has_length_epsilon_for_each_example_and_no_gradient_is_lost_to_rounding():
-    torch.manual_seed(0)
     gradient = torch.randn(5, 7, 3) * torch.logspace(-30, 2, 5)[:, None, None]
     torch.testing.assert_close(fgm_perturbation(gradient, 0.8).flatten(1).norm(dim=1), torch.full((5,), 0.8))
     gradient[2] = 0
@@ -276,7 +275,6 @@ def test_a_run_is_scored_at_half_and_at_the_best_threshold_of_validation(config,
     settings, labels = config(eval_batch_size=7), splits["train"].labels
     weights = compute_class_weight("balanced", classes=np.arange(2), y=labels.numpy())
     model = build_model(settings)
-    torch.manual_seed(0)
     torch.nn.init.normal_(model.classifier.weight, std=0.3)
     save_model(model, tokenizer, 0.5, tmp_path)
     reference = AutoModelForSequenceClassification.from_pretrained(tmp_path)

@@ -206,7 +206,6 @@ LACKING = [  # what is asked for, and what must be said of it
     ("evaluate", ("--run_dir", "none"), ["none is not a run", "--run_dir"]),
     ("evaluate", ("--sample", "--seed", "77"), ["holds no trained model", "--run_dir"]),
     ("predict", ("--run_dir", "none"), ["none is not a run", "--run_dir"]),
-    ("predict", ("--sample", "--seed", "77"), ["holds no trained model", "--run_dir"]),
 ]
 
 

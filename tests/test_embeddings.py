@@ -225,7 +225,6 @@ POOLING = {"last": lambda states: states[-1], "cls": lambda states: states[0], "
 
 @pytest.mark.parametrize("pooling", POOLING)
 def test_pooling_takes_the_real_tokens_in_fp32_whichever_side_is_padded(pooling):
-    torch.manual_seed(0)
     states, mask = torch.randn(4, 5, 3).bfloat16(), torch.zeros(4, 5, dtype=torch.long)
     real = [slice(0, 5), slice(0, 3), slice(2, 5), slice(4, 5)]
     for row, tokens in enumerate(real):
@@ -283,7 +282,6 @@ def test_a_decoder_that_stays_causal_in_one_layer_or_sees_padding_is_refused():
 )
 def test_an_adapted_layer_and_its_gradients_follow_the_formula_and_it_merges(dropout, bias, dtype):
     """A and B are fp32 whatever the base is, and W + s B A is rounded to it once."""
-    torch.manual_seed(0)
     base, x = nn.Linear(24, 40, bias=bias).to(dtype), torch.randn(3, 7, 24).to(dtype).requires_grad_()
     layer, direction = LoRALinear(base, 4, 10.0, dropout), torch.randn(3, 7, 40)
     assert layer.lora_A.std().item() == pytest.approx(1 / 4, rel=0.2) and layer.lora_A.dtype == torch.float32
@@ -378,7 +376,6 @@ LOSSES = [(2, 0.05, [], None), (3, 0.05, [], None), (3, 0.2, [9, 5], None), (2, 
 
 @pytest.mark.parametrize("width, temperature, dims, margin", [*LOSSES, (3, 0.3, [6], -0.3)])
 def test_the_loss_and_its_gradient_are_the_formula_in_fp32(width, temperature, dims, margin):
-    torch.manual_seed(0)
     vectors = (torch.randn(width, 7, 12) * (1 + 3 * torch.rand(width, 7, 1))).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
         found, low = info_nce(vectors, temperature, dims, margin), info_nce(vectors.bfloat16(), temperature)
@@ -479,11 +476,11 @@ def test_two_processes_have_the_gradient_of_one(step, tmp_path):
         os.environ |= torchrun | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         torch.save(step(**PARTS).gradient, tmp_path / f"{rank}.pt")
 
-    processes = [get_context("fork").Process(target=part, args=(rank,)) for rank in range(2)]
+    processes = [get_context("fork").Process(target=part, args=(rank,), daemon=True) for rank in range(2)]
     for process in processes:
         process.start()
     for process in processes:
         process.join(60)
-        process.kill()
+        assert process.exitcode == 0
     for rank in range(2):
         close_gradients(FirstStep(None, torch.load(tmp_path / f"{rank}.pt"), ()), expected)

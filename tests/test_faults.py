@@ -127,6 +127,7 @@ def contents(folder: Path) -> dict[str, bytes | None]:
 # Kills, signals, a second process
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signal")
 @every_project
 def test_kill_9_costs_nothing(project, flags_of, tmp_path):
     """At random lines of the metrics; each time the same command, which in the end is left alone."""
@@ -140,8 +141,8 @@ def test_kill_9_costs_nothing(project, flags_of, tmp_path):
         with start(script, *flags, "--run_dir", killed) as process:
             wait_for_lines(process, killed / "metrics.jsonl", line)
             process.kill()
-            process.communicate()
-        assert process.returncode == -signal.SIGKILL
+            said = process.communicate()
+        assert process.returncode == -signal.SIGKILL, said
     assert ran(script, *flags, "--run_dir", killed).splitlines()[-1].startswith("done | ")
     assert_same_run(killed, whole)
 
@@ -305,12 +306,12 @@ def test_a_damaged_model_is_refused_by_name(project, how, short_run, tmp_path):
 
 @every_project
 def test_a_model_folder_that_lacks_a_part_is_named(project, train, tmp_path):
-    for part in ("tokenizer.json", "config.json", "model.safetensors"):
-        model = shutil.copytree(ROOT / project / "sample/model", tmp_path / part)
+    for part, word in (("tokenizer.json", "tokenizer"), ("config.json", "config"), ("model.safetensors", "pretrained")):
+        model = shutil.copytree(ROOT / project / "sample/model", tmp_path / part[:3])
         for path in model.glob("tokenizer*") if "tokenizer" in part else (model / part,):
             path.unlink(missing_ok=True)
         own = ("--init", "pretrained") if "init" in settings_of(project) else ()
-        refused(train(project, tmp_path / "run", "--model", model, *own), model)
+        refused(train(project, tmp_path / "run", "--model", model, *own), model, word)
     assert not (tmp_path / "run").exists()
 
 
@@ -326,7 +327,8 @@ def test_a_reader_that_stops_early_gets_no_error_message(project, short_run, tmp
 
 @every_project
 def test_another_projects_or_another_configs_run_is_refused_and_left_alone(project, short_run, train, tmp_path):
-    foreign = shutil.copytree(short_run(PROJECTS[PROJECTS.index(project) - 1]), tmp_path / "foreign")
+    other = next(name for name in PROJECTS if settings_of(name).keys() != settings_of(project).keys())
+    foreign = shutil.copytree(short_run(other), tmp_path / "foreign")
     own = shutil.copytree(short_run(project), tmp_path / "own")
     before = contents(tmp_path)
     refused(train(project, foreign), f"{foreign} holds a run with another config", "absent")
@@ -390,6 +392,6 @@ def test_a_loss_that_is_no_number_ends_the_run_and_costs_nothing(
 def test_a_learning_rate_that_breaks_the_weights_ends_the_run(project, train, tmp_path):
     flags = (tmp_path / "run", "--learning_rate", "1e30", "--save_steps", "1")
     said = [refused(train(project, *flags)) for _ in range(2)]
-    assert said[0] == said[1] and "not a finite" not in said[0]
+    assert said[0] == said[1]
     assert re.match(r"error: the (loss|gradient norm) is (nan|inf) at step [1-6], in the batch of .*\d.*;", said[0])
     assert not (tmp_path / "run" / "best").exists()

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from launch import PROJECTS, ROOT, SCRIPTS, listing, module, run_here, settings_of
+from launch import LINE, PROJECTS, ROOT, SCRIPTS, listing, module, run_here, settings_of
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 pytestmark = pytest.mark.slow
@@ -104,13 +104,12 @@ LIMITS = {  # of the flags that a script offers
     **dict.fromkeys(("batch_size", "encode_sizes", "memory_sizes", "texts", "rows", "windows", "tokens", "lengths"), 8),
     **{"post_tokens": 8, "pairs": 24, "length": 64, "vocab": 64, "sides": "ours"},
 }
-ROW = '{"text": "I lie awake.", "question": "Why?", "sentence1": "怎么还款", "sentence2": "如何还款"}\n'
 
 
 def stand_in(flag: str, value: str, project: str, rows: Path, folder: Path) -> Path | int | None:
     """What is there for a file or a run of the user's, or for a number that is too high for the sample."""
     if flag == "input":  # the sample's file of that name, or a line that is a text and each project's JSON row
-        (folder / value).write_text(ROW, encoding="utf-8")
+        (folder / value).write_text(f"{LINE}\n", encoding="utf-8")
         return next((path for path in rows.iterdir() if path.name.endswith(f"_{value}")), folder / value)
     own = {"beir": ROOT / project / "sample/beir", "raw_dir": folder / "raw", "runs": folder / "runs/short"}
     own |= {"nli": rows / "train.jsonl", "sts": rows / "sts-dev.csv" if "." in value else rows, "num_rows": 50}
@@ -176,7 +175,7 @@ def test_every_command_runs_on_the_sample(script, few_rows, short_run, tmp_path,
         form = sample_form(script, flags, offered, few_rows(project), tmp_path)
         forms.setdefault((*form, sent), f"{where}: {script} {shlex.join(flags)}")
     for (*form, sent), command in forms.items():
-        code, out, err = run_here(str(ROOT / script), *form, cwd=tmp_path, text=f"{sent or ROW}\n")
+        code, out, err = run_here(str(ROOT / script), *form, cwd=tmp_path, text=f"{sent or LINE}\n")
         reason = lacking(script, form, offered)
         if not (re.fullmatch(f"error: .*({reason}).*\n", err, re.IGNORECASE) if reason else code == 0):
             problems.append(f"{command}\nas {shlex.join(form)}: {code}\n{out[-500:]}{err}")

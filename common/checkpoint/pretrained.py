@@ -73,7 +73,8 @@ def load_tokenizer(
     Raises UserError.
     """
     tokenizer = load_part(source, "tokenizer", spm_or_auto_tokenizer)
-    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # what transformers makes up where there are no files
+    # Without files transformers makes up a tokenizer of special tokens alone, whose ids need not be the first ones
+    if len(tokenizer.get_vocab()) <= len(set(tokenizer.all_special_ids)):
         raise UserError(f"{source} holds no tokenizer: tokenizer.json, spm.model or vocab.txt is missing")
     if not tokenizer.is_fast:
         raise UserError(f"{source}: needs a fast tokenizer, this one is slow")

@@ -102,7 +102,7 @@ LIMITS = {  # of the flags that a script offers
     **dict.fromkeys(("max_steps", "warmup_steps", "eval_steps", "gradient_accumulation_steps"), 1),
     **dict.fromkeys(("rounds", "layers", "steps"), 1) | dict.fromkeys(("batch", "trials", "folds"), 2),
     **dict.fromkeys(("batch_size", "encode_sizes", "memory_sizes", "texts", "rows", "windows", "tokens", "lengths"), 8),
-    **{"post_tokens": 8, "pairs": 24, "length": 64, "vocab": 64, "sides": "ours"},
+    **{"post_tokens": 8, "pairs": 24, "length": 64, "vocab": 64},
 }
 
 

@@ -131,13 +131,13 @@ def contents(folder: Path) -> dict[str, bytes | None]:
 @every_project
 def test_kill_9_costs_nothing(project, flags_of, tmp_path):
     """At random lines of the metrics; each time the same command, which in the end is left alone."""
-    kills, seed = int(os.environ.get("KILLS", "2")), int(os.environ.get("KILL_SEED", "0"))
-    print(f"kills drawn from seed {seed}")
+    kills, kill_seed = int(os.environ.get("KILLS", "2")), int(os.environ.get("KILL_SEED", "0"))
+    print(f"kills drawn from seed {kill_seed}")
     drawn = [f"--{name}={value}" for name, value in DRAWN.get(project, {}).items()]
     flags = (*flags_of(project), *drawn, "--save_steps=3")
     script, whole, killed = f"{project}/train.py", tmp_path / "whole", tmp_path / "killed"
     ran(script, *flags, "--run_dir", whole)
-    for line in sorted(random.Random(seed).sample(range(1, 12), kills)):
+    for line in sorted(random.Random(kill_seed).sample(range(1, 12), kills)):
         with start(script, *flags, "--run_dir", killed) as process:
             wait_for_lines(process, killed / "metrics.jsonl", line)
             process.kill()

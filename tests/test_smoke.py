@@ -67,10 +67,8 @@ def test_evaluate_and_predict_need_the_run_alone(project, short_run, tmp_path):
     (run / "report.md").unlink()
     assert ran(f"{project}/evaluate.py", "--run_dir", "run", cwd=tmp_path).strip() == report.strip()
     assert (run / "report.md").read_text(encoding="utf-8") == report
-    script = ROOT / answering(project)
-    out, err = call(
-        script, "--run_dir", "run", cwd=tmp_path, text=LINE
-    )  # in a process of its own, as its users start it
+    script = ROOT / answering(project)  # in a process of its own, as its users start it
+    out, err = call(script, "--run_dir", "run", cwd=tmp_path, text=LINE)
     assert out.count("\n") >= 1 and "error" not in out + err
 
 

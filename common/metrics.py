@@ -16,11 +16,24 @@ from sklearn.metrics import (
 )
 
 
+def too_few(rows: int, of_class: dict[str, int]) -> str | None:
+    """What to say of a split that is too small to choose an epoch or a threshold by; None where it is not.
+
+    of_class: the rows of each class. 30 rows, and 10 of each class, are the least.
+    """
+    rare = [f"{count} of {name}" for name, count in of_class.items() if count < 10]
+    if rows >= 30 and not rare:
+        return None
+    more = f" and {len(rare) - 3} more under 10" if len(rare) > 3 else ""
+    return f"{rows} rows{', ' if rare else ''}{', '.join(rare[:3])}{more}: too few to choose by"
+
+
 def classification_metrics(labels: Sequence[int], predictions: Sequence[int], class_names: Sequence[str]) -> dict:
     """Accuracy, macro and weighted and per-class precision, recall, F1, and the confusion matrix.
 
     labels, predictions: (N,) class indices below len(class_names). A class that occurs in neither has precision,
-    recall and F1 of 0 and counts in the macro mean; scikit-learn's zero_division=0 says the same.
+    recall and F1 of 0 and counts in the macro mean; scikit-learn's zero_division=0 says the same. f1_macro_occurring is
+    the mean over the classes that labels holds.
     The confusion matrix has true classes in rows, predicted classes in columns.
     Raises ValueError when there is nothing to score or an index is out of range.
     """
@@ -41,6 +54,7 @@ def classification_metrics(labels: Sequence[int], predictions: Sequence[int], cl
         name: {"precision": float(p), "recall": float(r), "f1": float(f), "support": int(n)}
         for name, p, r, f, n in zip(class_names, *columns)
     }
+    result["f1_macro_occurring"] = float(np.mean([row["f1"] for row in result["per_class"].values() if row["support"]]))
     result["confusion_matrix"] = confusion_matrix(labels, predictions, labels=classes).tolist()
     return result
 
@@ -62,7 +76,8 @@ def per_label_metrics(
     """Precision, recall, F1 and support of each label's positives, and their macro means.
 
     labels, predictions: (N, L) of 0 and 1; known, (N, L), says which cells count: all, where it is not given. A label
-    without positives in either has zeros and counts in the means, unless no row knows it.
+    without positives in either has zeros and counts in the means, unless no row knows it. f1_macro_occurring is the
+    mean over the labels with a positive among the labels, None without one.
     """
     known = np.ones(labels.shape, dtype=bool) if known is None else known
     names, result = ("precision", "recall", "f1"), {}
@@ -71,6 +86,8 @@ def per_label_metrics(
         result[name] = dict(zip(names, scores)) | {"support": int(truth[counts].sum())}
     counted = [row for row, counts in zip(result.values(), known.T) if counts.any()]
     means = {f"{name}_macro": float(np.mean([row[name] for row in counted])) for name in names}
+    occurring = [row["f1"] for row in counted if row["support"]]
+    means["f1_macro_occurring"] = float(np.mean(occurring)) if occurring else None
     return means | {"per_label": result}
 
 

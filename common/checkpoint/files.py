@@ -1,20 +1,25 @@
-"""Files that a kill or a full disk never leaves half written."""
+"""Files that a kill or a full disk never leaves half written, and what every reader of rows refuses."""
 
+import errno
 import json
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 from common.checkpoint import UserError
 
 
 def flush(path: Path) -> None:
-    """Wait until the disk holds a file, or a folder's list of names (which Windows cannot be asked for)."""
+    """Wait until the disk holds a file, or a folder's list of names where the system can be asked for that."""
     if path.is_dir() and os.name == "nt":
         return
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems' answer
+            raise
     finally:
         os.close(descriptor)
 
@@ -50,3 +55,43 @@ def read_json(path: Path) -> dict:
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no JSON object")
     return value
+
+
+def parse_object(text: str) -> dict:
+    """A JSON object. Raises ValueError for what is none, and for a key that stands twice: which one would count?"""
+    try:
+        row = json.loads(text, object_pairs_hook=unique_keys)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"expected a JSON object, found {text[:40]!r} ({error})") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"expected a JSON object, found {text[:40]!r}")
+    return row
+
+
+def unique_keys(pairs: list[tuple[str, object]]) -> dict:
+    if len(row := dict(pairs)) < len(pairs):
+        raise ValueError(f"{first_repeated([key for key, _ in pairs])!r} stands in it twice")
+    return row
+
+
+def first_repeated(names: list[str]) -> str | None:
+    """The first of the keys or columns that stands there again."""
+    return next((name for place, name in enumerate(names) if name in names[:place]), None)
+
+
+def unread_keys(keys: Iterable[str], known: Collection[str], near: Collection[str] = ()) -> list[str]:
+    """The keys or columns of a row that nobody reads, for the data table to count.
+
+    Raises ValueError for one that is a known key, or one of near, but for case, plural or number: a mistyped key would
+    be left out in silence.
+    """
+    unread = [key for key in keys if key not in known]
+    stems = {stem(key) for key in (*known, *near)} if unread else set()
+    if mistyped := [key for key in unread if stem(key) in stems]:
+        raise ValueError(f"nobody reads the key {mistyped[0]!r}; known are {', '.join(known)}")
+    return unread
+
+
+def stem(key: str) -> str:
+    """A key without case, number and plural: hard_negatives, Hard-Negative and hard_negative_1 are one."""
+    return re.sub(r"[\W\d_]", "", key.casefold()).rstrip("s")

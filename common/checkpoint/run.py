@@ -16,7 +16,7 @@ import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -32,6 +32,8 @@ except ImportError:  # Windows
     import msvcrt
 
 FORMAT = 1  # of a run; raised by any change that moves a number or a name. Runs older than this number have none
+
+T = TypeVar("T")
 
 
 def read_run(path: Path) -> dict:
@@ -83,6 +85,34 @@ def best_folder(path: Path) -> Path:
     raise UserError(f"{path} holds no trained model: train with the same flags first, or name a run with --run_dir")
 
 
+def read_best(path: Path, load: Callable[[Path], T]) -> T:
+    """What load reads in the folder of a run's best model; read again where training has swapped it meanwhile.
+
+    Otherwise the threshold of one epoch could go with the weights of the next.
+    """
+    while True:
+        before = identify_best(path)
+        try:
+            loaded = load(before[0])
+        except UserError:
+            if identify_best(path) == before:
+                raise
+            continue
+        if identify_best(path) == before:
+            return loaded
+
+
+def identify_best(path: Path) -> tuple[Path, int, int]:
+    """The folder of the best model, and what tells it from another one that takes its name."""
+    while True:
+        folder = best_folder(path)
+        try:
+            status = folder.stat()
+        except FileNotFoundError:  # swapped just now
+            continue
+        return folder, status.st_ino, status.st_mtime_ns
+
+
 class Run:
     """A run folder held by this process: created or reopened, locked until close or the end of the process.
 
@@ -129,9 +159,10 @@ class Run:
                 msvcrt.locking(self.lock_file.fileno(), msvcrt.LK_NBLCK, 1)
         except OSError as error:
             self.close()
-            reason = "another process is working there" if error.errno in (errno.EACCES, errno.EAGAIN) else error
-            message = f"{self.path} cannot be locked: {reason}. Wait for it, or give another --run_dir"
-            raise UserError(message) from error
+            reason = f"{error}: its file system has no locks, so give a --run_dir on another one"
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                reason = "another process is working there. Wait for it, or give another --run_dir"
+            raise UserError(f"{self.path} cannot be locked: {reason}") from error
 
     def compare(self, same: dict, resumes: bool) -> None:
         """Refuse to go on with, or to score, what the run was not begun with."""
@@ -261,10 +292,13 @@ class Run:
         )
 
     def evaluations(self) -> list[dict]:
-        """The lines of metrics.jsonl that tell of an evaluation. Raises UserError."""
+        """The lines of metrics.jsonl that tell of an evaluation; a last one that a kill cut off is none.
+
+        Raises UserError.
+        """
         path = self.path / "metrics.jsonl"
         try:
-            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            lines = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
             return [line for line in lines if line["event"] == "evaluation"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} cannot be read: {type(error).__name__}: {error}") from error

@@ -8,39 +8,71 @@ N pairs, B batch, T tokens
 
 import hashlib
 import json
+import math
 import signal
+import unicodedata
+from collections import Counter, defaultdict
 from collections.abc import Iterable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import regex
 import torch
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from afqmc.config import Config
 from common.checkpoint import ROOT, UserError
+from common.checkpoint.files import parse_object, unread_keys
 from common.checkpoint.pretrained import check_ids
 from common.seed import epoch_generator
 
 LABELS = ("0", "1")  # 1: the two sentences mean the same
+KEYS = ("sentence1", "sentence2", "label", "id")  # of a row, that are read
 BUCKET = 100  # batches that are sorted by length together: leaves .8 % of padding on AFQMC
 
 
+def same_text(text: str) -> str:
+    """What equal texts have in common: letters, marks, digits with the . and , between them, and symbols.
+
+    NFKC and casefold; format characters and variation selectors go. Where nothing is left, the NFKC text.
+    """
+    text = unicodedata.normalize("NFKC", regex.sub(r"[\p{Cf}\p{DI}]", "", text))
+    kept = unicodedata.normalize("NFKC", text.casefold())
+    kept = regex.sub(r"(?<!\p{N})[.,]|[.,](?!\p{N})|[^\p{L}\p{Mn}\p{Mc}\p{N}\p{S}.,]", "", kept)
+    return kept or text
+
+
+def is_empty(text: str) -> bool:
+    """Whether a text shows nothing: blanks, control and format characters, variation selectors and fillers alone."""
+    return not regex.search(r"[^\p{Z}\p{Cc}\p{Cf}\p{DI}\u2800]", text)
+
+
+@cache  # the split, the data table and the report ask for it
+def pair_key(first: str, second: str) -> tuple[str, ...]:
+    return tuple(sorted((same_text(first), same_text(second))))
+
+
 class Pair(NamedTuple):
-    """One row: two sentences, the label (None where the file has none), the row's line number and id."""
+    """One row: two sentences, the label (None where the file has none), the row's line number and id.
+
+    unread: its keys that nobody reads.
+    """
 
     sentence1: str
     sentence2: str
     label: int | None
     line: int
     id: object = None
+    unread: tuple[str, ...] = ()
 
     @property
-    def key(self) -> frozenset:
-        """The pair without its order: equal for (a, b) and (b, a)."""
-        return frozenset((self.sentence1, self.sentence2))
+    def key(self) -> tuple[str, ...]:
+        """The pair without its order and its writing: equal for (a, b) and (b, a), and for the same texts."""
+        return pair_key(self.sentence1, self.sentence2)
 
 
 class Split(NamedTuple):
@@ -57,25 +89,21 @@ def parse_pair(line: bytes, number: int, labelled: bool) -> Pair:
         text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
     except UnicodeDecodeError as error:
         raise ValueError(f"expected UTF-8, found byte {error.object[error.start]:#x} ({error.reason})") from error
-    try:
-        row = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"expected a JSON object, found {text[:40]!r} ({error})") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"expected a JSON object, found {text[:40]!r}")
+    row = parse_object(text)
+    unread = tuple(unread_keys(row, KEYS))
     for name in ("sentence1", "sentence2"):
-        if not isinstance(row.get(name), str) or not row[name].strip():
-            raise ValueError(f"{name} is {row.get(name)!r}, expected a non-empty string")
+        if not isinstance(row.get(name), str) or is_empty(row[name]):
+            raise ValueError(f"{name} is {row.get(name)!a}, expected a non-empty string")  # !a shows invisible ones
         row[name].encode()  # JSON can hold half a surrogate pair, which is no text: UnicodeEncodeError is a ValueError
     if not isinstance(row.get("id"), str | int | None):
         raise ValueError(f"id is {row['id']!r}, expected a number or a string")
-    str(row.get("id")).encode()
+    "".join((str(row.get("id")), *unread)).encode()
     label = None
     if labelled:
         if str(row.get("label")) not in LABELS:
             raise ValueError(f'label is {row.get("label")!r}, expected "0" or "1"')
         label = int(row["label"])
-    return Pair(row["sentence1"].strip(), row["sentence2"].strip(), label, number, row.get("id"))
+    return Pair(row["sentence1"].strip(), row["sentence2"].strip(), label, number, row.get("id"), unread)
 
 
 def read_pairs(path: Path, labelled: bool = True) -> list[Pair]:
@@ -102,18 +130,36 @@ def read_pairs(path: Path, labelled: bool = True) -> list[Pair]:
 def split_pairs(pairs: list[Pair], fraction: float, seed: int) -> tuple[list[Pair], list[Pair]]:
     """Training and validation split, stratified by label; equal and swapped pairs stay on one side.
 
-    Raises ValueError when there are too few pairs of a label to have both labels on both sides.
+    Where that leaves the same texts in another writing on both sides, all is split anew, those together as well.
+    Raises ValueError as split_groups does.
+    """
+    for key in (lambda pair: frozenset(pair[:2]), lambda pair: pair.key):
+        groups = defaultdict(list)
+        for pair in pairs:
+            groups[key(pair)].append(pair)
+        train, validation = split_groups(list(groups.values()), fraction, seed)
+        if {pair.key for pair in train}.isdisjoint(pair.key for pair in validation):
+            break
+    return train, validation
+
+
+def split_groups(groups: list[list[Pair]], fraction: float, seed: int) -> tuple[list[Pair], list[Pair]]:
+    """Whole groups on two sides, stratified by the label of their first pair.
+
+    Raises ValueError when there are too few groups of a label to have both labels on both sides.
     """
     from sklearn.model_selection import train_test_split  # a second that --help has no use for
 
-    groups: dict[frozenset, list[Pair]] = {}
-    for pair in pairs:
-        groups.setdefault(pair.key, []).append(pair)
-    labels = [members[0].label for members in groups.values()]
-    split = train_test_split(list(groups.values()), test_size=fraction, random_state=seed, stratify=labels)
+    labels = [members[0].label for members in groups]
+    try:
+        split = train_test_split(groups, test_size=fraction, random_state=seed, stratify=labels)
+    except ValueError:  # in scikit-learn's words, of classes and members
+        split = [], []
     train, validation = ([pair for members in side for pair in members] for side in split)
     if not {pair.label for pair in train} == {pair.label for pair in validation} == {0, 1}:
-        raise ValueError("it would have a label on one side only")
+        found = " and ".join(f"{labels.count(label)} of label {name}" for label, name in enumerate(LABELS))
+        enough = math.ceil(1 / min(fraction, 1 - fraction))
+        raise ValueError(f"{found}, repeated ones aside; {enough} of each are enough at validation_fraction {fraction}")
     return train, validation
 
 
@@ -134,7 +180,7 @@ def load_splits(config: Config, tokenizer: PreTrainedTokenizerFast) -> dict[str,
 def make_split(pairs: list[Pair], tokenizer: PreTrainedTokenizerFast) -> Split:
     """The pairs, tokenised 1,000 at a time for their lengths. Raises UserError for a token without an embedding."""
     lengths = []
-    for start in range(0, len(pairs), 1000):
+    for start in tqdm(range(0, len(pairs), 1000), "counting tokens", leave=False, disable=None, delay=5):
         part = pairs[start : start + 1000]
         first, second = zip(*(pair[:2] for pair in part))
         ids = tokenizer(list(first), list(second), verbose=False)["input_ids"]  # verbose warns of what will be cut
@@ -150,8 +196,13 @@ def fingerprint(splits: dict[str, Split]) -> str:
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
+def count_unread(pairs: Iterable[Pair]) -> Counter:
+    """For each key that nobody reads the rows that have it."""
+    return Counter(key for pair in pairs for key in pair.unread)
+
+
 def repeated_in_test(splits: dict[str, Split]) -> int:
-    """How many test pairs, in either order, also stand in train.json."""
+    """How many test pairs, in either order and any writing, also stand in train.json."""
     known = {pair.key for pair in splits["train"].pairs + splits["validation"].pairs}
     return sum(pair.key in known for pair in splits["test"].pairs)
 

@@ -5,7 +5,7 @@
 """
 
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from itertools import combinations
 from pathlib import Path
 
@@ -16,10 +16,10 @@ import numpy as np
 
 from afqmc.cli import run_script
 from afqmc.config import Config
-from afqmc.dataset import LABELS, Pair, Split, make_split, read_pairs
+from afqmc.dataset import LABELS, Pair, Split, count_unread, make_split, read_pairs
 from afqmc.loss import class_weights
 from afqmc.model import find_tokenizer
-from afqmc.report import table
+from afqmc.report import table, unread_line
 from common.checkpoint import ROOT
 
 
@@ -37,22 +37,28 @@ def recommended_max_length(lengths: np.ndarray) -> int:
 
 
 def repetitions(pairs: list[Pair]) -> dict[str, int]:
-    """Rows that repeat an earlier pair as it is, or swapped, and unordered pairs that have both labels."""
-    as_is, by_key = {pair[:2] for pair in pairs}, defaultdict(set)
+    """Rows that repeat an earlier pair as it is, swapped or in another writing, and pairs that have both labels.
+
+    What is the same but for writing (case, width, punctuation) and order is one pair.
+    """
+    as_is, unordered = {pair[:2] for pair in pairs}, {frozenset(pair[:2]) for pair in pairs}
+    by_key = defaultdict(set)
     for pair in pairs:
         by_key[pair.key].add(pair.label)
+    equal = Counter(pair.label for pair in pairs if pair.key[0] == pair.key[1])
     return {
         "repeated as they are": len(pairs) - len(as_is),
-        "repeated swapped": len(as_is) - len(by_key),
+        "repeated swapped": len(as_is) - len(unordered),
+        "repeated in another writing": len(unordered) - len(by_key),
         "pairs with both labels": sum({0, 1} <= labels for labels in by_key.values()),
-        "equal sentences": sum(len(pair.key) == 1 for pair in pairs),
-        "equal sentences with label 0": sum(len(pair.key) == 1 and pair.label == 0 for pair in pairs),
+        "equal sentences": equal.total(),
+        "equal sentences with label 0": equal[0],
     }
 
 
 def overlap_rows(files: dict[str, list[Pair]]) -> list[list]:
-    """For each two files: pairs (either order) and distinct sentences that stand in both."""
-    sentences = {name: {sentence for pair in pairs for sentence in pair[:2]} for name, pairs in files.items()}
+    """For each two files: pairs (either order) and distinct sentences that stand in both, in any writing."""
+    sentences = {name: {text for pair in pairs for text in pair.key} for name, pairs in files.items()}
     keys = {name: {pair.key for pair in pairs} for name, pairs in files.items()}
     rows = []
     for first, second in combinations(files, 2):
@@ -102,6 +108,8 @@ def main(config: Config) -> None:
     longer = int((train.lengths > config.max_length).sum())
     print(f"max_length {config.max_length} cuts {longer} of {len(train.pairs)} training pairs\n")
 
+    if unread := sum((count_unread(split.pairs) for split in files.values()), Counter()):
+        print(f"{unread_line(unread)}\n")
     counts = {name: repetitions(split.pairs) for name, split in files.items()}
     rows = [[what, *(counts[name][what] for name in files)] for what in counts["train"]]
     print("\n".join(table(["rows", *files], rows)))

@@ -5,6 +5,7 @@
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 if not __package__:  # run as a script: import from the repository root, not from this folder
@@ -25,7 +26,7 @@ from afqmc.report import report
 from common.checkpoint import UserError
 from common.checkpoint.environment import autocast_dtype, pick_device
 from common.checkpoint.files import read_json, write_text
-from common.checkpoint.run import Run, best_folder, warn_of_precision
+from common.checkpoint.run import Run, read_best, warn_of_precision
 
 
 def predict_logits(
@@ -126,8 +127,8 @@ def evaluate_run(
     dtype: torch.dtype | None,
 ) -> dict:
     """Scores of the best model on every split but train; writes predictions/ and report.md into the run."""
-    folder = best_folder(run.path)
-    model, threshold = load_model(folder).to(pick_device()), read_threshold(folder)
+    model, threshold = read_best(run.path, lambda folder: (load_model(folder), read_threshold(folder)))
+    model.to(pick_device())
     weights = class_weights(config.class_weights, splits["train"].labels)
     scores: dict = {"threshold": threshold, "test": None}
     (run.path / "predictions").mkdir(exist_ok=True)
@@ -147,7 +148,7 @@ def evaluate_run(
 def main(config: Config) -> None:
     path = run_path(config)
     dtype = autocast_dtype(config.amp, pick_device())
-    tokenizer = find_tokenizer(config, best_folder(path))  # before the lock: where there is no run, none is made
+    tokenizer = read_best(path, partial(find_tokenizer, config))  # before the lock: where there is no run, none is made
     splits = load_splits(config, tokenizer)
     run = Run(path, None, {"data_sha256": fingerprint(splits)})
     warn_of_precision(path, dtype)

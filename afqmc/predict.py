@@ -11,6 +11,7 @@ Lines are answered in blocks of 8 x eval_batch_size, the last block at the end o
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -21,12 +22,13 @@ if not __package__:  # run as a script: import from the repository root, not fro
 
 from afqmc.cli import run_path, run_script
 from afqmc.config import Config
-from afqmc.dataset import LABELS, Pair, make_split, parse_pair
+from afqmc.dataset import LABELS, Pair, count_unread, make_split, parse_pair
 from afqmc.evaluate import predict_logits, probabilities, read_threshold
 from afqmc.model import find_tokenizer, load_model
+from afqmc.report import unread_line
 from common.checkpoint import UserError
 from common.checkpoint.environment import autocast_dtype, pick_device
-from common.checkpoint.run import best_folder, warn_of_precision
+from common.checkpoint.run import read_best, warn_of_precision
 
 
 def read_lines(stream: BinaryIO) -> Iterator[Pair | tuple[int, str]]:
@@ -42,21 +44,25 @@ def read_lines(stream: BinaryIO) -> Iterator[Pair | tuple[int, str]]:
 def main(config: Config, input: str, threshold: float | None) -> int:
     # The model and its threshold
     path = run_path(config)
-    folder, device = best_folder(path), pick_device()
+    model, tokenizer, tuned = read_best(
+        path, lambda folder: (load_model(folder), find_tokenizer(config, folder), read_threshold(folder))
+    )
+    device = pick_device()
     dtype = autocast_dtype(config.amp, device)
-    threshold = read_threshold(folder) if threshold is None else threshold
+    threshold = tuned if threshold is None else threshold
     if not 0 <= threshold <= 1:
         raise UserError(f"threshold {threshold} is out of range: from 0 to 1")
     warn_of_precision(path, dtype)
-    model, tokenizer = load_model(folder).to(device), find_tokenizer(config, folder)
+    model.to(device)
 
     # Answers, a block of lines at a time; lengths are sorted inside a block only
-    failed, cut = False, 0
+    failed, cut, unread = False, 0, Counter()
     with open(sys.stdin.fileno() if input == "-" else input, "rb", closefd=input != "-") as stream:
         lines = read_lines(stream)
         while block := list(islice(lines, 8 * config.eval_batch_size)):
             split = make_split([row for row in block if isinstance(row, Pair)], tokenizer)
             cut += int((split.lengths > config.max_length).sum())
+            unread += count_unread(split.pairs)
             logits = predict_logits(model, split, tokenizer, config, dtype)
             probability = iter(probabilities(logits).tolist())
             for row in block:
@@ -71,6 +77,8 @@ def main(config: Config, input: str, threshold: float | None) -> int:
                 print(json.dumps(answer, ensure_ascii=False))
     if cut:
         print(f"{cut} pairs are longer than max_length {config.max_length}: their ends were not read", file=sys.stderr)
+    if unread:
+        print(unread_line(unread), file=sys.stderr)
     return int(failed)
 
 

@@ -16,7 +16,6 @@ from afqmc.dataset import LABELS
 from common.checkpoint import UserError
 from common.checkpoint.files import write_json
 from common.checkpoint.pretrained import (
-    check_positions,
     checkpoint_activations,
     load_encoder,
     load_shape,
@@ -26,6 +25,7 @@ from common.checkpoint.pretrained import (
     new_encoder,
     save_pretrained,
 )
+from common.checkpoint.probe import check_architecture
 
 POOLED = ("bert", "ernie", "megatron-bert", "albert")  # families whose head stands on the encoder's own pooler
 FIRST_TOKEN = {"roberta": torch.tanh, "xlm-roberta": torch.tanh, "electra": F.gelu}  # and on the first token's state
@@ -76,7 +76,7 @@ class PairClassifier(nn.Module):
             encoder.pooler = None  # RoBERTa's is unused, so it would get no gradient
         for module in self.classifier.modules():
             if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=self.config.initializer_range)
+                nn.init.normal_(module.weight, std=getattr(self.config, "initializer_range", 0.02))
                 nn.init.zeros_(module.bias)
 
     @property
@@ -103,7 +103,7 @@ def find_model(config: Config) -> str:
 def find_tokenizer(config: Config, folder: Path | None = None) -> PreTrainedTokenizerFast:
     """The tokenizer of the config's model, or of a best/ folder. Raises UserError."""
     source = folder or find_model(config)
-    return load_tokenizer(source, load_shape(source), config.max_length)
+    return load_tokenizer(source, load_shape(source), config.max_length, pairs=True)
 
 
 def build_model(config: Config) -> PairClassifier:
@@ -113,7 +113,7 @@ def build_model(config: Config) -> PairClassifier:
     if shape.model_type not in (*POOLED, *FIRST_TOKEN):
         supported = ", ".join((*POOLED, *FIRST_TOKEN))
         raise UserError(f"{config.model} is a {shape.model_type} model; supported are {supported}")
-    check_positions(config.model, shape, config.max_length)
+    check_architecture(config.model, shape, config.max_length)
 
     # What pipeline reads of best/: the labels, the class, the dropout
     shape.id2label = dict(enumerate(LABELS))

@@ -19,7 +19,6 @@ from common.checkpoint import ROOT, UserError
 from common.checkpoint.environment import autocast_dtype, pick_device
 from common.checkpoint.files import write_json
 from common.checkpoint.pretrained import (
-    check_positions,
     checkpoint_activations,
     load_encoder,
     load_shape,
@@ -27,6 +26,7 @@ from common.checkpoint.pretrained import (
     model_source,
     new_encoder,
 )
+from common.checkpoint.probe import check_architecture
 from common.checkpoint.run import best_folder, warn_of_precision
 from common.seed import seed_everything
 from embeddings.batching import Tokens, make_chunks, pad, tokenize
@@ -106,7 +106,7 @@ def load_backbone(config: Config, dtype: torch.dtype | None, folder: Path | None
         raise UserError(f"{config.model} is a {shape.model_type} model: a text decoder or encoder is needed")
     if too_many := [size for size in parse_dims(config.matryoshka_dims) if size >= shape.hidden_size]:
         raise UserError(f"matryoshka_dims {too_many[0]}: {config.model} has vectors of {shape.hidden_size} dimensions")
-    check_positions(config.model, shape, config.max_length)
+    check_architecture(config.model, shape, config.max_length)
 
     if folder is None and config.init == "random":
         seed_everything(config.seed, config.deterministic)

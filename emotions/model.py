@@ -14,7 +14,6 @@ from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, PreTrainedCo
 from common.checkpoint import UserError
 from common.checkpoint.files import write_json
 from common.checkpoint.pretrained import (
-    check_positions,
     checkpoint_activations,
     load_encoder,
     load_shape,
@@ -24,6 +23,7 @@ from common.checkpoint.pretrained import (
     new_encoder,
     save_pretrained,
 )
+from common.checkpoint.probe import check_architecture
 from emotions.config import Config
 from emotions.labels import EMOTIONS
 
@@ -40,13 +40,13 @@ class EmotionClassifier(nn.Module):
         super().__init__()
         self.config, self.prefix = encoder.config, encoder.base_model_prefix
         if hasattr(encoder, "pooler") and not isinstance(self, PooledClassifier):
-            encoder.pooler = None  # unused, so it would get no gradient
+            encoder.pooler = nn.Identity()  # its own is unused and would get no gradient; None, some would call
         self.add_module(self.prefix, encoder)
         self.dropout = nn.Dropout(dropout)
         self.add_head(self.config.hidden_size)
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear) and not name.startswith(f"{self.prefix}."):
-                nn.init.normal_(module.weight, std=self.config.initializer_range)
+                nn.init.normal_(module.weight, std=getattr(self.config, "initializer_range", 0.02))
                 nn.init.zeros_(module.bias)
 
     @property
@@ -192,7 +192,7 @@ def build_model(config: Config, prior: Tensor) -> EmotionClassifier:
     source = find_model(config)
     shape = load_shape(source, num_labels=len(EMOTIONS))
     classifier = classifier_class(config, shape)
-    check_positions(config.model, shape, config.max_length)
+    check_architecture(config.model, shape, config.max_length)
 
     # What pipeline reads of best/: the labels, the sigmoid, the dropout
     shape.id2label = dict(enumerate(EMOTIONS))

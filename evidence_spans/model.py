@@ -13,7 +13,6 @@ from transformers import MODEL_FOR_QUESTION_ANSWERING_MAPPING, PreTrainedConfig,
 from common.checkpoint import UserError
 from common.checkpoint.files import write_json
 from common.checkpoint.pretrained import (
-    check_positions,
     checkpoint_activations,
     load_encoder,
     load_shape,
@@ -23,6 +22,7 @@ from common.checkpoint.pretrained import (
     new_encoder,
     save_pretrained,
 )
+from common.checkpoint.probe import check_architecture
 from evidence_spans.answers import Decoding, read_decoding
 from evidence_spans.config import Config
 
@@ -45,7 +45,7 @@ class SpanModel(nn.Module):
         self.add_module(self.prefix, encoder)
         self.dropout = nn.Dropout(config.dropout)
         self.qa_outputs = nn.Linear(self.config.hidden_size, 2)
-        nn.init.normal_(self.qa_outputs.weight, std=self.config.initializer_range)
+        nn.init.normal_(self.qa_outputs.weight, std=getattr(self.config, "initializer_range", 0.02))
         nn.init.zeros_(self.qa_outputs.bias)
         if config.compile_model:  # in place, so that the names of the weights stay, and once for all lengths
             self.compile(dynamic=True)
@@ -69,7 +69,7 @@ def find_model(config: Config) -> str:
 def find_tokenizer(config: Config, folder: Path | None = None) -> PreTrainedTokenizerFast:
     """The tokenizer of the config's model, or of a best/ folder. Raises UserError."""
     source = folder or find_model(config)
-    tokenizer = load_tokenizer(source, load_supported_shape(source), config.max_length)
+    tokenizer = load_tokenizer(source, load_supported_shape(source), config.max_length, pairs=True)
     if tokenizer.cls_token is None or tokenizer("a")["input_ids"][0] != tokenizer.cls_token_id:
         raise UserError(f"{source}: needs a [CLS] token that comes first, where no answer is scored")
     return tokenizer
@@ -87,7 +87,7 @@ def build_model(config: Config) -> SpanModel:
     """Encoder with its weights (init "pretrained") or new ones (init "random"), and a new head. Raises UserError."""
     source = find_model(config)
     shape = load_supported_shape(source)
-    check_positions(config.model, shape, config.max_length)
+    check_architecture(config.model, shape, config.max_length)
     shape.architectures = [MODEL_FOR_QUESTION_ANSWERING_MAPPING[type(shape)].__name__]
     if config.init == "random":
         encoder = new_encoder(source, shape, **SUPPORTED[shape.model_type])

@@ -14,13 +14,13 @@ from common.checkpoint import UserError
 from common.checkpoint.environment import has_bf16
 from common.checkpoint.files import write_json
 from common.checkpoint.pretrained import (
-    check_positions,
     checkpoint_activations,
     load_encoder,
     load_shape,
     load_tokenizer,
     model_source,
 )
+from common.checkpoint.probe import check_architecture
 from redsm5_nli.bidirectional import block_masks, make_bidirectional
 from redsm5_nli.config import Config
 from redsm5_nli.criteria import Criterion
@@ -87,7 +87,7 @@ def build_model(config: Config, device: torch.device, dtype: torch.dtype) -> Mat
     there and start at random.
     """
     source = find_model(config)
-    check_positions(config.model, load_shape(source).get_text_config(), config.max_length)
+    check_architecture(config.model, load_shape(source).get_text_config(), config.max_length)
     decoder, _ = load_encoder(source, dtype)
     prefix = "language_model." if hasattr(decoder, "language_model") else ""
     decoder = (decoder.language_model if prefix else decoder).to(device)

@@ -2,12 +2,14 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
@@ -17,7 +19,9 @@ from transformers.utils.logging import disable_progress_bar, get_verbosity, set_
 from common.checkpoint import ROOT, UserError
 from common.checkpoint.spm import spm_tokenizer
 
-SHIFTED = ("roberta", "xlm-roberta", "camembert", "mpnet")  # their positions begin after the padding's
+SENTENCEPIECE = ("spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
+# What tokenizers of other models split or drop in their own ways
+SCRIPTS = "Naïve CAFÉ  isn't 1234567, 我住在北京市。 나는 서울에 산다 कमी में हैं\tcafe\u0301 \u200b… 👩‍🚀❤️"
 
 
 def model_source(model: str, how_to_get: str) -> str:
@@ -43,16 +47,24 @@ def model_source(model: str, how_to_get: str) -> str:
 
 def load_part(source: str | Path, what: str, load: Callable, **settings):
     """Call one of transformers' loaders on this machine's files; UserError with the source and the cause."""
-    verbosity = get_verbosity()
-    set_verbosity_error()  # what is missing is looked at here; transformers also reports what nobody uses
     if not sys.stderr.isatty():
         disable_progress_bar()
     try:
-        return load(source, local_files_only=True, **settings)
+        with quiet_transformers():
+            return load(source, local_files_only=True, **settings)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # no common base: OSError, ValueError, KeyError, SafetensorError, UnpicklingError ...
         raise UserError(f"the {what} of {source} does not load: {type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def quiet_transformers():
+    """Errors alone: what is missing is looked at here; transformers also reports what nobody uses."""
+    verbosity = get_verbosity()
+    set_verbosity_error()
+    try:
+        yield
     finally:
         set_verbosity(verbosity)
 
@@ -63,14 +75,15 @@ def load_shape(source: str | Path, **changes) -> PreTrainedConfig:
 
 
 def load_tokenizer(
-    source: str | Path, shape: PreTrainedConfig, max_length: int, decoder: bool = False
+    source: str | Path, shape: PreTrainedConfig, max_length: int, decoder: bool = False, pairs: bool = False
 ) -> PreTrainedTokenizerFast:
     """The fast tokenizer of a model or a best/ folder, which pads and cuts on the right.
 
     A cased vocabulary without a word on case (SpanBERT's), which transformers would read as lower case, is loaded as
-    cased, and that is said. decoder: where there is no padding token, EOS fills the masked places. The attribute
-    vocab_limit, for check_ids, is the number of the model's embeddings where there are more tokens than that.
-    Raises UserError.
+    cased, and that is said. decoder: batches hold no token types, and where there is no padding token, EOS fills the
+    masked places. pairs: a pair's second text must be told by its token type, where the model has two. Attributes:
+    vocab_limit, for check_ids, is the number of the model's embeddings where there are more tokens than that;
+    reference, for check_texts, is what tokenizer.json itself says, None without such a file. Raises UserError.
     """
     tokenizer = load_part(source, "tokenizer", spm_or_auto_tokenizer)
     # Without files transformers makes up a tokenizer of special tokens alone, whose ids need not be the first ones
@@ -87,31 +100,87 @@ def load_tokenizer(
                 f"{source}: its vocabulary holds capitals but its tokenizer makes text lower case; "
                 'write "do_lower_case": false into its tokenizer_config.json'
             )
+    path = find_file(source, "tokenizer.json")
+    tokenizer.reference = load_part(path, "tokenizer", load_backend) if path else None
+    check_texts(tokenizer, [SCRIPTS])
+
+    vocab_size = shape.get_text_config().vocab_size
+    tokenizer.vocab_limit = vocab_size if max(tokenizer.get_vocab().values()) >= vocab_size else None
     if tokenizer.pad_token is None and not decoder:
         raise UserError(f"{source}: needs a tokenizer with a padding token")
     if tokenizer.pad_token is None:  # Llama
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    check_ids([[tokenizer.pad_token_id]], tokenizer, lambda row: f"{source}: the padding")
+    choose_token_types(tokenizer, source, shape, decoder, pairs)
     for name in ("local_files_only", "is_local"):  # how it was loaded here, which save_pretrained would write down
         tokenizer.init_kwargs.pop(name, None)
-    if getattr(shape, "type_vocab_size", 0) < 2:  # the model takes no token types, whatever its tokenizer gives
-        tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
     tokenizer.padding_side = tokenizer.truncation_side = "right"
     tokenizer.model_max_length = max_length  # so that pipeline(..., truncation=True) cuts where training did
-    vocab_size = shape.get_text_config().vocab_size
-    tokenizer.vocab_limit = vocab_size if max(tokenizer.get_vocab().values()) >= vocab_size else None
     return tokenizer
 
 
 def spm_or_auto_tokenizer(source: str | Path, local_files_only: bool) -> PreTrainedTokenizerFast:
     """AutoTokenizer's, unless the source has DeBERTa-v3's spm.model and no tokenizer.json (spm.py says why)."""
-    paths = [
-        cached_file(source, name, local_files_only=True, _raise_exceptions_for_missing_entries=False)
-        for name in ("tokenizer.json", "spm.model")
-    ]
-    if paths[0] is None and paths[1] is not None:
-        settings = get_tokenizer_config(source, local_files_only=True)
-        return spm_tokenizer(Path(paths[1]), settings.get("do_lower_case", False))
+    if find_file(source, "tokenizer.json") is None:
+        if path := find_file(source, "spm.model"):
+            settings = get_tokenizer_config(source, local_files_only=True)
+            return spm_tokenizer(path, settings.get("do_lower_case", False))
+        if names := [name for name in SENTENCEPIECE if find_file(source, name)]:
+            raise ValueError(f"it needs the tokenizer.json that belongs to {names[0]}, which is not read here")
     return AutoTokenizer.from_pretrained(source, local_files_only=local_files_only)
+
+
+def find_file(source: str | Path, name: str) -> Path | None:
+    """A file of a model's, None where it has none of that name."""
+    path = cached_file(source, name, local_files_only=True, _raise_exceptions_for_missing_entries=False)
+    return path and Path(path)
+
+
+def load_backend(path: Path, local_files_only: bool) -> Tokenizer:
+    """A tokenizer.json as it is, without the padding and cutting that may stand in it."""
+    backend = Tokenizer.from_file(str(path))
+    backend.no_padding()
+    backend.no_truncation()
+    return backend
+
+
+def check_texts(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> None:
+    """Refuse a tokenizer whose class splits texts in another way than its tokenizer.json does.
+
+    200 of the texts are looked at, spread over them all, the first 1,000 characters of each. Raises UserError.
+    """
+    if tokenizer.reference is None:
+        return
+    for text in texts[:: max(1, len(texts) // 200)]:
+        try:
+            ids = tokenizer(text[:1000], add_special_tokens=False, verbose=False)["input_ids"]
+            expected = tokenizer.reference.encode(text[:1000], add_special_tokens=False).ids
+        except Exception as error:  # that is what tokenizers raises, of a missing [UNK] for instance
+            raise UserError(f"{tokenizer.name_or_path}: its tokenizer fails at {text[:40]!r}: {error}") from error
+        if ids != expected:
+            raise UserError(
+                f"{tokenizer.name_or_path}: its tokenizer_class {type(tokenizer).__name__} makes other tokens of "
+                f"{text[:40]!r} than its tokenizer.json; if that file is right, write "
+                '"tokenizer_class": "PreTrainedTokenizerFast" into its tokenizer_config.json'
+            )
+
+
+def choose_token_types(
+    tokenizer: PreTrainedTokenizerFast, source: str | Path, shape: PreTrainedConfig, decoder: bool, pairs: bool
+) -> None:
+    """Let the tokenizer, and what save_pretrained writes, give token types where the model has two and only there.
+
+    What its class says of them need not suit the model. Raises UserError.
+    """
+    types = getattr(shape, "type_vocab_size", 0) >= 2
+    names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
+    if types and not decoder:
+        names.append("token_type_ids")
+    if types and pairs and set(tokenizer("a", "b", return_token_type_ids=True)["token_type_ids"]) != {0, 1}:
+        raise UserError(f"{source}: the model tells two texts by token types 0 and 1, its tokenizer does not")
+    if types and decoder and any(tokenizer("a", return_token_type_ids=True)["token_type_ids"]):
+        raise UserError(f"{source}: its tokenizer gives token types other than 0, which no batch holds here")
+    tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names
 
 
 def lowers_a_cased_vocabulary(tokenizer: PreTrainedTokenizerFast) -> bool:
@@ -134,17 +203,6 @@ def check_ids(rows: Sequence[list[int]], tokenizer: PreTrainedTokenizerFast, nam
         if (highest := max(ids, default=0)) >= tokenizer.vocab_limit:
             token = tokenizer.convert_ids_to_tokens(highest)
             raise UserError(f"{name(number)}: token {token!r} is not among the model's embeddings")
-
-
-def check_positions(model: str, shape: PreTrainedConfig, max_length: int) -> None:
-    """Refuse a max_length for which the model has no positions. Raises UserError."""
-    positions = getattr(shape, "max_position_embeddings", None)
-    if positions is None or not getattr(shape, "position_biased_input", True):  # DeBERTa-v3's are relative alone
-        return
-    if shape.model_type in SHIFTED:
-        positions -= shape.pad_token_id + 1
-    if max_length > positions:
-        raise UserError(f"max_length {max_length} is more than the {positions} positions that {model} has")
 
 
 def new_encoder(source: str | Path, shape: PreTrainedConfig, **options) -> nn.Module:

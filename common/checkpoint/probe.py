@@ -1,0 +1,95 @@
+"""What no config says of an architecture: found with a copy of one layer and random weights, on the CPU."""
+
+from bisect import bisect_left
+from copy import deepcopy
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModel, PreTrainedConfig
+
+from common.checkpoint import UserError
+from common.checkpoint.pretrained import quiet_transformers
+
+TOKENS = 64  # of the copy's vocabulary
+
+
+def check_architecture(model: str, shape: PreTrainedConfig, max_length: int) -> None:
+    """Refuse states that depend on a text's batch (FNet's), and a max_length that the model has no positions for.
+
+    Where positions have no end (rotary, relative), one beyond those of training is said. None of the run's random
+    numbers is used. Raises UserError.
+    """
+    with torch.random.fork_rng(devices=[]), quiet_transformers():
+        torch.manual_seed(0)
+        copy = one_layer_copy(model, shape)
+        ids = torch.randint(padding_id(shape) + 1, TOKENS, (max_length,))
+        check_padding(model, copy, [ids[:5], ids[-12:]])
+        check_positions(model, copy, ids)
+    trained = getattr(shape, "max_position_embeddings", None)
+    if isinstance(trained, int) and 0 < trained < max_length and getattr(shape, "position_biased_input", True):
+        print(f"max_length {max_length} is beyond the {trained} positions that {model} was made for")
+
+
+def check_padding(model: str, copy: nn.Module, rows: list[Tensor]) -> None:
+    """Refuse a model in which a padded text has other states than the text alone. Raises UserError."""
+    family = f"{model} is a {copy.config.model_type} model"
+    try:
+        together = hidden_states(copy, rows)
+        alone = [hidden_states(copy, [row])[0] for row in rows]
+    except Exception as error:  # whatever a model does with sizes that it was not made for
+        raise UserError(f"{family}, which cannot read a batch of texts: {type(error).__name__}: {error}") from error
+    for states, expected in zip(together, alone):
+        if (states[: len(expected)] - expected).abs().max() > 1e-4 * expected.abs().max():
+            raise UserError(f"{family}: what a text becomes there depends on the other texts of its batch")
+
+
+def check_positions(model: str, copy: nn.Module, ids: Tensor) -> None:
+    """Refuse a text (T,) that is longer than the model can read, saying how long one may be. Raises UserError."""
+
+    def fails(length: int) -> bool:
+        try:
+            hidden_states(copy, [ids[:length]])
+        except Exception:  # an embedding's IndexError, or a table that is too short to be added
+            return True
+        return False
+
+    if fails(len(ids)):
+        limit = bisect_left(range(len(ids)), True, lo=1, key=fails) - 1
+        raise UserError(f"max_length {len(ids)} is more than the {limit} positions that {model} has")
+
+
+def one_layer_copy(model: str, shape: PreTrainedConfig) -> nn.Module:
+    """The architecture with one narrow layer and few tokens, or whole where that cannot be, in evaluation mode."""
+    cause = None
+    for build in (one_layer_config, deepcopy):
+        try:
+            return AutoModel.from_config(build(shape), dtype=torch.float32).eval()
+        except Exception as error:  # Funnel counts its layers in blocks
+            cause = error
+    raise UserError(f"the shape of {model} does not load: {type(cause).__name__}: {cause}") from cause
+
+
+def one_layer_config(shape: PreTrainedConfig) -> PreTrainedConfig:
+    small = deepcopy(shape)
+    for name, value in vars(shape).items():  # what is said of each layer: layer_types, attention_window
+        if isinstance(value, list) and len(value) == shape.num_hidden_layers:
+            setattr(small, name, value[:1])
+    small.num_hidden_layers, small.vocab_size, small.pad_token_id = 1, TOKENS, padding_id(shape)
+    if hasattr(shape, "intermediate_size"):
+        small.intermediate_size = 64
+    return small
+
+
+def padding_id(shape: PreTrainedConfig) -> int:
+    """The padding's id, from which RoBERTa counts its positions, where the copy has a token of that number."""
+    number = getattr(shape, "pad_token_id", None) or 0
+    return number if 0 < number < TOKENS // 2 else 0
+
+
+def hidden_states(copy: nn.Module, rows: list[Tensor]) -> Tensor:
+    """(B, T, D) of rows of ids, padded on the right."""
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    input_ids = pad_sequence(rows, batch_first=True, padding_value=padding_id(copy.config))
+    with torch.inference_mode(), torch.autocast("cpu", enabled=False):
+        return copy(input_ids=input_ids, attention_mask=mask).last_hidden_state

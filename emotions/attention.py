@@ -177,15 +177,17 @@ class DisentangledAttention(torch.autograd.Function):
         q_rel = split_heads(queries[n:][p2c], 1, heads)[:, 0] if len(queries) > n else None
         k_rel = split_heads(keys[n:][c2p], 1, heads)[:, 0] if len(keys) > n else None
 
-        # Scores: position-to-content, content-to-position, and content in one product with the sum, scaled
+        # Scores: position-to-content, content-to-position, and content in one product with the sum, scaled; in fp16,
+        # whose sums overflow at 65,504, each is scaled before
         scale = (q.shape[-1] * (1 + (q_rel is not None) + (k_rel is not None))) ** -0.5
+        before, after = (scale, 1.0) if q.dtype == torch.float16 else (1.0, scale)
         scores = None
         if q_rel is not None:  # contiguous first: adding a transposed view is slower
-            scores = skew(relative_scores(k, q_rel)).mT.contiguous()
+            scores = skew(relative_scores(k, q_rel * before)).mT.contiguous()
         if k_rel is not None:
-            position = skew(relative_scores(q, k_rel))
+            position = skew(relative_scores(q, k_rel * before))
             scores = position.contiguous() if scores is None else scores.add_(position)
-        scores.flatten(0, 1).baddbmm_(q.flatten(0, 1), k.flatten(0, 1).mT, beta=scale, alpha=scale)
+        scores.flatten(0, 1).baddbmm_(q.flatten(0, 1), k.flatten(0, 1).mT, beta=after, alpha=scale)
         scores.masked_fill_(hidden, torch.finfo(scores.dtype).min)
 
         # Softmax, dropout, values
@@ -209,6 +211,9 @@ class DisentangledAttention(torch.autograd.Function):
             d_probs = apply_dropout(d_probs, keep, ctx.dropout)
             d_scores = torch.ops.aten._softmax_backward_data(d_probs, probs, -1, probs.dtype)
             d_scores.masked_fill_(hidden, 0)  # rows of padding, which attend to everything alike
+            scale = ctx.scale
+            if d_scores.dtype == torch.float16:  # the products below are sums that overflow
+                d_scores, scale = d_scores.mul_(scale), 1.0
 
             # Through each term; a relative score's gradient goes back into the skewed view's place, the columns around
             # it stay zero for both
@@ -216,8 +221,8 @@ class DisentangledAttention(torch.autograd.Function):
             relative = q.new_zeros(heads, batch, length, len(c2p))
             d_q, d_k_rel = relative_scores_backward(relative, d_scores, q, k_rel)
             d_k, d_q_rel = relative_scores_backward(relative, d_scores.mT, k, q_rel)
-            d_q.flatten(0, 1).baddbmm_(content, k.flatten(0, 1), beta=ctx.scale, alpha=ctx.scale)
-            d_k.flatten(0, 1).baddbmm_(content.mT, q.flatten(0, 1), beta=ctx.scale, alpha=ctx.scale)
-            d_queries = join_rows(d_q, d_q_rel, p2c, ctx.sizes[0], ctx.scale)
-            d_keys = join_rows(d_k, d_k_rel, c2p, ctx.sizes[1], ctx.scale)
+            d_q.flatten(0, 1).baddbmm_(content, k.flatten(0, 1), beta=scale, alpha=scale)
+            d_k.flatten(0, 1).baddbmm_(content.mT, q.flatten(0, 1), beta=scale, alpha=scale)
+            d_queries = join_rows(d_q, d_q_rel, p2c, ctx.sizes[0], scale)
+            d_keys = join_rows(d_k, d_k_rel, c2p, ctx.sizes[1], scale)
         return d_queries, d_keys, merge_heads(d_v.view_as(v)), None, None, None, None, None

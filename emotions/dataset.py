@@ -10,6 +10,7 @@ N rows, B draws in a batch, M of them with a partner, T tokens, L labels
 import hashlib
 import json
 import signal
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,13 +18,16 @@ from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
+import regex
 import torch
 from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 from torch import Tensor
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from common.checkpoint import ROOT, UserError
+from common.checkpoint.files import parse_object, unread_keys
 from common.checkpoint.pretrained import check_ids
 from common.seed import epoch_generator
 from emotions.config import Config
@@ -34,10 +38,10 @@ BUCKET = 100  # batches among which lengths are sorted
 
 
 class JsonRow(BaseModel):
-    """A line as its author writes it. Other keys are refused: a mistyped "known" would make unknown labels absent."""
+    """A line as its author writes it."""
 
-    model_config = ConfigDict(strict=True, extra="forbid")
-    text: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+    model_config = ConfigDict(strict=True)
+    text: Annotated[str, StringConstraints(strip_whitespace=True)]
     labels: list[Literal[EMOTIONS]]
     known: list[Literal[EMOTIONS]] | None = None
     source: str = ""
@@ -53,6 +57,7 @@ class Row(NamedTuple):
     source: str
     line: int
     id: int | str | None = None
+    unread: tuple[str, ...] = ()  # keys
 
 
 @dataclass(frozen=True)
@@ -89,26 +94,30 @@ def first_error(error: ValidationError) -> str:
     """What is wrong with a line, its value, and what was expected."""
     first = error.errors()[0]
     name, *place = first["loc"] or ["the row"]
-    verb, value = "holds" if place and isinstance(place[0], int) else "is", f"{first['input']!r:.80}"
     if first["type"] == "missing":
-        value = "missing"
-    return f"{name} {verb} {value}, {first['msg'].replace('Input should be', 'expected')}"
+        return f"{name} is missing"
+    verb = "holds" if place and isinstance(place[0], int) else "is"
+    return f"{name} {verb} {first['input']!r:.80}, {first['msg'].replace('Input should be', 'expected')}"
 
 
 def parse_row(line: bytes, number: int) -> Row:
     """One JSON line as a Row. Raises ValueError saying what is wrong with it."""
+    fields = parse_object(decode(line).strip())
+    unread = unread_keys(fields, JsonRow.model_fields)
     try:
-        row = JsonRow.model_validate_json(decode(line).strip())
+        row = JsonRow.model_validate(fields)
     except ValidationError as error:
         raise ValueError(first_error(error)) from error
 
+    if is_empty(row.text):
+        raise ValueError(f"text is {row.text!a:.80}, expected something that can be seen")
     labels = tuple(sorted({NUMBERS[name] for name in row.labels}))
     known = ALL if row.known is None else tuple(sorted({NUMBERS[name] for name in row.known}))
     if not known:
         raise ValueError("known is empty: nothing could be learned from the row")
     if not set(labels) <= set(known):
         raise ValueError(f"labels {row.labels!r} are not all among known {row.known!r}")
-    return Row(row.text, labels, known, row.source, number, row.id)
+    return Row(row.text, labels, known, row.source, number, row.id, tuple(unread))
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -140,7 +149,7 @@ def multi_hot(labels: Sequence[tuple[int, ...]]) -> np.ndarray:
 def make_split(rows: list[Row], tokenizer: PreTrainedTokenizerFast) -> Split:
     """The rows, tokenised 1,000 at a time for their lengths. Raises UserError for a token without an embedding."""
     lengths = []
-    for start in range(0, len(rows), 1000):
+    for start in tqdm(range(0, len(rows), 1000), delay=5, leave=False, disable=None, desc="tokenizing"):
         part = rows[start : start + 1000]
         ids = tokenizer([row.text for row in part], verbose=False)["input_ids"]  # verbose warns of what will be cut
         check_ids(ids, tokenizer, lambda row, part=part: f"line {part[row].line}")
@@ -149,9 +158,20 @@ def make_split(rows: list[Row], tokenizer: PreTrainedTokenizerFast) -> Split:
     return Split(rows, labels, known, np.array(lengths, dtype=np.int64))
 
 
-def normalized(text: str) -> str:
-    """A text for comparison: letters and digits alone, in one case; where there are none, the text itself."""
-    return "".join(character for character in text.casefold() if character.isalnum()) or text.strip()
+def same_text(text: str) -> str:
+    """What equal texts have in common: letters, marks, digits with the . and , between them, and symbols.
+
+    NFKC and casefold; format characters and variation selectors go. Where nothing is left, the NFKC text.
+    """
+    text = unicodedata.normalize("NFKC", regex.sub(r"[\p{Cf}\p{DI}]", "", text))
+    kept = unicodedata.normalize("NFKC", text.casefold())
+    kept = regex.sub(r"(?<!\p{N})[.,]|[.,](?!\p{N})|[^\p{L}\p{Mn}\p{Mc}\p{N}\p{S}.,]", "", kept)
+    return kept or text
+
+
+def is_empty(text: str) -> bool:
+    """Whether a text shows nothing: blanks, control and format characters, variation selectors and fillers alone."""
+    return not regex.search(r"[^\p{Z}\p{Cc}\p{Cf}\p{DI}\u2800]", text)
 
 
 def load_splits(config: Config, tokenizer: PreTrainedTokenizerFast) -> dict[str, Split]:
@@ -167,10 +187,10 @@ def load_splits(config: Config, tokenizer: PreTrainedTokenizerFast) -> dict[str,
         raise UserError(f"{folder / 'validation.jsonl'} holds {count} rows, expected {FOLDS} or more to tune on")
 
     # A text that is scored must not be trained on.
-    lines = {normalized(row.text): row.line for row in rows["train"]}
+    lines = {same_text(row.text): row.line for row in rows["train"]}
     for name in names[1:]:
         for row in rows[name]:
-            if (line := lines.get(normalized(row.text))) is not None:
+            if (line := lines.get(same_text(row.text))) is not None:
                 raise UserError(
                     f"{folder / name}.jsonl, line {row.line}: its text is also in train.jsonl, line {line}; "
                     "a text that is scored must not be trained on: remove one"
@@ -180,8 +200,19 @@ def load_splits(config: Config, tokenizer: PreTrainedTokenizerFast) -> dict[str,
 
 def repeated_in_test(splits: dict[str, Split]) -> int:
     """How many test texts also stand in validation, whatever their case and punctuation."""
-    texts = {normalized(row.text) for row in splits["validation"].rows}
-    return sum(normalized(row.text) in texts for row in splits["test"].rows)
+    texts = {same_text(row.text) for row in splits["validation"].rows}
+    return sum(same_text(row.text) in texts for row in splits["test"].rows)
+
+
+def positives(split: Split) -> dict[str, int]:
+    """The rows with each emotion that some row knows."""
+    counts, known = split.labels.sum(axis=0).tolist(), split.known.any(axis=0)
+    return {name: count for name, count, knows in zip(EMOTIONS, counts, known) if knows}
+
+
+def absent(split: Split) -> list[str]:
+    """The emotions that some row knows and none has."""
+    return [name for name, count in positives(split).items() if count == 0]
 
 
 def fingerprint(splits: dict[str, Split]) -> str:

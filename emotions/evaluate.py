@@ -5,6 +5,7 @@
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 if not __package__:  # run as a script: import from the repository root, not from this folder
@@ -19,10 +20,10 @@ from transformers import PreTrainedTokenizerFast
 from common.checkpoint import UserError
 from common.checkpoint.environment import autocast_dtype, pick_device
 from common.checkpoint.files import write_text
-from common.checkpoint.run import Run, best_folder, warn_of_precision
+from common.checkpoint.run import Run, read_best, warn_of_precision
 from emotions.cli import run_path, run_script
 from emotions.config import Config
-from emotions.dataset import Draw, Split, fingerprint, load_splits, make_loader, sorted_batches
+from emotions.dataset import Draw, Split, absent, fingerprint, load_splits, make_loader, positives, sorted_batches
 from emotions.labels import EMOTIONS, GROUPINGS, NUMBERS
 from emotions.loss import class_weights, emotion_loss
 from emotions.model import EmotionClassifier, find_tokenizer, load_model
@@ -105,6 +106,7 @@ def score_split(logits: Tensor, split: Split, thresholds: Thresholds, loss: floa
     cuts = {"at_half": 0.5, "at_shared": thresholds.shared, "at_per_label": thresholds.per_label}
     predictions = {rule: probability >= cut for rule, cut in cuts.items()}
     scores = {"rows": len(split), "loss": loss, "map": mean_average_precision(split.labels, probability, split.known)}
+    scores["absent"] = absent(split)
     scores |= {rule: label_metrics(split, cells) for rule, cells in predictions.items()}
     for name, groups in GROUPINGS.items():
         scores[name] = {
@@ -161,8 +163,10 @@ def evaluate_run(
     dtype: torch.dtype | None,
 ) -> dict:
     """Scores of the best model on every split but train; writes predictions/ and report.md into the run."""
-    folder, train = best_folder(run.path), splits["train"]
-    model, thresholds = load_model(folder, config).to(pick_device()), read_thresholds(folder)
+    from common.metrics import too_few
+
+    model, thresholds = read_best(run.path, lambda folder: (load_model(folder, config), read_thresholds(folder)))
+    model, train = model.to(pick_device()), splits["train"]
     drawn = draw_weights(train, config)
     weights = class_weights(config.class_weights, drawn @ train.labels, drawn @ train.known)
     per_label = dict(zip(EMOTIONS, thresholds.per_label.tolist()))
@@ -174,6 +178,7 @@ def evaluate_run(
         scores[name] = score_split(logits, split, thresholds, mean_loss(logits, split, weights, config))
         if name == "validation":
             scores[name]["cross_fitted"] = cross_fitted_scores(logits, split, config)
+            scores[name]["too_few"] = too_few(len(split), positives(split))
         lines = []
         for row, probability in zip(split.rows, probabilities(logits)):
             predicted, by_name = answer(probability, thresholds.per_label)
@@ -188,7 +193,7 @@ def evaluate_run(
 def main(config: Config) -> None:
     path = run_path(config)
     dtype = autocast_dtype(config.amp, pick_device())
-    tokenizer = find_tokenizer(config, best_folder(path))  # before the lock: where there is no run, none is made
+    tokenizer = read_best(path, partial(find_tokenizer, config))  # before the lock: where there is no run, none is made
     splits = load_splits(config, tokenizer)
     run = Run(path, None, {"data_sha256": fingerprint(splits)})
     warn_of_precision(path, dtype)

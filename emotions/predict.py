@@ -12,6 +12,7 @@ Lines are answered in blocks of 8 x eval_batch_size, the last block at the end o
 import json
 import sys
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
@@ -20,41 +21,45 @@ if not __package__:  # run as a script: import from the repository root, not fro
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
+from transformers import PreTrainedTokenizerFast
 
 from common.checkpoint import UserError
 from common.checkpoint.environment import autocast_dtype, pick_device
-from common.checkpoint.run import best_folder, warn_of_precision
+from common.checkpoint.run import read_best, warn_of_precision
 from emotions.cli import run_path, run_script
 from emotions.config import Config
-from emotions.dataset import Row, decode, make_split
+from emotions.dataset import Row, decode, is_empty, make_split
 from emotions.evaluate import answer, predict_logits, probabilities
 from emotions.labels import ALL, EMOTIONS
-from emotions.model import find_tokenizer, load_model
-from emotions.thresholds import read_thresholds
+from emotions.model import EmotionClassifier, find_tokenizer, load_model
+from emotions.thresholds import Thresholds, read_thresholds
 
 
 def read_lines(stream: BinaryIO) -> Iterator[Row | tuple[int, str]]:
-    """A Row for each line that is not blank, or its number and what is wrong with it."""
+    """A Row for each line that shows something, or its number and what is wrong with it."""
     for number, line in enumerate(stream, 1):
         try:
-            if text := decode(line).strip():
+            if not is_empty(text := decode(line).strip()):
                 yield Row(text, (), ALL, "", number)
         except ValueError as error:
             yield number, str(error)
 
 
+def load_best(config: Config, folder: Path) -> tuple[EmotionClassifier, PreTrainedTokenizerFast, Thresholds]:
+    """All that is read of a best folder."""
+    return load_model(folder, config), find_tokenizer(config, folder), read_thresholds(folder)
+
+
 def main(config: Config, input: str, threshold: float | None) -> int:
-    # The model and its thresholds
-    path = run_path(config)
-    folder, device = best_folder(path), pick_device()
+    # The model, its tokenizer and its thresholds
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise UserError(f"threshold {threshold} is out of range: from 0 to 1")
+    path, device = run_path(config), pick_device()
     dtype = autocast_dtype(config.amp, device)
-    thresholds = read_thresholds(folder).per_label
-    if threshold is not None:
-        if not 0 <= threshold <= 1:
-            raise UserError(f"threshold {threshold} is out of range: from 0 to 1")
-        thresholds = np.full(len(EMOTIONS), threshold)
+    model, tokenizer, tuned = read_best(path, partial(load_best, config))
+    thresholds = tuned.per_label if threshold is None else np.full(len(EMOTIONS), threshold)
     warn_of_precision(path, dtype)
-    model, tokenizer = load_model(folder, config).to(device), find_tokenizer(config, folder)
+    model.to(device)
 
     # Answers, a block of lines at a time; lengths are sorted inside a block only
     failed, cut = False, 0

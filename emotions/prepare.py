@@ -25,10 +25,10 @@ if not __package__:  # run as a script: import from the repository root, not fro
 import numpy as np
 
 from common.checkpoint import ROOT, UserError
-from common.checkpoint.files import write_text
+from common.checkpoint.files import first_repeated, write_text
 from emotions.cli import displayed, run_script
 from emotions.config import Config
-from emotions.dataset import Row, decode, multi_hot, normalized
+from emotions.dataset import Row, decode, is_empty, multi_hot, same_text
 from emotions.labels import ALL, EMOTIONS, NUMBERS
 from emotions.report import table
 
@@ -120,15 +120,19 @@ def read_lines(path: Path, source: Source) -> Iterator[str]:
 
 def read_fields(path: Path, source: Source) -> Iterator[tuple[int, list[str]]]:
     """The number and the fields of each line that is not blank; MELD alone has quotes, and lines inside them."""
-    quoting = csv.QUOTE_MINIMAL if source.delimiter == "," else csv.QUOTE_NONE
-    reader, number = csv.reader(read_lines(path, source), delimiter=source.delimiter, quoting=quoting, strict=True), 1
+    if source.delimiter != ",":
+        lines = (line.rstrip("\r\n") for line in read_lines(path, source))
+        yield from ((number, line.split(source.delimiter)) for number, line in enumerate(lines, 1) if line)
+        return
+    reader, number = csv.reader(read_lines(path, source), strict=True), 1
     try:
         for fields in reader:
             if fields:
                 yield number, fields
             number = reader.line_num + 1
     except csv.Error as error:
-        raise UserError(f"{path}, line {number}: expected CSV with quotes ({error})") from error
+        reason = str(error).split(" - ")[0]  # behind it: advice for whoever opened the file
+        raise UserError(f"{path}, line {number}: expected CSV with quotes ({reason})") from error
 
 
 def read_records(path: Path, source: Source) -> Iterator[tuple[int, dict[str, str]]]:
@@ -139,6 +143,8 @@ def read_records(path: Path, source: Source) -> Iterator[tuple[int, dict[str, st
         number, header = next(lines, (1, []))
         if missing := [name for name in columns if name not in header]:
             raise UserError(f"{path}, line {number}: the header is {header!r:.300}, expected one with {missing[0]}")
+        if repeated := first_repeated([name for name in header if name]):
+            raise UserError(f"{path}, line {number}: {repeated!r} stands in the header twice")
     for number, fields in lines:
         further = len(fields) - len(header)
         if source.delimiter == "|" and further > 0:  # the text has | in it
@@ -200,7 +206,7 @@ def read_source(path: Path, name: str) -> list[Row]:
     for number, record in read_records(path, source):
         try:
             labels = [source.mapping[label] for label in source_labels(record, name)]
-            if not record[source.text].strip():
+            if is_empty(record[source.text]):
                 raise ValueError("the text is empty")
         except ValueError as error:
             raise UserError(f"{path}, line {number}: {error}") from error
@@ -237,11 +243,11 @@ def kept_rows(
 
     And of each file how many rows have no text, are held out, are kept.
     """
-    held_out = {normalized(row.text) for rows in splits.values() for row in rows}
+    held_out = {same_text(row.text) for rows in splits.values() for row in rows}
     train, counts = [], {}
     for file, rows in files.items():
-        texts = [row for row in rows if row.text]
-        kept = [row for row in texts if normalized(row.text) not in held_out]
+        texts = [row for row in rows if not is_empty(row.text)]
+        kept = [row for row in texts if same_text(row.text) not in held_out]
         counts[file] = (len(rows) - len(texts), len(texts) - len(kept), len(kept))
         train += kept
     return train, counts
@@ -309,7 +315,7 @@ def summary(
     if len(splits["train"]) < kept:
         lines += [f"A pilot: {len(splits['train'])} of the {kept} training rows that were kept.", ""]
     if "test" in splits:
-        texts = [{normalized(row.text) for row in splits[name]} for name in EVALUATION]
+        texts = [{same_text(row.text) for row in splits[name]} for name in EVALUATION]
         lines += [f"Texts that stand in validation and in test, where both keep them: {len(texts[0] & texts[1])}.", ""]
     else:
         lines += [f"{EVALUATION['test']} is not there: no test split, so no test figure can be reported.", ""]

@@ -1,12 +1,21 @@
 """Tables for people: the data before training, a run's scores after it."""
 
+from collections import Counter
+from collections.abc import Sequence
+
 import numpy as np
 
 from emotions.config import Config
-from emotions.dataset import Split, repeated_in_test
+from emotions.dataset import Split, absent, positives, repeated_in_test
 from emotions.labels import EMOTIONS, GROUPINGS
 
 METRICS = [f"{name}_{mean}" for mean in ("macro", "micro", "weighted") for name in ("f1", "precision", "recall")]
+METRICS.insert(1, "f1_macro_occurring")
+
+
+def first_three(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
 
 
 def table(header: list[str], rows: list[list]) -> list[str]:
@@ -19,6 +28,8 @@ def table(header: list[str], rows: list[list]) -> list[str]:
 
 def print_summary(splits: dict[str, Split], config: Config) -> None:
     """The tables of what is trained on: rows, sources, labels, lengths in tokens; each label's rows."""
+    from common.metrics import too_few  # scikit-learn, a second that --help has no use for
+
     columns = ["split", "rows", "sources", "labels a row", "without label", "tokens p50", "p95", "max"]
     rows = []
     for name, split in splits.items():
@@ -33,15 +44,20 @@ def print_summary(splits: dict[str, Split], config: Config) -> None:
     known = splits["train"].known.sum(axis=0).tolist()
     print("\n".join(table(["emotion", *splits, "known in train"], list(zip(EMOTIONS, *counts, known)))[:-1]))
 
-    for name, count in list(zip(splits, counts))[1:]:
-        if missing := count.count(0):
-            print(f"{missing} of 28 emotions have no positive in {name}: those it knows count as 0 in f1_macro")
+    for name in list(splits)[1:]:
+        if missing := absent(splits[name]):
+            print(f"{name} has no positive of {first_three(missing)}: each counts as 0 in f1_macro")
+    if few := too_few(len(splits["validation"]), positives(splits["validation"])):
+        print(f"validation: {few}")
     if untaught := [name for name, count in zip(EMOTIONS, known) if count == 0]:
         print(f"no training row knows {', '.join(untaught)}: never predicted")
     if "test" not in splits:
         print("no test.jsonl: no test figure will be reported")
     elif seen := repeated_in_test(splits):
         print(f"{seen} of the {len(splits['test'])} test texts are also in validation")
+    if unread := Counter(key for split in splits.values() for row in split.rows for key in row.unread):
+        keys = [f"{repr(key)[1:-1]:.40} ({count} rows)" for key, count in unread.most_common()]
+        print(f"keys that nobody reads: {first_three(keys)}")
     print("rows dropped: 0 (blank lines are skipped, a bad row ends the run)")
 
 
@@ -56,13 +72,26 @@ def evaluation_line(epoch: int, scores: dict, shared_threshold: float, better: b
 
 def last_line(results: dict, path: str) -> str:
     """What a finished run prints last, and again when it is started once more."""
-    parts = [f"done | {results['split']} {results['metric']} {results['best']:.4f} (epoch {results['epoch']})"]
-    honest = results["validation"]["cross_fitted"]["at_per_label"]["f1_macro"]
-    parts.append(f"validation f1_macro {honest:.4f} with cross-fitted thresholds")
-    if results["test"]:
-        half, tuned = (results["test"][key]["f1_macro"] for key in ("at_half", "at_per_label"))
+    validation, test = results["validation"], results["test"]
+    few = validation.get("too_few")  # older results have no such key
+    choice = f"epoch {results['epoch']}; {few}" if few else f"epoch {results['epoch']}"
+    parts = [f"done | {results['split']} {results['metric']} {results['best']:.4f} ({choice})"]
+    honest = validation["cross_fitted"]["at_per_label"]
+    parts.append(f"validation f1_macro {honest['f1_macro']:.4f} with cross-fitted thresholds")
+    parts[-1] += without_absent(validation, honest)
+    if test:
+        half, tuned = (test[key]["f1_macro"] for key in ("at_half", "at_per_label"))
         parts.append(f"test f1_macro {half:.4f} at .5, {tuned:.4f} at the tuned thresholds")
+        parts[-1] += without_absent(test, test["at_per_label"])
     return " | ".join([*parts, f"{results['seconds']:.0f} s", f"results in {path}"])
+
+
+def without_absent(scores: dict, metrics: dict) -> str:
+    """What to say beside an f1_macro of a split in which emotions are absent: the mean over the others."""
+    if not (missing := scores.get("absent")):
+        return ""
+    mean = metrics["f1_macro_occurring"]
+    return f" ({'-' if mean is None else f'{mean:.4f}'} without {first_three(missing)}, of which it has no positive)"
 
 
 def report(scores: dict, splits: dict[str, Split], evaluations: list[dict], config: Config) -> str:
@@ -79,10 +108,12 @@ def report(scores: dict, splits: dict[str, Split], evaluations: list[dict], conf
         lines += [f"Nothing was chosen on test; {seen} are also in validation.", ""]
     else:
         lines += ["There is no test split: no test figure.", ""]
+    if few := scores["validation"]["too_few"]:
+        lines += [f"Validation: {few}.", ""]
     for name in list(splits)[1:]:
-        absent = splits[name].known.any(axis=0) & ~splits[name].labels.any(axis=0)
-        if missing := int(absent.sum()):
-            lines += [f"{missing} emotions have no positive in {name}: each counts as 0 in f1_macro.", ""]
+        if missing := scores[name]["absent"]:
+            lines += [f"{name.capitalize()} has no positive of {first_three(missing)}: each counts as 0 in f1_macro."]
+            lines += ["The mean over the others is f1_macro_occurring.", ""]
 
     # All splits at all thresholds
     columns = ["split", "thresholds", *METRICS, "map", "labels true", "labels predicted"]

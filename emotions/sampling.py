@@ -3,6 +3,8 @@
 All are pure functions of their arguments, so a resumed run and every process see the same epoch.
 """
 
+from bisect import bisect_right
+from collections import defaultdict
 from typing import NamedTuple
 
 import numpy as np
@@ -78,6 +80,14 @@ def shuffle_words(text: str, generator: np.random.Generator) -> str:
     return " ".join(kept)
 
 
+def equal_texts(texts: list[str]) -> dict[str, list[int]]:
+    """Of each text, for each place where it stands: how many other texts stand before it."""
+    before = defaultdict(list)
+    for place, text in enumerate(texts):
+        before[text].append(place - len(before[text]))
+    return before
+
+
 def epoch_draws(split: Split, weights: np.ndarray, config: Config, epoch: int) -> list[Draw]:
     """An epoch's rows, drawn and augmented.
 
@@ -91,6 +101,7 @@ def epoch_draws(split: Split, weights: np.ndarray, config: Config, epoch: int) -
 
     counts, rare = split.labels.sum(axis=0), rare_labels(split, config)
     partners = {label: np.flatnonzero(split.labels[:, label] & (weights > 0)).tolist() for label in rare}
+    alike = {label: equal_texts([rows[other].text for other in partners[label]]) for label in rare}
     for place, (number, text, *_) in enumerate(draws):
         if not (own := rare.intersection(rows[number].labels)):
             continue
@@ -98,9 +109,12 @@ def epoch_draws(split: Split, weights: np.ndarray, config: Config, epoch: int) -
         words, features, share = generator.random(3)
         if words < config.augment_words:
             draws[place] = draws[place]._replace(text=shuffle_words(text, generator))
-        others = [other for other in partners[min(own, key=counts.__getitem__)] if rows[other].text != text]
+        label = min(own, key=counts.__getitem__)
+        same = alike[label][text]
+        others = len(partners[label]) - len(same)
         if features < config.augment_features and others:
-            partner = others[int(generator.integers(len(others)))]
+            drawn = int(generator.integers(others))  # among those with another text, in their order
+            partner = partners[label][drawn + bisect_right(same, drawn)]
             draws[place] = draws[place]._replace(partner=partner, share=float(share))
     return draws
 

@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -124,6 +125,8 @@ def parse(argv: list[str] | None, description: str = "", trained: bool = False, 
     for name in PATHS:
         if (text := getattr(config, name)) and (name in given or text.startswith("~")):
             config = config.model_copy(update={name: repository_path(text, or_as_it_is=name == "model")})
+        if re.search("[\ud800-\udfff]", path := getattr(config, name)):  # config.json could not hold it
+            parser.error(f"argument --{name}: {path!a} is not UTF-8")
     for name in given.keys() - FREE if is_run else ():
         if (value := defaults.get(name, Config.model_fields[name].default)) != getattr(config, name):
             parser.error(f"argument --{name}: {given['run_dir']} was trained with {value!r}, which is fixed")
@@ -136,7 +139,7 @@ def run_script(main: Callable, description: str, trained: bool = False, **flags:
     Returns the exit status: main's own, 0 for None, 1 after an error, 130 after Ctrl-C.
     """
     for stream in (sys.stdout, sys.stderr):  # a log file gets each line when it is printed, in any locale
-        stream.reconfigure(encoding="utf-8", line_buffering=True)
+        stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
     try:
         config, own = parse(None, description, trained, **flags)
         return main(config, **own) or 0

@@ -125,8 +125,8 @@ def parse(argv: list[str] | None, description: str = "", trained: bool = False, 
     for name in PATHS:
         if (text := getattr(config, name)) and (name in given or text.startswith("~")):
             config = config.model_copy(update={name: repository_path(text, or_as_it_is=name == "model")})
-        if re.search("[\ud800-\udfff]", getattr(config, name)):  # config.json could not hold it
-            parser.error(f"argument --{name}: {text!a} is not UTF-8")
+        if re.search("[\ud800-\udfff]", path := getattr(config, name)):  # config.json could not hold it
+            parser.error(f"argument --{name}: {path!a} is not UTF-8")
     for name in given.keys() - FREE if is_run else ():
         if (value := defaults.get(name, Config.model_fields[name].default)) != getattr(config, name):
             parser.error(f"argument --{name}: {given['run_dir']} was trained with {value!r}, which is fixed")

@@ -17,8 +17,9 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, pipeline
 
 from common.checkpoint import UserError
+from common.seed import mix
 from emotions import evaluate, train
-from emotions.dataset import Draw, Row, Split, collate, load_splits, make_split
+from emotions.dataset import Draw, Row, Split, collate, load_splits, make_split, multi_hot
 from emotions.evaluate import group_metrics, predict_logits, score_split
 from emotions.gradient_health import collapse, gradient_health
 from emotions.labels import ALL, EKMAN, EMOTIONS, NUMBERS, SENTIMENT
@@ -26,7 +27,7 @@ from emotions.loss import class_weights, emotion_loss
 from emotions.loss_gradients import LOSSES
 from emotions.model import HEADS, build_model, find_tokenizer, load_model, prior_logits, save_model
 from emotions.parallel import Processes
-from emotions.sampling import draw_rows, draw_weights, epoch_draws, epoch_steps
+from emotions.sampling import draw_rows, draw_weights, epoch_draws, epoch_steps, shuffle_words
 from emotions.thresholds import Thresholds, cross_fitted, thresholds_json, tune
 
 CPU = torch.device("cpu")
@@ -129,6 +130,36 @@ def test_only_rows_with_a_rare_label_are_augmented_with_partners_of_their_rarest
     assert len({*shares}) == len(shares)  # another epoch draws others
     plain = epoch_draws(split, weights, changed(), epoch=3)
     assert plain == [Draw(number, rows[number].text) for number in draw_rows(weights, 42, 3).tolist()]
+
+
+@pytest.mark.parametrize("texts", [1, 2, 40, 10**6])
+def test_partners_are_those_of_a_search_among_all_rows(texts):
+    """Of 2,000 rows, most with the same text where texts are few."""
+    generator = np.random.default_rng(0)
+    rows = [
+        row(f"text {generator.integers(texts)}", *generator.choice(EMOTIONS[:9], 2), source="st"[number % 3 == 0])
+        for number in range(2000)
+    ]
+    labels = multi_hot([one.labels for one in rows])
+    split = Split(rows, labels, np.ones_like(labels), np.ones(2000, dtype=int))
+    settings = {"augment_words": 0.3, "augment_features": 0.7, "rare_label_rows": 450, "source_weights": "t=0"}
+    weights, counts = draw_weights(split, changed(**settings)), labels.sum(axis=0)
+    draws = epoch_draws(split, weights, changed(**settings), 3)
+    rare, found = {n for n in ALL if 0 < counts[n] < 450}, 0
+    for place, draw in enumerate(draws):
+        one, partner = rows[draw.row], None
+        if own := rare.intersection(one.labels):
+            generator = np.random.default_rng(mix(42, 3, 1, place))
+            words, features, _ = generator.random(3)
+            if words < 0.3:
+                assert shuffle_words(one.text, generator) == draw.text
+            label = min(own, key=counts.__getitem__)
+            others = [n for n in range(2000) if labels[n, label] and weights[n] and rows[n].text != one.text]
+            if features < 0.7 and others:
+                partner = others[int(generator.integers(len(others)))]
+        assert draw.partner == partner
+        found += partner is not None
+    assert len(rare) > 3 and (found > 200) == (texts > 1)
 
 
 def test_a_partner_brings_interpolated_labels_which_are_known_where_both_are(tokenizer):

@@ -7,9 +7,10 @@ import torch
 from launch import config_of
 from torch import Tensor, nn
 from transformers import DebertaV2Config, DebertaV2Model
+from transformers.models.deberta_v2.modeling_deberta_v2 import DisentangledSelfAttention
 
 from common.checkpoint.pretrained import checkpoint_activations
-from emotions.attention import FastSelfAttention, use_fast_attention
+from emotions.attention import DisentangledAttention, FastSelfAttention, relative_rows, use_fast_attention
 from emotions.model import build_model
 
 SHAPE = {
@@ -78,6 +79,57 @@ def test_states_and_gradients_are_transformers_own(length, settings):
     for layer in (*theirs.encoder.layer, *ours.encoder.layer):
         layer.attention.self.pos_dropout = nn.Softsign()  # whatever stands in the dropout's place is applied
     assert_equal(theirs, ours, length)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_in_fp32_and_bf16_the_terms_are_added_and_scaled_in_one_product_bit_for_bit(dtype):
+    heads, batch, length, size = 2, 3, 9, 8
+    rows, *columns = relative_rows(length, 256, 512, torch.device("cpu"))
+    hidden = torch.zeros(1, batch, 1, length, dtype=torch.bool)
+    hidden[0, 1, 0, 5:] = True
+    queries, keys, values = (torch.randn(batch * length + len(rows), heads * size).to(dtype) for _ in range(3))
+    values = values[: batch * length]
+    found = DisentangledAttention.apply(queries, keys, values, *columns, hidden, (batch, length, heads), 0.0)
+
+    def by_head(states: Tensor, count: int) -> Tensor:
+        return states.view(count, -1, heads, size).permute(2, 0, 1, 3).contiguous()
+
+    q, k, v = (by_head(states[: batch * length], batch) for states in (queries, keys, values))
+    k_rel, q_rel = (by_head(states[batch * length :][n], 1) for states, n in zip((keys, queries), columns))
+    place = length - 1 - torch.arange(length)[:, None] + torch.arange(length)  # the column of each distance
+    c2p, p2c = (
+        (states.flatten(1, 2) @ relative[:, 0].mT).view(heads, batch, length, -1).gather(3, place.expand(2, 3, -1, -1))
+        for states, relative in ((q, k_rel), (k, q_rel))
+    )
+    scale = (3 * size) ** -0.5
+    scores = (p2c.mT.contiguous() + c2p).flatten(0, 1)
+    scores = torch.baddbmm(scores, q.flatten(0, 1), k.flatten(0, 1).mT, beta=scale, alpha=scale).view_as(c2p)
+    scores = scores.masked_fill(hidden, torch.finfo(dtype).min)
+    context = torch.softmax(scores, -1).flatten(0, 1) @ v.flatten(0, 1)
+    assert torch.equal(found, context.view_as(q).permute(1, 2, 0, 3).flatten(2).flatten(0, 1))
+
+
+@pytest.mark.parametrize("length, bias, loudness", [(4, 44.0, 1.0), (9, 0.0, 1.7e4)], ids=["scores", "gradients"])
+def test_in_fp16_it_overflows_no_sooner_than_transformers_own(length, bias, loudness):
+    """The sum of two scores of 31,000 and more; gradients that are over 65,504 before they are scaled."""
+    settings = {"hidden_size": 32, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    theirs = DisentangledSelfAttention(DebertaV2Config(**SHAPE | settings)).eval()
+    with torch.no_grad():
+        for projection in (theirs.query_proj, theirs.key_proj):
+            projection.bias.fill_(bias)
+            projection.weight.mul_(8 if bias else 1)  # one score is so far above the others that no rounding matters
+    ours = nn.ModuleList([copy.deepcopy(theirs)])
+    assert use_fast_attention(ours) == 1
+    states, relative = (0.1 * torch.randn(2, length, 32)).half(), (20 * torch.randn(512, 32)).half()
+    direction, mask = (loudness * torch.randn(2, length, 32)).half(), torch.ones(2, 1, 1, length, dtype=torch.bool)
+    results = []
+    for attention in (theirs.half(), ours[0].half()):
+        inputs = [states.clone().requires_grad_(), relative.clone().requires_grad_(), attention.value_proj.weight]
+        context = attention(inputs[0], mask, rel_embeddings=inputs[1])[0]
+        results.append([context, *torch.autograd.grad(context, inputs, direction)])
+    for expected, found in zip(*results, strict=True):
+        assert expected.isfinite().all()
+        torch.testing.assert_close(found, expected, rtol=0.01, atol=0.01 * expected.abs().max().item())
 
 
 def test_settings_choose_it_and_checkpointing_in_the_classifier():

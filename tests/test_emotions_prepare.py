@@ -2,18 +2,21 @@
 
 import json
 import shutil
+import unicodedata
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import sentencepiece
-from launch import ROOT, config_of, ran, refused, run_here
+from launch import ROOT, config_of, ran, read_lines, refused, run_here
 from transformers import AutoConfig, DistilBertConfig
 
 from common.checkpoint import UserError
-from emotions.dataset import Row, load_splits, read_rows
+from emotions.dataset import Row, fingerprint, load_splits, parse_row, read_rows, repeated_in_test
 from emotions.labels import ALL, EMOTIONS, NUMBERS
 from emotions.model import find_tokenizer
-from emotions.prepare import SOURCES
+from emotions.prepare import SOURCES, read_source
+from emotions.report import print_summary
 
 SAMPLE = config_of("emotions")
 
@@ -30,17 +33,49 @@ def test_files_are_read_with_bom_crlf_blank_lines_and_what_is_known(tmp_path):
     assert read_rows(tmp_path / "rows.jsonl") == expected
 
 
-def test_a_text_that_is_scored_is_not_trained_on_whatever_its_case_and_punctuation(few_rows, tmp_path):
+FULL_WIDTH = {ord(" "): "\u3000"} | {code: code + 0xFEE0 for code in range(0x21, 0x7F)}
+TEXT = "Café: 1.5 million, काम 😡!"  # and the same in another writing
+SAME = {
+    "case, punctuation and blanks": f"  {TEXT.upper()}?!  ".replace(" ", "  "),
+    "NFD": unicodedata.normalize("NFD", TEXT),
+    "full width": TEXT.translate(FULL_WIDTH),
+    "zero width": "\u200b".join(TEXT) + "\ufe0f\u2060",
+}
+OTHERS = [TEXT.replace(*pair) for pair in (("काम", "कम"), ("😡", "😂"), ("1.5", "15"), ("é", "e"), ("Café", "Cafés"))]
+
+
+@pytest.fixture
+def rewrite(few_rows, tmp_path):
+    """A function: a folder with few rows whose first ones have other texts, one for each split that is named."""
     data = shutil.copytree(few_rows("emotions"), tmp_path / "data")
-    config, tokenizer = config_of("emotions", data_dir=str(data)), find_tokenizer(SAMPLE)
-    leak = {"text": f"  {read_rows(data / 'train.jsonl')[0].text.upper()}?! ", "labels": []}
-    shutil.copy(data / "validation.jsonl", data / "test.jsonl")  # neither is trained on
-    assert load_splits(config, tokenizer).keys() == {"train", "validation", "test"}
+
+    def change(**texts: str) -> Path:
+        for name, text in texts.items():
+            first, *lines = (few_rows("emotions") / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+            row = json.dumps(json.loads(first) | {"text": text}, ensure_ascii=False)
+            (data / f"{name}.jsonl").write_text("\n".join([row, *lines]), encoding="utf-8")
+        return data
+
+    return change
+
+
+@pytest.mark.parametrize("text", SAME.values(), ids=SAME)
+def test_a_text_that_is_scored_is_not_trained_on_in_any_writing(rewrite, text):
+    config, tokenizer = config_of("emotions", data_dir=str(rewrite(train=TEXT))), find_tokenizer(SAMPLE)
     for name in ("test", "validation"):
-        with open(data / f"{name}.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(leak))
-        with pytest.raises(UserError, match=rf"{name}\.jsonl, line \d+: .*train\.jsonl, line 1;"):
+        rewrite(**{name: text})
+        with pytest.raises(UserError, match=rf"{name}\.jsonl, line 1: .*train\.jsonl, line 1;"):
             load_splits(config, tokenizer)
+
+
+def test_a_text_with_another_mark_symbol_letter_or_number_is_another(rewrite):
+    data, tokenizer = rewrite(train=TEXT), find_tokenizer(SAMPLE)
+    config = config_of("emotions", data_dir=str(data))
+    for text in OTHERS:
+        rewrite(test=text, validation=text.upper() + "\u200d")
+        assert repeated_in_test(load_splits(config, tokenizer)) == 1
+        rewrite(validation=OTHERS[OTHERS.index(text) - 1])
+        assert repeated_in_test(load_splits(config, tokenizer)) == 0
 
 
 def test_the_tokenizer_of_deberta_v3s_own_files_is_sentencepieces(tmp_path):
@@ -65,17 +100,57 @@ def test_the_tokenizer_of_deberta_v3s_own_files_is_sentencepieces(tmp_path):
 
 
 GOOD = {"text": "I love it", "labels": ["love", "joy"]}
+INVISIBLE = "\u200b\u2060\ufe0f\u3164\u2800\u00ad\x00\u3000"
+
+
+@pytest.mark.parametrize("text", ["", " \u2028", *INVISIBLE, INVISIBLE])
+def test_a_text_that_shows_nothing_is_refused(text):
+    with pytest.raises(ValueError, match="text is '"):
+        parse_row(json.dumps(GOOD | {"text": text}).encode(), 1)
+    assert parse_row(json.dumps(GOOD | {"text": f"{text}。"}).encode(), 1).text.endswith("。")
+
+
+@pytest.mark.parametrize(
+    "key", ["Text", "texts", "label", "labels_2", "KNOWN", "known1", "Source", "sources", "ids", "ID"]
+)
+def test_a_key_that_is_nearly_a_known_one_is_refused(key):
+    with pytest.raises(ValueError, match=f"'{key}'; known are text, labels, known, source, id"):
+        parse_row(json.dumps(GOOD | {key: "joy"}).encode(), 1)
+
+
+@pytest.mark.parametrize("more", ['"labels": ["joy"]', '"other": {"labels": 1, "labels": 2}'])
+def test_a_key_that_stands_twice_is_refused(more):
+    with pytest.raises(ValueError, match=r"'labels' .*twice"):
+        parse_row(f'{{"text": "a", "labels": [], {more}}}'.encode(), 1)
+
+
+def test_other_keys_are_counted_once_and_change_no_row(few_rows, tmp_path, capsys):
+    data, tokenizer = shutil.copytree(few_rows("emotions"), tmp_path / "data"), find_tokenizer(SAMPLE)
+    config, counts = config_of("emotions", data_dir=str(data)), Counter()
+    before = fingerprint(load_splits(config, tokenizer))
+    for name in ("train", "validation", "test"):
+        rows = read_lines(data / f"{name}.jsonl")
+        for number, row in enumerate(rows):
+            row |= {"lang": "en"} | ({"Bemerkung\n": number} if number % 3 else {})
+            counts.update(row.keys() - {"text", "labels", "known", "source", "id"})
+        (data / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    splits = load_splits(config, tokenizer)
+    print_summary(splits, config)
+    said = [line for line in capsys.readouterr().out.splitlines() if "nobody reads" in line]
+    lang, other = counts.values()
+    assert said == [f"keys that nobody reads: lang ({lang} rows), Bemerkung\\n ({other} rows)"]
+    assert fingerprint(splits) == before
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name, rows, words",
     [
-        ("train", [GOOD, "", '["a", ["joy"]]'], ["line 3", "['a', ['joy']]", "object"]),
+        ("train", [GOOD, "", '["a", ["joy"]]'], ["line 3", '["a", ["joy"]]', "object"]),
         ("test", [GOOD, b'{"text": "\xe9"}'], ["line 2", "UTF-8", "0xe9"]),
         ("train", [GOOD | {"known": ["joy", "bliss"]}], ["known holds 'bliss'", "'admiration'"]),
         ("train", [GOOD | {"known": ["love"]}], ["['love', 'joy']", "known ['love']"]),
-        ("train", [GOOD | {"konwn": ["joy"]}], ["konwn is ['joy']"]),
+        ("train", [GOOD, GOOD | {"Known": ["joy"]}], ["line 2", "'Known'", "text, labels, known, source, id"]),
         ("validation", [""], ["no row"]),
         ("validation", [{"text": "so", "labels": []}], ["no label"]),
         ("validation", [GOOD] * 4, ["4 rows", "5 or more"]),
@@ -133,9 +208,15 @@ def test_each_sources_traps_are_known_and_no_scored_text_is_trained_on(data):
     for name in ("validation", "test"):
         text = read_rows(ROOT / f"emotions/sample/{name}.jsonl")[9].text.upper()
         append(raw / "meld/train_sent_emo.csv", f'1,"{text}?!",A,joy,positive{end}')
+    append(raw / "goemotions/dev.tsv", f"{TEXT}\t27\tx4\n")
+    for number, text in enumerate((*SAME.values(), *OTHERS)):
+        append(raw / "goemotions/train.tsv", f"{text}\t3\tsame{number}\n")
+    append(raw / "semeval2018_ec/E-c-En-dev.txt", f"x5\t&#8203;\\n{marks}")  # shows nothing
+    append(raw / "goemotions/train.tsv", f"a\rb{'c' * 200_000}\t3\tx6\n")  # no line end, no limit
     assert prepare(data, *ALL_SOURCES)[0] == 0
     rows = {row.id: row for row in read_rows(data / "train.jsonl")}
-    assert "train_90_1" not in rows
+    assert not {"train_90_1", "x5"} & rows.keys() and rows["x6"].text[:3] == "a\rb"
+    assert [key for key in rows if str(key).startswith("same")] == [f"same{number}" for number in range(4, 9)]
     for key, text, labels, known in (
         ("x1", '"A\u2028lone "quote"', "excitement joy", " ".join(EMOTIONS)),
         ("x2", "I’ll & \\o/", "joy", "anger disgust fear joy love optimism sadness surprise"),
@@ -170,6 +251,7 @@ def test_a_smaller_pilot_is_inside_a_larger_one_and_files_it_did_not_write_stay(
         ("isear/isear.csv", None, ["--raw_dir", "unige.ch"]),
         ("goemotions/train.tsv", "B\tC\t3\tx\n", ["line 1601", "4 fields"]),
         ("goemotions/train.tsv", "A\t3,28\tx\n", ["line 1601", "'3,28'", "0 to 27"]),
+        ("goemotions/dev.tsv", "\u200b\u3164\t3\tx\n", ["line 451", "empty"]),
         ("semeval2018_ec/E-c-En-train.txt", "x\tA" + "\t2" * 11 + "\n", ["line 162", "anger is '2'", "0 or 1"]),
         ("isear/isear.csv", "\n" + "0|" * 36 + "envy|4|3|k|A|1|", ["line 149", "'envy'", "joy, fear"]),
         ("meld/dev_sent_emo.csv", '1,"a\nb",A,joy,,0,0,1,1,t,t\r\n1,A,joy\r\n', ["line 44", "3 fields"]),
@@ -181,3 +263,11 @@ def test_a_missing_or_malformed_raw_file_is_named_and_nothing_is_written(data, n
     refused(prepare(data, *ALL_SOURCES), path, *words)
     assert [found.name for found in data.iterdir()] == ["raw"]
     refused(prepare(data, "--sources", "meld"), "goemotions")
+
+
+@pytest.mark.parametrize("column, other", [("Utterance", "Speaker"), ("Emotion", "Sentiment"), ("Season", "Episode")])
+def test_a_column_that_stands_twice_is_refused_by_name_and_line(data, column, other):
+    path = data / "raw/meld/dev_sent_emo.csv"
+    path.write_text(path.read_text(encoding="utf-8").replace(other, column, 1), encoding="utf-8")
+    with pytest.raises(UserError, match=f"{path}, line 1: '{column}' .*twice"):
+        read_source(path, "meld")

@@ -3,9 +3,9 @@
 N texts or rows, B texts of a chunk, T tokens
 """
 
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, count, islice
 from typing import NamedTuple
 
 import numpy as np
@@ -18,11 +18,13 @@ from common.checkpoint import UserError
 from common.checkpoint.pretrained import check_ids
 from common.seed import epoch_generator
 from embeddings.config import Config
-from embeddings.dataset import Triplet
+from embeddings.dataset import Pair, Triplet, identity, pair_texts
 
 TOKENIZED_TEXTS = 10_000  # at a time
 SORTED_BATCHES = 20  # among which rows are sorted by length
 WAITING_BATCHES = 4  # batches' worth of the waiting rows that are tried for each new batch
+
+Waiting = OrderedDict[int, deque[int]]  # a text, and the rows that wait for a batch without it
 
 
 class Tokens(NamedTuple):
@@ -44,33 +46,55 @@ class Rows(NamedTuple):
     """N triplets (or pairs) as numbers of distinct texts."""
 
     texts: np.ndarray  # (N, 3 or 2), places in Tokens
-    identities: np.ndarray  # the same shape: equal numbers are the same text in any case
+    identities: np.ndarray  # the same shape: equal numbers are the same text (dataset.same_text)
     lengths: np.ndarray  # (N,) of a row's longest text, in tokens
 
 
+class Epoch(NamedTuple):
+    """An epoch's batches of rows, the rows that it leaves out, and whether some of these because texts repeat."""
+
+    batches: list[np.ndarray]
+    left_out: list[int]
+    repeating: bool
+
+
 def tokenize(
-    texts: Sequence[str], tokenizer: PreTrainedTokenizerFast, config: Config, progress: bool = False
+    texts: Sequence[str],
+    tokenizer: PreTrainedTokenizerFast,
+    config: Config,
+    progress: bool = False,
+    name: Callable[[int], str] = "text {}".format,
+    may_lack_tokens: bool = False,
 ) -> Tokens:
     """The texts' ids, cut to max_length, which the special tokens survive.
 
-    Raises UserError where pooling is last and a text does not end in EOS: its vector would be that of another token.
+    name: says where the text of that place is from. Raises UserError for a text without a token, and where pooling is
+    last and a text does not end in EOS: its vector would be that of another token.
     """
     blocks, lengths = [], []
     firsts = range(0, len(texts), TOKENIZED_TEXTS)
     for first in tqdm(firsts, desc="tokenizing", leave=False, disable=None if progress else True):
         block = list(texts[first : first + TOKENIZED_TEXTS])
         input_ids = tokenizer(block, truncation=True, max_length=config.max_length)["input_ids"]
-        check_ids(input_ids, tokenizer, lambda row, block=block: f"the text {block[row][:60]!r}")
+        check_ids(input_ids, tokenizer, lambda row, first=first: f"{name(first + row)}, {texts[first + row][:60]!r}")
         blocks.append(np.fromiter(chain.from_iterable(input_ids), np.int32))
         lengths.extend(map(len, input_ids))
     ids, starts = np.concatenate(blocks or [np.zeros(0, np.int32)]), np.cumsum([0, *lengths])
 
-    if 0 in lengths:
-        raise UserError(f"{config.model}: its tokenizer makes no token of {texts[lengths.index(0)]!r}")
+    if 0 in lengths and not (may_lack_tokens and config.pooling != "last"):
+        empty = lengths.index(0)
+        raise UserError(f"{name(empty)}: the tokenizer of {config.model} makes no token of {texts[empty][:60]!r}")
     if config.pooling == "last" and (wrong := np.flatnonzero(ids[starts[1:] - 1] != tokenizer.eos_token_id)).size:
         text = texts[wrong[0]][:40]
         raise UserError(f"{tokenizer.name_or_path}: this tokenizer does not end {text!r} in {tokenizer.eos_token}")
     return Tokens(ids, starts, tokenizer.pad_token_id)
+
+
+def tokenize_pairs(pairs: list[Pair], tokenizer: PreTrainedTokenizerFast, config: Config, file: str) -> Tokens:
+    """The texts of pair_texts. Raises UserError naming the file's line."""
+    return tokenize(
+        pair_texts(pairs), tokenizer, config, name=lambda place: f"{file}, line {pairs[place % len(pairs)].line}"
+    )
 
 
 def tokenize_rows(triplets: list[Triplet], tokenizer: PreTrainedTokenizerFast, config: Config) -> tuple[Tokens, Rows]:
@@ -78,12 +102,16 @@ def tokenize_rows(triplets: list[Triplet], tokenizer: PreTrainedTokenizerFast, c
     width = 2 if triplets[0].negative is None else 3
     texts: dict[str, int] = {}
     identities: dict[str, int] = {}
+    lines = []  # where each text stands first
     numbers, same = np.zeros((2, len(triplets), width), dtype=np.int32)
     for place, row in enumerate(triplets):
         for column, text in enumerate(row[:width]):
             numbers[place, column] = texts.setdefault(text, len(texts))
-            same[place, column] = identities.setdefault(text.casefold(), len(identities))
-    tokens = tokenize(list(texts), tokenizer, config, progress=True)
+            same[place, column] = identities.setdefault(identity(text), len(identities))
+            lines += [row.line] * (len(texts) - len(lines))
+    identity.cache_clear()
+    name = "train.jsonl, line {}".format
+    tokens = tokenize(list(texts), tokenizer, config, True, lambda place: name(lines[place]))
     return tokens, Rows(numbers, same, tokens.lengths[numbers].max(1))
 
 
@@ -113,52 +141,97 @@ def chunk_texts(tokens: Tokens, texts: np.ndarray, budget: int) -> tuple[list[np
     return [texts.flatten()[part] for part in places], np.argsort(np.concatenate(places)).reshape(texts.shape)
 
 
-def epoch_batches(rows: Rows, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """An epoch's batches of exactly batch_size rows of like length: a pure function of (seed, epoch).
+def draw_epochs(rows: Rows, batch_size: int, seed: int) -> Iterator[Epoch]:
+    """One epoch after another from the first on, each a pure function of (seed, epoch): every process draws them alike.
+
+    What an epoch leaves out because its texts repeat comes first in the next one, in the same order. Raises UserError
+    where there is no batch.
+    """
+    first: list[int] = []
+    for number in count():
+        epoch = draw_epoch(rows, batch_size, seed, number, first)
+        if not epoch.batches and first:  # an order that fills none: without it some may be full
+            epoch = draw_epoch(rows, batch_size, seed, number, [])
+        if not epoch.batches:
+            what = f"no batch of {batch_size} rows without a repeated text can be made of the {len(rows.texts)} rows"
+            raise UserError(f"{what} of train.jsonl in epoch {number + 1}: lower batch_size")
+        yield epoch
+        first = epoch.left_out if epoch.repeating else []
+
+
+def draw_epoch(rows: Rows, batch_size: int, seed: int, number: int, first: list[int]) -> Epoch:
+    """Batches of exactly batch_size rows of like length; these come first.
 
     No row's anchor or positive stands in another row of the batch, where it would be a false negative, or make the same
-    text a negative twice; a row that has to wait comes in a later batch. What fills no batch at the end is left out: a
-    smaller batch would have fewer negatives. Raises UserError where there is no batch.
+    text a negative twice; a row that has to wait comes in a later batch. What fills no batch is left out: a smaller
+    batch would have fewer negatives.
     """
-    generator = epoch_generator(seed, epoch)
+    generator = epoch_generator(seed, number)
     order = torch.randperm(len(rows.texts), generator=generator).numpy()
+    order = order[~np.isin(order, first)]
     parts = np.split(order, range(SORTED_BATCHES * batch_size, len(order), SORTED_BATCHES * batch_size))
-    new = chain.from_iterable(part[np.argsort(rows.lengths[part], kind="stable")] for part in parts)
-    identities, waiting = rows.identities.tolist(), deque()
+    parts = [part[np.argsort(rows.lengths[part], kind="stable")].tolist() for part in parts]
+    new, waiting, identities = chain(first, *parts), OrderedDict(), rows.identities.tolist()
 
-    def candidates() -> Iterator[int]:
-        """Some that wait, so that a text that is everywhere costs no more; new rows; where these end, all that wait."""
-        for _ in range(min(WAITING_BATCHES * batch_size, len(waiting))):
-            yield waiting.popleft()
-        yield from new
-        while waiting:
-            yield waiting.popleft()
-
-    batches = []
-    while True:
-        batch, repeating = fill_batch(candidates(), identities, batch_size)
-        if len(batch) < batch_size:
-            break
-        batches.append(np.array(batch))
-        waiting.extend(repeating)
-    if not batches:
-        what = f"no batch of {batch_size} rows without a repeated text can be made of the {len(order)} rows"
-        raise UserError(f"{what} of train.jsonl in epoch {epoch + 1}: lower batch_size")
-    return [batches[place] for place in torch.randperm(len(batches), generator=generator).tolist()]
+    batches, rests, failed = [], [], 0
+    while failed < 2 and (batch := fill_batch(new, waiting, identities, batch_size)):  # of what waits then none is full
+        failed = 0 if len(batch) == batch_size else failed + 1
+        (rests if failed else batches).append(batch)
+    shuffled = torch.randperm(len(batches), generator=generator).tolist()
+    left_out = [*chain(*rests, *waiting.values())]
+    return Epoch([np.array(batches[place]) for place in shuffled], left_out, len(rests) > 1 or len(waiting) > 0)
 
 
-def fill_batch(candidates: Iterable[int], identities: list[list[int]], size: int) -> tuple[list[int], list[int]]:
-    """The first so many candidates that go together, and those before the last one that do not."""
-    batch, repeating = [], []
+def fill_batch(new: Iterator[int], waiting: Waiting, identities: list[list[int]], size: int) -> list[int]:
+    """Rows that wait, those of a text in turn, and then new ones, as far as they go together; at most size of them.
+
+    A new row that does not waits for its text. Where that is in the batch no other row that waits for it is tried, and
+    few of the others: a text that is everywhere costs no more than one that is rare.
+    """
+    batch = []
     meant, every = set(), set()  # anchors and positives; all texts
-    for row in candidates:
+
+    def add(row: int) -> int | None:
+        """Let the row join the batch, or tell for which text it cannot."""
         texts = identities[row]
-        if every.isdisjoint(texts[:2]) and meant.isdisjoint(texts):
-            batch.append(row)
-            meant.update(texts[:2])
-            every.update(texts)
-            if len(batch) == size:
+        if not every.isdisjoint(texts[:2]) or not meant.isdisjoint(texts):
+            return next(text for text in texts if text in every and (text in meant or text in texts[:2]))
+        batch.append(row)
+        meant.update(texts[:2])
+        every.update(texts)
+        return None
+
+    tries = WAITING_BATCHES * size
+    for text in list(islice(waiting, tries)):
+        waiting.move_to_end(text)
+        queue = waiting[text]
+        for _ in range(min(tries, len(queue))):
+            if text in meant or len(batch) == size:
                 break
-        else:
-            repeating.append(row)
-    return batch, repeating
+            tries, row = tries - 1, queue.popleft()
+            if add(row) is not None:
+                queue.append(row)
+        if not queue:
+            del waiting[text]
+    while len(batch) < size and (row := next(new, None)) is not None:
+        if (text := add(row)) is not None:
+            waiting.setdefault(text, deque()).append(row)
+    return batch
+
+
+def epoch_batches(rows: Rows, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
+    """One epoch's batches."""
+    return next(islice(draw_epochs(rows, batch_size, seed), epoch, None)).batches
+
+
+def rows_missed(rows: Rows, batch_size: int, seed: int, steps: int) -> int:
+    """How many rows no batch of a run of so many steps holds."""
+    missed, left = np.ones(len(rows.texts), dtype=bool), steps
+    epochs = draw_epochs(rows, batch_size, seed)
+    with tqdm(total=steps, desc="drawing batches", leave=False, disable=None) as bar:
+        while left and missed.any():
+            batches = next(epochs).batches[:left]
+            missed[np.concatenate(batches)] = False
+            left -= len(batches)
+            bar.update(len(batches))
+    return int(missed.sum())

@@ -20,7 +20,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from functools import partial
@@ -48,7 +48,7 @@ from transformers.utils.logging import disable_progress_bar
 from common.checkpoint import ROOT
 from common.checkpoint.environment import autocast_dtype, environment, peak_memory_bytes, pick_device
 from embeddings import train
-from embeddings.batching import Rows, epoch_batches, tokenize_rows
+from embeddings.batching import Epoch, Rows, draw_epochs, tokenize_rows
 from embeddings.cli import run_script
 from embeddings.config import Config
 from embeddings.dataset import TripletRow, load_splits, read_triplets
@@ -142,11 +142,13 @@ def bench_encode(config: Config, number: int, rounds: int, sizes: list[int]) -> 
     print_rates(measure(sides, rounds), len(texts), "texts")
 
 
-def ordered_batches(order: str, rows: Rows, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """epoch_batches, drawn at random or like train.py does; longest_first: these, the longest ones first."""
+def ordered_epochs(order: str, rows: Rows, batch_size: int, seed: int) -> Iterator[Epoch]:
+    """draw_epochs, drawn at random or like train.py does; longest_first: these, the longest ones first."""
     lengths = np.zeros_like(rows.lengths) if order == "random" else rows.lengths
-    batches = epoch_batches(rows._replace(lengths=lengths), batch_size, seed, epoch)
-    return sorted(batches, key=lambda batch: -rows.lengths[batch].sum()) if order == "longest_first" else batches
+    for epoch in draw_epochs(rows._replace(lengths=lengths), batch_size, seed):
+        if order == "longest_first":
+            epoch.batches.sort(key=lambda batch: -rows.lengths[batch].sum())
+        yield epoch
 
 
 def without_dropout(config: Config, device: torch.device, dtype: torch.dtype | None) -> Embedder:
@@ -180,7 +182,7 @@ def run_ours(config: Config, draw: Callable, build: Callable, steps: int) -> Ste
     watched = watch_memory(train.cached_backward, peaks)
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w", encoding="utf-8") as silent:
         changes = {"run_dir": folder, "max_steps": steps, "eval_steps": steps, "save_steps": steps, "logging_steps": 1}
-        patched = patch.multiple(train, epoch_batches=draw, build_model=build, cached_backward=watched)
+        patched = patch.multiple(train, draw_epochs=draw, build_model=build, cached_backward=watched)
         with patched, redirect_stdout(silent):
             train.main(config.model_copy(update=changes))
         progress = torch.load(Path(folder, "last.pt"), weights_only=True)["state"]["progress"]
@@ -194,7 +196,7 @@ def run_theirs(side: str, config: Config, draw: Callable, build: Callable, steps
     tokenizer, device = find_tokenizer(config), pick_device()
     triplets = load_splits(config).train
     _, rows = tokenize_rows(triplets, tokenizer, config)
-    batches = draw(rows, config.batch_size, config.seed, 0)
+    batches = next(draw(rows, config.batch_size, config.seed)).batches
     model = build(config, device, dtype := autocast_dtype(config.amp, device))
     theirs = wrap(model, tokenizer, config)
     budget = config.chunk_tokens if side == BY_TOKENS else None
@@ -226,7 +228,7 @@ def run_theirs(side: str, config: Config, draw: Callable, build: Callable, steps
 
 def run_steps(side: str, config: Config, order: str, steps: int, dropout: bool = True) -> Steps:
     """Optimizer steps of a side, from the same weights, on the same batches."""
-    draw, build = partial(ordered_batches, order), build_model if dropout else without_dropout
+    draw, build = partial(ordered_epochs, order), build_model if dropout else without_dropout
     if side in (PLAIN, BY_TOKENS):
         return run_theirs(side, config, draw, build, steps)
     whole = {"chunk_tokens": sys.maxsize} if side == WHOLE else {}

@@ -6,15 +6,19 @@ them. sts-dev.csv and sts-test.csv: STS-B's own files; SICK's are read too. prep
 
 import hashlib
 import math
-import re
-from collections.abc import Iterator
+from collections import Counter
+from functools import cache
 from pathlib import Path
-from typing import Annotated, NamedTuple, TypeVar
+from typing import NamedTuple
 
-from pydantic import BaseModel, BeforeValidator, ValidationError
+from pydantic import BaseModel
+from tqdm import tqdm
 
 from common.checkpoint import ROOT, UserError
 from embeddings.config import Config
+from embeddings.rows import Text, is_empty, normalize, parse_row, read_header, read_lines, same_text
+
+identity = cache(same_text)  # of training texts, which are compared more than once
 
 
 class Triplet(NamedTuple):
@@ -39,26 +43,7 @@ class Splits(NamedTuple):
     train: list[Triplet]
     validation: list[Pair]
     test: list[Pair]  # empty without sts-test.csv
-
-
-def normalize(text: str) -> str:
-    """A text with single spaces. Two texts are the same one where these agree in any case."""
-    return " ".join(text.split())
-
-
-def letters(text: str) -> str:
-    """A text's letters and digits: SNLI's parallel files have tokens, "a dog ." where STS-B has "a dog."."""
-    return re.sub(r"[\W_]+", "", text.casefold()) or text
-
-
-def filled(value: object) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError("expected a non-empty string")
-    return value
-
-
-Text = Annotated[str, BeforeValidator(filled)]
-Row = TypeVar("Row", bound=BaseModel)
+    unread: Counter[str] | None = None  # rows of each key or column that nobody reads
 
 
 class TripletRow(BaseModel):
@@ -69,54 +54,13 @@ class TripletRow(BaseModel):
     negative: Text | None = None
 
 
-def decode(line: bytes, number: int) -> str:
-    """A line's text. Raises ValueError for what is not UTF-8."""
-    try:
-        return line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"expected UTF-8, found byte {error.object[error.start]:#x} ({error.reason})") from error
-
-
-def decoded_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The number and text of every line, with its end. Raises UserError for what is not UTF-8."""
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                yield number, decode(line, number)
-            except ValueError as error:
-                raise UserError(f"{path}, line {number}: {error}") from error
-
-
-def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The number and text of each line that is not blank. Raises UserError."""
-    for number, text in decoded_lines(path):
-        if text.strip():
-            yield number, text.rstrip("\r\n")
-
-
-def parse_row(schema: type[Row], path: Path, number: int, line: str) -> Row:
-    """A line's JSON object. Raises UserError naming file, line, value and what was expected."""
-    try:
-        return schema.model_validate_json(line)
-    except ValidationError as error:
-        first = error.errors()[0]
-    message = first["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
-    if not first["loc"]:
-        reason = f"expected a JSON object, found {line[:40]!r} ({message})"
-    elif first["type"] == "missing":
-        reason = f"has no {first['loc'][0]!r}, only {', '.join(map(repr, first['input'])) or 'nothing'}"
-    else:
-        reason = f"{first['loc'][0]} is {first['input']!r:.60}, {message}"
-    raise UserError(f"{path}, line {number}: {reason}")
-
-
-def read_triplets(path: Path) -> list[Triplet]:
-    """All rows of a JSON-lines file. Raises UserError naming file and line."""
-    rows = []
-    for number, line in read_lines(path):
-        parsed = parse_row(TripletRow, path, number, line)
+def read_triplets(path: Path, unread: Counter[str] | None = None) -> list[Triplet]:
+    """All rows of a JSON-lines file; keys that nobody reads are counted. Raises UserError naming file and line."""
+    rows, unread = [], Counter() if unread is None else unread
+    for number, line in tqdm(read_lines(path), desc="reading", unit=" rows", leave=False, disable=None):
+        parsed = parse_row(TripletRow, path, number, line, unread)
         row = Triplet(*(text and normalize(text) for _, text in parsed), number)
-        if row.negative and row.negative.casefold() in (row.anchor.casefold(), row.positive.casefold()):
+        if row.negative and identity(row.negative) in (identity(row.anchor), identity(row.positive)):
             reason = f"the negative {row.negative[:60]!r} is the anchor or positive too; prepare.py drops such rows"
             raise UserError(f"{path}, line {number}: {reason}")
         rows.append(row)
@@ -128,17 +72,17 @@ def read_triplets(path: Path) -> list[Triplet]:
     return rows
 
 
-def read_pairs(path: Path) -> list[Pair]:
+def read_pairs(path: Path, unread: Counter[str] | None = None) -> list[Pair]:
     """All pairs of a file in STS-B's format (fields 5 to 7: score, sentence, sentence) or SICK's (by its header).
 
-    Tabs between fields, quotes are text. Raises UserError naming file and line.
+    Tabs between fields, quotes are text; columns that nobody reads are counted. Raises UserError naming file and line.
     """
-    columns, pairs = (4, 5, 6), []
+    columns, others, pairs = [4, 5, 6], [], []
+    sick = ("relatedness_score", "sentence_A", "sentence_B")
     for number, line in read_lines(path):
         fields = line.split("\t")
-        sick = ("relatedness_score", "sentence_A", "sentence_B")
         if not pairs and set(sick) <= set(fields):
-            columns = [fields.index(name) for name in sick]
+            columns, others = read_header(path, number, fields, sick)
             continue
         if len(fields) <= max(columns):
             expected = f"at least {max(columns) + 1}: of STS-B's the last three are score, sentence, sentence"
@@ -150,9 +94,11 @@ def read_pairs(path: Path) -> list[Pair]:
             value = math.nan
         if not 0 <= value <= 5:
             raise UserError(f"{path}, line {number}: the score is {score!r}, expected a number from 0 to 5")
-        if not sentence1 or not sentence2:
+        if is_empty(sentence1) or is_empty(sentence2):
             raise UserError(f"{path}, line {number}: a sentence is empty")
         pairs.append(Pair(sentence1, sentence2, value, number))
+    if unread is not None:
+        unread.update(dict.fromkeys(others, len(pairs)))
     if len({pair.score for pair in pairs}) < 2:
         raise UserError(f"{path} holds {len(pairs)} pairs and no two scores: there is no correlation to measure")
     return pairs
@@ -165,18 +111,20 @@ def load_splits(config: Config) -> Splits:
         if not (folder / name).is_file():
             ways = "`python embeddings/prepare.py` makes it, --data_dir names your folder, --sample needs neither"
             raise UserError(f"{folder / name} not found{'' if folder.is_dir() else ', nor the folder'}: {ways}")
-    test = folder / "sts-test.csv"
+    test, unread = folder / "sts-test.csv", Counter()
     splits = Splits(
-        read_triplets(folder / "train.jsonl"),
-        read_pairs(folder / "sts-dev.csv"),
-        read_pairs(test) if test.exists() else [],
+        read_triplets(folder / "train.jsonl", unread),
+        read_pairs(folder / "sts-dev.csv", unread),
+        read_pairs(test, unread) if test.exists() else [],
+        unread,
     )
-    judged = {letters(text) for pair in splits.validation + splits.test for text in pair[:2]}
+    judged = {same_text(text) for pair in splits.validation + splits.test for text in pair[:2]}
     for row in splits.train:
-        if common := [text for text in row[:3] if text is not None and letters(text) in judged]:
+        if common := [text for text in row[:3] if text is not None and identity(text) in judged]:
             raise UserError(
                 f"{folder / 'train.jsonl'}, line {row.line}: {common[0][:60]!r} stands in sts-dev.csv or sts-test.csv "
-                "too (its letters do); `python embeddings/prepare.py --nli train.jsonl --sts ...` removes such rows"
+                "too, case and punctuation aside; `python embeddings/prepare.py --nli train.jsonl --sts ...` removes "
+                "such rows"
             )
     return splits
 
@@ -187,15 +135,15 @@ def pair_texts(pairs: list[Pair]) -> list[str]:
 
 
 def repeated_in_test(splits: Splits) -> int:
-    """How many test pairs, in either order, also stand in sts-dev.csv by their letters."""
-    known = {frozenset(map(letters, pair[:2])) for pair in splits.validation}
-    return sum(frozenset(map(letters, pair[:2])) in known for pair in splits.test)
+    """How many test pairs, in either order, also stand in sts-dev.csv, case and punctuation aside."""
+    known = {frozenset(map(same_text, pair[:2])) for pair in splits.validation}
+    return sum(frozenset(map(same_text, pair[:2])) in known for pair in splits.test)
 
 
 def fingerprint(splits: Splits) -> str:
     """A digest of all texts and scores: a run goes on with the data that it was begun with."""
     digest = hashlib.sha256()
-    for rows in splits:
+    for rows in splits[:3]:
         for row in rows:
             digest.update(repr(row[:3]).encode())
         digest.update(b"|")

@@ -30,21 +30,23 @@ from common.checkpoint.files import write_atomically
 from embeddings.batching import tokenize
 from embeddings.cli import run_script
 from embeddings.config import Config
-from embeddings.dataset import decode
 from embeddings.model import embed_tokens, load_embedder
+from embeddings.rows import decode, is_empty
 
 BLOCK = 10_000  # lines that are sorted by length, encoded and written together
 
-Encode = Callable[[list[str]], np.ndarray]
+Encode = Callable[[dict[int, str]], np.ndarray]  # of line number -> text
 
 
 def read_lines(stream: BinaryIO) -> Iterator[tuple[int, str | ValueError]]:
-    """Each line's number, and its text or what is wrong with it."""
+    """Each line's number, and its text, "" where that shows nothing, or what is wrong with it."""
     for number, line in enumerate(stream, 1):
         try:
-            yield number, decode(line, number).strip()
+            text = decode(line, number).strip()
         except ValueError as error:
             yield number, error
+        else:
+            yield number, "" if is_empty(text) else text
 
 
 def read_texts(stream: BinaryIO, name: str, skip_blank: bool) -> dict[int, str]:
@@ -67,7 +69,7 @@ def write_jsonl(stream: BinaryIO, name: str, encode: Encode, counts: Counter, fi
     lines = read_lines(stream)
     with tqdm(unit="line", disable=None) as bar:
         while block := list(islice(lines, BLOCK)):
-            texts = [text for _, text in block if isinstance(text, str) and text]
+            texts = {number: text for number, text in block if isinstance(text, str) and text}
             vectors = iter(encode(texts) if texts else ())
             for number, text in block:
                 if isinstance(text, ValueError):
@@ -80,11 +82,12 @@ def write_jsonl(stream: BinaryIO, name: str, encode: Encode, counts: Counter, fi
             bar.update(len(block))
 
 
-def write_npy(texts: list[str], encode: Encode, path: Path) -> None:
+def write_npy(texts: dict[int, str], encode: Encode, path: Path) -> None:
     """The array (N, D), block after block."""
+    numbers = [*texts]
     with open(path, "wb") as file:
         for first in tqdm(range(0, len(texts), BLOCK), unit="block", disable=None):
-            vectors = encode(texts[first : first + BLOCK]).astype("<f4")
+            vectors = encode({number: texts[number] for number in numbers[first : first + BLOCK]}).astype("<f4")
             if first == 0:
                 header = {"descr": "<f4", "fortran_order": False, "shape": (len(texts), vectors.shape[1])}
                 np.lib.format.write_array_header_1_0(file, header)
@@ -109,7 +112,7 @@ def check_flags(output: str, query: str | None, top: int, prompt: str) -> None:
         return
     if output != "-" or prompt != "none":
         raise UserError("--query prints lines, by query_prompt and document_prompt: give no --output or --prompt")
-    if not query.strip() or top < 1:
+    if is_empty(query) or top < 1:
         raise UserError(f"--query {query!r} --top {top}: a text and at least 1 are needed")
 
 
@@ -119,9 +122,10 @@ def main(config: Config, input: str, output: str, query: str | None, top: int, p
     prompts = {"none": "", "query": config.query_prompt, "document": config.document_prompt}
     model, tokenizer = load_embedder(config, base)
 
-    def encode(texts: list[str], kind: str = prompt) -> np.ndarray:
-        texts = [prompts[kind] + text for text in texts]
-        tokens = tokenize(texts, tokenizer, config)
+    def encode(lines: dict[int, str], kind: str = prompt) -> np.ndarray:
+        texts = [prompts[kind] + text for text in lines.values()]
+        names = [f"{input}, line {number}" if number else "--query" for number in lines]
+        tokens = tokenize(texts, tokenizer, config, name=names.__getitem__)
         if full := [texts[number] for number in np.flatnonzero(tokens.lengths == config.max_length)]:
             counts["cut"] += sum(len(ids) > config.max_length for ids in tokenizer(full, verbose=False)["input_ids"])
         return embed_tokens(model, tokens, np.arange(len(texts)), config).numpy()
@@ -133,12 +137,12 @@ def main(config: Config, input: str, output: str, query: str | None, top: int, p
     with open(sys.stdin.fileno() if input == "-" else input, "rb", closefd=input != "-") as stream:
         if query is not None:
             lines = read_texts(stream, input, skip_blank=True)
-            vectors = encode(list(lines.values()), "document")
-            print_nearest(encode([query], "query")[0], lines, vectors, top)
+            vectors = encode(lines, "document")
+            print_nearest(encode({0: query}, "query")[0], lines, vectors, top)
         elif output == "-":
             write_jsonl(stream, input, encode, counts, sys.stdout)
         elif output.endswith(".npy"):
-            texts = list(read_texts(stream, input, skip_blank=False).values())
+            texts = read_texts(stream, input, skip_blank=False)
             write_atomically(Path(output), partial(write_npy, texts, encode))
         else:
             write_atomically(Path(output), write_lines)

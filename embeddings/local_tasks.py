@@ -9,6 +9,7 @@ counts as 0. A document with the query's id is a document like any other.
 """
 
 import hashlib
+from collections import Counter
 from pathlib import Path
 
 from datasets import Dataset
@@ -19,8 +20,10 @@ from pydantic import BaseModel, Field
 
 from common.checkpoint import UserError
 from embeddings.config import Config
-from embeddings.dataset import Text, parse_row, read_lines, read_pairs
+from embeddings.dataset import read_pairs
 from embeddings.mteb_encoder import report_tasks
+from embeddings.report import unread_line
+from embeddings.rows import Text, parse_row, read_lines
 
 BEIR_FILES = ("corpus.jsonl", "queries.jsonl", "qrels/test.tsv")
 QRELS_HEADER = ["query-id", "corpus-id", "score"]
@@ -39,7 +42,7 @@ class Query(BaseModel):
 
 
 class Document(BaseModel):
-    """A document may be empty, as some of BEIR's are."""
+    """A document may be empty, as some of BEIR's are: its score is 0."""
 
     id: Text = Field(alias="_id")
     title: str | None = None
@@ -69,20 +72,22 @@ def local_task(
     return task
 
 
-def sts_task(path: str) -> AbsTask:
+def sts_task(path: str, unread: Counter[str] | None = None) -> AbsTask:
     """STS on a file of pairs. Raises UserError naming file and line."""
-    pairs = read_pairs(Path(path))
+    pairs = read_pairs(Path(path), unread)
     columns = {name: [getattr(pair, name) for pair in pairs] for name in ("sentence1", "sentence2", "score")}
     task = local_task(AbsTaskSTS, Path(path), [Path(path)], "cosine_spearman", Dataset.from_dict(columns))
     task.min_score, task.max_score = min(columns["score"]), max(columns["score"])  # a scale: it moves no correlation
     return task
 
 
-def read_texts(path: Path, schema: type[Document] | type[Query]) -> dict[str, dict]:
+def read_texts(
+    path: Path, schema: type[Document] | type[Query], unread: Counter[str] | None = None
+) -> dict[str, dict]:
     """Id -> row of a corpus or of queries. Raises UserError naming file and line."""
-    rows = {}
+    rows, unread = {}, Counter() if unread is None else unread
     for number, line in read_lines(path):
-        row = parse_row(schema, path, number, line)
+        row = parse_row(schema, path, number, line, unread)
         if row.id in rows:
             raise UserError(f"{path}, line {number}: _id {row.id!r} stands in an earlier line too")
         rows[row.id] = {name: value or "" for name, value in row}
@@ -115,13 +120,13 @@ def read_qrels(path: Path, queries: dict, corpus: dict) -> dict[str, dict[str, i
     return qrels
 
 
-def retrieval_task(folder: str) -> AbsTask:
+def retrieval_task(folder: str, unread: Counter[str] | None = None) -> AbsTask:
     """Retrieval on a BEIR folder. Raises UserError naming file and line."""
     files = [Path(folder) / name for name in BEIR_FILES]
     for file in files:
         if not file.is_file():
             raise UserError(f"{file} not found: a BEIR folder holds {', '.join(BEIR_FILES)}")
-    corpus, queries = read_texts(files[0], Document), read_texts(files[1], Query)
+    corpus, queries = read_texts(files[0], Document, unread), read_texts(files[1], Query, unread)
     split = RetrievalSplitData(
         corpus=Dataset.from_list(list(corpus.values())),
         queries=Dataset.from_list(list(queries.values())),
@@ -133,5 +138,7 @@ def retrieval_task(folder: str) -> AbsTask:
 
 def evaluate_files(config: Config, base: bool, sts: list[str], beir: list[str]) -> str:
     """A table of the files' scores. MAP is trec_eval's over the first 1000 documents. Raises UserError."""
-    tasks = [*map(sts_task, sts), *map(retrieval_task, beir)]
-    return report_tasks(config, base, "files", tasks, METRICS, {})
+    unread = Counter()
+    tasks = [sts_task(path, unread) for path in sts] + [retrieval_task(folder, unread) for folder in beir]
+    scores = report_tasks(config, base, "files", tasks, METRICS, {})
+    return f"{scores}\n{unread_line(unread)}" if unread else scores

@@ -27,7 +27,7 @@ from common.checkpoint.pretrained import (
     new_encoder,
 )
 from common.checkpoint.probe import check_architecture
-from common.checkpoint.run import best_folder, warn_of_precision
+from common.checkpoint.run import read_best, warn_of_precision
 from common.seed import seed_everything
 from embeddings.batching import Tokens, make_chunks, pad, tokenize
 from embeddings.bidirectional import make_bidirectional
@@ -156,17 +156,20 @@ def load_embedder(config: Config, base: bool = False) -> tuple[Embedder, PreTrai
 
     Before the run's end best/ holds only the adapter: it is merged here. Raises UserError.
     """
-    device, folder = pick_device(), None
-    dtype = autocast_dtype(config.amp, device)
+    device = pick_device()
+    amp = autocast_dtype(config.amp, device)
+    dtype = amp or torch.float32
+
+    def load(folder: Path | None) -> tuple[bool, PreTrainedTokenizerFast, nn.Module]:
+        if folder is None or (folder / "modules.json").exists():
+            return True, find_tokenizer(config, folder), load_backbone(config, dtype, folder)
+        return False, find_tokenizer(config), load_merged(config, folder / "adapter", dtype)
+
+    finished, tokenizer, encoder = load(None) if base else read_best(run_path(config), load)
     if not base:
-        folder = best_folder(run_path(config))
-        warn_of_precision(run_path(config), dtype)
-    dtype = dtype or torch.float32
-    if base or (folder / "modules.json").exists():
-        tokenizer, encoder = find_tokenizer(config, folder), load_backbone(config, dtype, folder)
-    else:
+        warn_of_precision(run_path(config), amp)
+    if not finished:
         print("the run is not finished: this is its best step so far", file=sys.stderr)
-        tokenizer, encoder = find_tokenizer(config), load_merged(config, folder / "adapter", dtype)
     return Embedder(encoder.to(device), config.pooling).eval(), tokenizer
 
 

@@ -34,21 +34,27 @@ from transformers import PreTrainedTokenizerFast
 
 from common.checkpoint import UserError
 from common.checkpoint.environment import autocast_dtype
-from common.checkpoint.files import read_json, write_text
+from common.checkpoint.files import read_json, write_json, write_text
+from embeddings.batching import tokenize
 from embeddings.cli import displayed, run_path
 from embeddings.config import Config
-from embeddings.model import Embedder, embed_texts, load_embedder
+from embeddings.model import Embedder, embed_tokens, load_embedder
 from embeddings.report import table
+from embeddings.rows import is_empty
 
-LOADED_TEXTS = 1000  # that mteb's loader hands over at a time; embed_texts sorts and batches them anew
+LOADED_TEXTS = 1000  # that mteb's loader hands over at a time; embed_tokens sorts and batches them anew
 SETTINGS = ("pooling", "bidirectional", "max_length", "query_prompt", "document_prompt")  # of the vectors
 
 
 class TextEncoder(AbsEncoder):
-    """mteb's protocol around embed_texts: unit vectors, compared by cosine."""
+    """mteb's protocol around embed_tokens: unit vectors, compared by cosine.
+
+    An empty document, and one that the tokenizer makes no token of, has the vector 0, so the score 0 with every query;
+    empty_documents counts them.
+    """
 
     def __init__(self, model: Embedder, tokenizer: PreTrainedTokenizerFast, config: Config, name: str):
-        self.model, self.tokenizer, self.config = model, tokenizer, config
+        self.model, self.tokenizer, self.config, self.empty_documents = model, tokenizer, config, 0
         meta = {"name": name, "revision": revision(model, tokenizer, config), "max_tokens": config.max_length}
         self.mteb_model_meta = ModelMeta.create_empty(meta | {"similarity_fn_name": ScoringFunction.COSINE})
 
@@ -60,10 +66,19 @@ class TextEncoder(AbsEncoder):
         In a retrieval task queries and documents have the config's prompts in front.
         """
         prompts = {PromptType.query: self.config.query_prompt, PromptType.document: self.config.document_prompt}
-        prompt = prompts.get(prompt_type, "") if task_metadata.simplified_task_type == "retrieval" else ""
-        texts = [prompt + text for batch in inputs for text in batch["text"]]
+        is_retrieval = task_metadata.simplified_task_type == "retrieval"
+        is_document = is_retrieval and prompt_type == PromptType.document
+        prompt = prompts.get(prompt_type, "") if is_retrieval else ""
+        texts = [text for batch in inputs for text in batch["text"]]
         progress = settings.get("show_progress_bar", False)
-        return embed_texts(self.model, self.tokenizer, texts, self.config, progress=progress)
+
+        prompted = [prompt + text for text in texts]
+        tokens = tokenize(prompted, self.tokenizer, self.config, progress, may_lack_tokens=is_document)
+        empty = (tokens.lengths == 0) | [is_document and is_empty(text) for text in texts]
+        self.empty_documents += int(empty.sum())
+        vectors = np.zeros((len(texts), self.model.encoder.config.hidden_size), dtype=np.float32)
+        vectors[~empty] = embed_tokens(self.model, tokens, np.flatnonzero(~empty), self.config, progress)
+        return vectors
 
 
 def revision(model: Embedder, tokenizer: PreTrainedTokenizerFast, config: Config) -> str:
@@ -75,7 +90,7 @@ def revision(model: Embedder, tokenizer: PreTrainedTokenizerFast, config: Config
     for state in ("truncation", "padding"):  # what the last call asked for
         tokens.pop(state, None)
     dtype = autocast_dtype(config.amp, next(model.parameters()).device)
-    settings = {name: getattr(config, name) for name in SETTINGS} | {"amp": str(dtype)}
+    settings = {name: getattr(config, name) for name in SETTINGS} | {"amp": str(dtype), "empty_documents": 0}
     digest = hashlib.sha256(json.dumps([settings, architecture, tokens], sort_keys=True, default=str).encode())
     for name, weight in sorted(model.state_dict().items()):
         if name.startswith("encoder.pooler."):  # BERT's, which no pooling uses: new at each load where it was not saved
@@ -98,14 +113,17 @@ def results_folder(config: Config, base: bool) -> Path:
     return run.with_name(f"base-{run.name}") / "mteb"
 
 
-def run_tasks(config: Config, base: bool, tasks: list[AbsTask]) -> ModelResult:
+def run_tasks(config: Config, base: bool, tasks: list[AbsTask]) -> tuple[ModelResult, list[int]]:
     """The tasks' results, in their order, from the results folder where it holds them for this very model.
 
-    base: of config.model without the adapter. Raises UserError naming a task whose data cannot be had.
+    With each task's number of empty documents, which mteb's files have no place for. base: of config.model without the
+    adapter. Raises UserError naming a task whose data cannot be had.
     """
     folder = results_folder(config, base)
     for path in folder.glob("results/**/*.json"):
         read_json(path)  # mteb's cache: a kill can leave half a file
+    empty_path = folder / "empty_documents.json"
+    empty = read_json(empty_path) if empty_path.exists() else {}
     encoder = TextEncoder(*load_embedder(config, base), config, f"embeddings/{folder.parent.name}{'-base' * base}")
     progress = sys.stderr.isatty()
     if not progress:
@@ -116,10 +134,12 @@ def run_tasks(config: Config, base: bool, tasks: list[AbsTask]) -> ModelResult:
 
     # No advice to take newer tasks than those of a published average
     logging.getLogger("mteb.abstasks").setLevel(logging.ERROR)
-    results = []
+    results, meta = [], encoder.mteb_model_meta
+    names = [f"{meta.revision} {task.metadata.name}" for task in tasks]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".* is superseded by ")
-        for task in tasks:
+        for task, name in zip(tasks, names):
+            encoder.empty_documents = 0
             try:
                 results += mteb.evaluate(encoder, task, **settings).task_results
             except OSError as error:
@@ -127,8 +147,10 @@ def run_tasks(config: Config, base: bool, tasks: list[AbsTask]) -> ModelResult:
                     f"{task.metadata.name}: its data cannot be loaded ({error}): they must be downloaded once into the "
                     "Hugging Face cache, which needs a network (and no HF_HUB_OFFLINE=1)"
                 ) from error
-    meta = encoder.mteb_model_meta
-    return ModelResult(model_name=meta.name, model_revision=meta.revision, task_results=results)
+            if encoder.empty_documents:  # 0 too where the results were there
+                write_json(empty_path, empty := empty | {name: encoder.empty_documents})
+    counts = [empty.get(name, 0) for name in names]
+    return ModelResult(model_name=meta.name, model_revision=meta.revision, task_results=results), counts
 
 
 def score_rows(results: ModelResult, tasks: list[AbsTask], metrics: dict[str, str]) -> list[list]:
@@ -161,7 +183,7 @@ def report_tasks(
 
     metrics: mteb's name -> the name to print. averages: label -> names of tasks; one is given where all of these ran.
     """
-    results = run_tasks(config, base, tasks)
+    results, empty = run_tasks(config, base, tasks)
     rows = score_rows(results, tasks, metrics)
     about = f"Revision {results.model_revision}; texts cut to {config.max_length} tokens; mteb {version('mteb')}."
     cells = [[*row, f"{100 * score:.2f}"] for *row, score in rows]
@@ -172,6 +194,8 @@ def report_tasks(
         complete = len(scores) == len(names)
         value = f"{100 * np.mean(scores):.2f}" if complete else f"not given, {len(scores)} of {len(names)} tasks"
         lines.append(f"- average of {label}: {value}")
+    said = "documents are empty, or of no token: their score is 0"
+    lines += [f"- {task.metadata.name}: {count} {said}" for task, count in zip(tasks, empty) if count]
     path = results_folder(config, base) / f"{file}{'-base' * base}.md"
     write_text(path, "\n".join(lines).rstrip() + "\n")
     return "\n".join([*lines, "", f"written: {displayed(path)}"])

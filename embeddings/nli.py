@@ -9,11 +9,22 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import zip_longest
 from pathlib import Path
+from typing import NamedTuple
 
-from pydantic import BaseModel, ConfigDict, create_model
+from pydantic import BaseModel, create_model
 
 from common.checkpoint import UserError
-from embeddings.dataset import Triplet, decoded_lines, normalize, parse_row, read_lines
+from embeddings.dataset import Triplet
+from embeddings.rows import (
+    decoded_lines,
+    is_empty,
+    normalize,
+    parse_line,
+    parse_row,
+    read_header,
+    read_lines,
+    same_text,
+)
 
 TRIPLET = ("anchor", "positive", "negative")
 SIMCSE = ("sent0", "sent1", "hard_neg")
@@ -22,17 +33,25 @@ READY = ("SimCSE CSV", "triplet JSONL")  # formats with triplets, not pairs
 LABELS = ("entailment", "neutral", "contradiction", "-")  # -: the annotators did not agree
 
 Row = tuple[int, list[str | None]]  # its line, and the texts of SIMCSE, TRIPLET or PAIR
-Source = tuple[str, list[Triplet], Counter]  # format, triplets without empty ones, how many rows of which kind
+
+
+class Source(NamedTuple):
+    """A file's format, its triplets without empty texts, rows of each kind, rows of each key that nobody reads."""
+
+    form: str
+    triplets: list[Triplet]
+    counts: Counter
+    unread: Counter
+
 
 # Lines of JSON, of which the first tells its format by its keys. A text may be empty: it is dropped and counted.
-AnyRow = create_model("AnyRow", __config__=ConfigDict(extra="allow"))
 PairRow = create_model("PairRow", **dict.fromkeys(PAIR, str))
 TripletRow = create_model("TripletRow", anchor=str, positive=str, negative=(str | None, None))
 
 
-def read_jsonl(path: Path, schema: type[BaseModel]) -> Iterator[Row]:
+def read_jsonl(path: Path, schema: type[BaseModel], unread: Counter) -> Iterator[Row]:
     for number, line in read_lines(path):
-        yield number, [value for _, value in parse_row(schema, path, number, line)]
+        yield number, [value for _, value in parse_row(schema, path, number, line, unread)]
 
 
 def read_csv(path: Path) -> Iterator[Row]:
@@ -47,14 +66,15 @@ def read_csv(path: Path) -> Iterator[Row]:
         raise UserError(f"{path}, line {number}: expected CSV with quotes ({error})") from error
 
 
-def read_columns(path: Path, rows: Iterator[Row], names: tuple) -> Iterator[Row]:
+def read_columns(path: Path, rows: Iterator[Row], names: tuple, unread: Counter) -> Iterator[Row]:
     """The named fields of each row below the header; what the header names last may be cut off.
 
     SNLI has label1 to label5 at the end, of which most rows have one. Raises UserError.
     """
-    _, header = next(rows)
-    columns = [header.index(name) for name in names]
+    number, header = next(rows)
+    columns, others = read_header(path, number, header, names)
     for number, fields in rows:
+        unread.update(others)
         if not max(columns) < len(fields) <= len(header):
             raise UserError(f"{path}, line {number}: {len(fields)} fields, {fields!r:.120}, expected {len(header)}")
         yield number, [fields[column] for column in columns]
@@ -73,22 +93,22 @@ def read_parallel(path: Path) -> Iterator[Row]:
         yield number, [text.strip() for _, text in lines]
 
 
-def read_rows(path: Path) -> tuple[str, Iterator[Row]]:
-    """The name of a file's format and its rows. Raises UserError."""
+def read_rows(path: Path, unread: Counter) -> tuple[str, Iterator[Row]]:
+    """The name of a file's format and its rows; counts keys or columns that nobody reads. Raises UserError."""
     if path.name.startswith("s1."):
         return "parallel files", read_parallel(path)
     number, line = next(read_lines(path), (1, ""))
     if line.lstrip().startswith("{"):
-        keys = parse_row(AnyRow, path, number, line).model_extra.keys()
+        keys = parse_line(path, number, line).keys()
         if keys >= set(PAIR):
-            return "NLI JSONL", read_jsonl(path, PairRow)
+            return "NLI JSONL", read_jsonl(path, PairRow, unread)
         if keys >= set(TRIPLET[:2]):
-            return "triplet JSONL", read_jsonl(path, TripletRow)
+            return "triplet JSONL", read_jsonl(path, TripletRow, unread)
     if set(line.split("\t")) >= set(PAIR):
         rows = ((number, line.split("\t")) for number, line in read_lines(path))
-        return "NLI TSV", read_columns(path, rows, PAIR)
+        return "NLI TSV", read_columns(path, rows, PAIR, unread)
     if set(line.replace('"', "").split(",")) >= set(SIMCSE):
-        return "SimCSE CSV", read_columns(path, read_csv(path), SIMCSE)
+        return "SimCSE CSV", read_columns(path, read_csv(path), SIMCSE, unread)
     simcse, pair, triplet = (", ".join(names) for names in (SIMCSE, PAIR, TRIPLET))
     formats = f"a header with {simcse} or {pair} (with tabs), or JSON with the latter or {triplet}"
     raise UserError(f"{path}, line {number}: {line.strip()!r:.160} is of no known format: {formats}")
@@ -104,10 +124,10 @@ def group_by_premise(path: Path, pairs: Iterable[Row], counts: Counter) -> list[
         premise, hypothesis = map(normalize, texts)
         if label == "-":
             counts["no gold label"] += 1
-        elif not premise or not hypothesis:
+        elif is_empty(premise) or is_empty(hypothesis):
             counts["empty text"] += 1
         else:
-            premises.setdefault(premise.casefold(), {"first": (number, premise)}).setdefault(label, hypothesis)
+            premises.setdefault(same_text(premise), {"first": (number, premise)}).setdefault(label, hypothesis)
     both = [each for each in premises.values() if "entailment" in each and "contradiction" in each]
     counts["premises without both hypotheses"] = len(premises) - len(both)
     return [Triplet(each["first"][1], each["entailment"], each["contradiction"], each["first"][0]) for each in both]
@@ -119,7 +139,7 @@ def filled_triplets(rows: Iterable[Row], counts: Counter) -> list[Triplet]:
     for number, texts in rows:
         counts["rows"] += 1
         texts = [text if text is None else normalize(text) for text in texts]
-        if "" in texts:
+        if any(text is not None and is_empty(text) for text in texts):
             counts["empty text"] += 1
         else:
             triplets.append(Triplet(*texts, number))
@@ -128,9 +148,10 @@ def filled_triplets(rows: Iterable[Row], counts: Counter) -> list[Triplet]:
 
 def read_source(path: Path) -> Source:
     """What is in a file. Raises UserError."""
-    (form, rows), counts = read_rows(path), Counter()
+    counts, unread = Counter(), Counter()
+    form, rows = read_rows(path, unread)
     triplets = filled_triplets(rows, counts) if form in READY else group_by_premise(path, rows, counts)
     if not counts["rows"]:
         raise UserError(f"{path} holds no row")
     counts["triplets"] = len(triplets)
-    return form, triplets, counts
+    return Source(form, triplets, counts, unread)

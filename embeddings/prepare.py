@@ -12,8 +12,8 @@ What --nli takes, told apart by content:
 
 Pairs become triplets by premise: each premise with entailed and contradicted hypotheses gives one, of the first of
 each. Further ones would repeat the anchor, and no two rows of a batch may. data_dir gets train.jsonl, sts-dev.csv, if
-there sts-test.csv, and the summary that is printed, as summary.md. Texts are the same where they agree but for white
-space and case. A row with a text of the STS files, also but for punctuation, is not trained on.
+there sts-test.csv, and the summary that is printed, as summary.md. Texts are the same where they agree but for case,
+white space and punctuation. A row with a text of the STS files is not trained on.
 """
 
 import json
@@ -30,9 +30,10 @@ from common.checkpoint import ROOT, UserError
 from common.checkpoint.files import write_atomically, write_text
 from embeddings.cli import displayed, run_script
 from embeddings.config import Config
-from embeddings.dataset import Triplet, letters, read_pairs
+from embeddings.dataset import Triplet, read_pairs
 from embeddings.nli import READY, TRIPLET, Source, read_source
-from embeddings.report import table
+from embeddings.report import table, unread_line
+from embeddings.rows import same_text
 
 TITLE = "# Prepared triplets"  # of summary.md
 STS_FILES = ("sts-dev.csv", "sts-test.csv")
@@ -59,7 +60,7 @@ def source_files(nli: list[str]) -> list[Path]:
 
 
 def read_sts(folder: Path) -> tuple[dict[str, bytes], set[str]]:
-    """The STS files as they are, each row checked, and the letters of all their texts. Raises UserError."""
+    """The STS files as they are, each row checked, and what same_text leaves of their texts. Raises UserError."""
     contents, texts = {}, set()
     for path in (folder / name for name in STS_FILES):
         if path.name == "sts-test.csv" and not path.exists():
@@ -67,7 +68,7 @@ def read_sts(folder: Path) -> tuple[dict[str, bytes], set[str]]:
         if not path.is_file():
             raise UserError(f"{path} not found: get it ({STS_ORIGIN}), or give another --sts; {NOT_NEEDED}")
         for pair in read_pairs(path):
-            texts |= {letters(pair.sentence1), letters(pair.sentence2)}
+            texts |= {same_text(pair.sentence1), same_text(pair.sentence2)}
         contents[path.name] = path.read_bytes()
     return contents, texts
 
@@ -75,15 +76,15 @@ def read_sts(folder: Path) -> tuple[dict[str, bytes], set[str]]:
 def kept_triplets(sources: dict[Path, Source], judged: set[str]) -> list[Triplet]:
     """What is trained on; the rest is counted by reason. Raises UserError where only some triplets have a negative."""
     kept, seen = [], set()
-    first = next(((path, triplets[0]) for path, (_, triplets, _) in sources.items() if triplets), None)
-    for path, (_, triplets, counts) in sources.items():
-        for triplet in triplets:
+    first = next(((path, source.triplets[0]) for path, source in sources.items() if source.triplets), None)
+    for path, source in sources.items():
+        for triplet in source.triplets:
             if (triplet.negative is None) != (first[1].negative is None):
                 has = "no" if triplet.negative is None else "a"
                 other = f"unlike {first[0]}, line {first[1].line}: all rows have one, or none"
                 raise UserError(f"{path}, line {triplet.line}: has {has} negative, {other}")
             texts = [text for text in triplet[:3] if text is not None]
-            anchor, positive, *negative = identity = tuple(map(str.casefold, texts))
+            anchor, positive, *negative = identity = tuple(map(same_text, texts))
             if positive == anchor:
                 reason = "positive is the anchor"
             elif positive in negative:
@@ -92,13 +93,13 @@ def kept_triplets(sources: dict[Path, Source], judged: set[str]) -> list[Triplet
                 reason = "negative is the anchor"
             elif identity in seen:
                 reason = "repeated"
-            elif any(letters(text) in judged for text in texts):
+            elif any(text in judged for text in identity):
                 reason = "text of the STS files"
             else:
                 reason = "kept"
                 kept.append(triplet)
             seen.add(identity)
-            counts[reason] += 1
+            source.counts[reason] += 1
     return kept
 
 
@@ -119,11 +120,12 @@ def summary(sources: dict[Path, Source], written: int) -> list[str]:
     """What was read, and what of it was dropped and why, as Markdown."""
     of_pairs = ("no gold label", "premises without both hypotheses")
     columns = [["format", *COUNTS]]
-    for form, _, counts in sources.values():
+    for form, _, counts, _ in sources.values():
         columns.append([form, *(None if form in READY and name in of_pairs else counts[name] for name in COUNTS)])
     lines = [TITLE, "", *table(["source", *map(str, sources)], zip(*columns))]
+    lines += [f"{path}: {unread_line(source.unread)}.\n" for path, source in sources.items() if source.unread]
 
-    total = sum((counts for _, _, counts in sources.values()), Counter())
+    total = sum((source.counts for source in sources.values()), Counter())
     if written < total["kept"]:
         lines += [f"A pilot: {written} of the {total['kept']} triplets that were kept.", ""]
     if dropped := total["text of the STS files"]:

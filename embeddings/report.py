@@ -1,9 +1,11 @@
 """Tables for people: the data as a run sees it, and report.md."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from embeddings.batching import Epoch
 from embeddings.config import Config
 from embeddings.dataset import Splits, repeated_in_test
 
@@ -16,8 +18,23 @@ def table(header: Sequence[str], rows: Iterable[Sequence]) -> list[str]:
     return ["| " + " | ".join(row) + " |" for row in cells] + [""]
 
 
-def print_summary(splits: Splits, lengths: np.ndarray, anchors: np.ndarray, config: Config) -> None:
-    """The data as the run sees it. lengths: of the distinct training texts; anchors: each row's, as a number."""
+def unread_line(unread: Counter[str]) -> str:
+    """The keys or columns that nobody reads, and how many rows have each."""
+    return f"keys that nobody reads: {', '.join(f'{name} ({count} rows)' for name, count in unread.items())}"
+
+
+def few_pairs(pairs: int) -> str | None:
+    """What to say where the step is chosen by too few pairs."""
+    from common.metrics import too_few  # scikit-learn takes a second
+
+    return (few := too_few(pairs, {})) and f"validation has {few}"
+
+
+def print_summary(splits: Splits, lengths: np.ndarray, anchors: np.ndarray, missed: int, config: Config) -> None:
+    """The data as the run sees it.
+
+    lengths: of the distinct training texts; anchors: each row's, as a number; missed: rows that no step takes.
+    """
     percentiles = np.percentile(lengths, (50, 95, 100)).astype(int).tolist()
     kind = "triplets" if splits.train[0].negative else "pairs"
     columns = [f"training {kind}", "distinct texts", "tokens p50", "p95", "max"]
@@ -38,9 +55,20 @@ def print_summary(splits: Splits, lengths: np.ndarray, anchors: np.ndarray, conf
         print("no sts-test.csv: no test figure will be reported")
     elif repeated := repeated_in_test(splits):
         print(f"{repeated} of the {len(splits.test)} test pairs are also in sts-dev.csv")
-    print("rows dropped: 0 (blank lines are skipped, a bad row ends the run)")
+    if few := few_pairs(len(splits.validation)):
+        print(few)
+    if splits.unread:
+        print(unread_line(splits.unread))
+    print(f"{missed} training rows are in no batch of the {config.max_steps} steps")
     if config.max_steps <= config.warmup_steps:
         print(f"warning: the learning rate never reaches its peak: warmup_steps {config.warmup_steps} are all steps")
+
+
+def epoch_line(number: int, epoch: Epoch) -> str:
+    """What an epoch takes and what it leaves out."""
+    taken = sum(map(len, epoch.batches))
+    later = f", which come first in epoch {number + 1}: texts repeat" if epoch.repeating else ""
+    return f"epoch {number} | {taken} rows in {len(epoch.batches)} batches | {len(epoch.left_out)} left out{later}"
 
 
 def evaluation_line(step: int, scores: dict, better: bool) -> str:
@@ -52,6 +80,7 @@ def evaluation_line(step: int, scores: dict, better: bool) -> str:
 def last_line(results: dict, path: str) -> str:
     """What a finished run prints last, and again when it is started once more."""
     parts = [f"done | {results['split']} {results['metric']} {results['best']:.4f} (step {results['step']})"]
+    parts += [few] if (few := few_pairs(results["validation"]["pairs"])) else []
     parts.append(f"{results['base']:.4f} without adapter")
     parts += [f"test spearman {results['test']['spearman']:.4f}"] if results["test"] else []
     return " | ".join([*parts, f"{results['seconds']:.0f} s", f"results in {path}"])
@@ -61,6 +90,7 @@ def report(scores: dict[str, dict | None], splits: Splits, evaluations: list[dic
     """report.md. scores: of each split; evaluations: those of metrics.jsonl."""
     lines = [f"# {config.model} on {config.data_dir}", ""]
     lines += ["Correlation of the cosine with people's scores. The step was chosen on validation: its row flatters."]
+    lines += [f"**{few.capitalize()}.**"] if (few := few_pairs(len(splits.validation))) else []
     lines += [f"These are of the model in best/ as it is saved, adapter merged, computed with amp {config.amp}."]
     if splits.test:
         repeated = f"{repeated_in_test(splits)} of its {len(splits.test)} pairs"

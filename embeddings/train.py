@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Callable
 from functools import partial
-from itertools import count
+from itertools import islice
 from pathlib import Path
 
 if not __package__:  # run as a script: import from the repository root, not from this folder
@@ -30,17 +30,17 @@ from common.checkpoint.environment import autocast_dtype, environment
 from common.checkpoint.progress import Best, Progress, StopSignal, TrainedParameters
 from common.checkpoint.run import Run, read_results
 from common.seed import seed_everything, seed_micro_batch
-from embeddings.batching import Tokens, chunk_texts, epoch_batches, pad, tokenize, tokenize_rows
+from embeddings.batching import Tokens, chunk_texts, draw_epochs, pad, rows_missed, tokenize_pairs, tokenize_rows
 from embeddings.cli import displayed, run_path, run_script, run_settings
 from embeddings.config import Config
-from embeddings.dataset import Triplet, fingerprint, load_splits, pair_texts
+from embeddings.dataset import Triplet, fingerprint, load_splits
 from embeddings.evaluate import evaluate_run, validate
 from embeddings.grad_cache import cached_backward
 from embeddings.lora import save_adapter
 from embeddings.loss import info_nce, parse_dims
 from embeddings.model import Embedder, build_model, find_tokenizer, save_merged
 from embeddings.parallel import all_reduce, all_reduce_gradients, barrier, end_processes, rank_0_first, start_processes
-from embeddings.report import evaluation_line, last_line, print_summary
+from embeddings.report import epoch_line, evaluation_line, last_line, print_summary
 
 
 def make_optimizer(model: Embedder, config: Config) -> tuple[Optimizer, LRScheduler]:
@@ -125,15 +125,16 @@ def main(config: Config, check: bool = False) -> int | None:
     tokenizer = find_tokenizer(config)
     splits = load_splits(config)
     tokens, rows = tokenize_rows(splits.train, tokenizer, config)
-    dev_tokens = tokenize(pair_texts(splits.validation), tokenizer, config)
-    print_summary(splits, tokens.lengths, rows.identities[:, 0], config)
+    dev_tokens = tokenize_pairs(splits.validation, tokenizer, config, "sts-dev.csv")
+    tokenize_pairs(splits.test, tokenizer, config, "sts-test.csv")  # a text that cannot be scored is said now
+    missed = rows_missed(rows, config.batch_size, config.seed, config.max_steps)
+    print_summary(splits, tokens.lengths, rows.identities[:, 0], missed, config)
 
     # Model
     model = build_model(config, device, dtype)
     sizes = [sum(p.numel() for p in some) for some in (model.parameters(), model.trained_parameters())]
     total_steps = config.max_steps
-    print("{:,} parameters, {:,} trained ({:.2%})".format(*sizes, sizes[1] / sizes[0]), end=" | ")
-    print(f"{len(epoch_batches(rows, config.batch_size, config.seed, 0))} batches in epoch 1 | {total_steps} steps")
+    print("{:,} parameters, {:,} trained ({:.2%})".format(*sizes, sizes[1] / sizes[0]))
 
     # Optimizer
     optimizer, scheduler = make_optimizer(model, config)
@@ -156,10 +157,11 @@ def main(config: Config, check: bool = False) -> int | None:
     # Loop
     with StopSignal() as stop, tqdm(total=total_steps, initial=progress.step, disable=rank > 0 or None) as bar:
         progress.start()
-        for epoch in count(progress.epoch):
-            if best.exhausted or progress.step == total_steps:
-                break
-            batches = epoch_batches(rows, config.batch_size, config.seed, epoch)
+        epochs = islice(draw_epochs(rows, config.batch_size, config.seed), progress.epoch, None)
+        while progress.step < total_steps and not best.exhausted:
+            epoch, drawn = progress.epoch, next(epochs)
+            batches = drawn.batches
+            bar.write(epoch_line(epoch + 1, drawn))
             for batch in batches[progress.step_in_epoch :][: total_steps - progress.step]:
                 # Anchors, positives and negatives of this process's rows, in chunks of like length
                 model.train()

@@ -84,7 +84,7 @@ def test_scores_are_scipys_on_the_cosines_of_the_saved_model_and_of_the_base(sho
 
 
 def test_what_the_model_does_not_have_is_said(short):
-    for name, value in (("max_length", 9000), ("matryoshka_dims", "4096"), ("pooling", "cls")):
+    for name, value in (("matryoshka_dims", "4096"), ("pooling", "cls")):
         with pytest.raises(UserError, match=f"{name} {value}"):
             train.main(short(**{name: value}))
 

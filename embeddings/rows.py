@@ -1,0 +1,110 @@
+"""Lines of files as rows, with what every reader here refuses, and when two texts are the same."""
+
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import regex
+from pydantic import BaseModel, BeforeValidator, ValidationError
+
+from common.checkpoint import UserError
+from common.checkpoint.files import first_repeated, parse_object, unread_keys
+
+
+def normalize(text: str) -> str:
+    """A text with single spaces."""
+    return " ".join(text.split())
+
+
+def same_text(text: str) -> str:
+    """What equal texts have in common: letters, marks, digits with the . and , between them, and symbols.
+
+    NFKC and casefold; format characters and variation selectors go. Where nothing is left, the NFKC text.
+    """
+    text = unicodedata.normalize("NFKC", regex.sub(r"[\p{Cf}\p{DI}]", "", text))
+    kept = unicodedata.normalize("NFKC", text.casefold())
+    kept = regex.sub(r"(?<!\p{N})[.,]|[.,](?!\p{N})|[^\p{L}\p{Mn}\p{Mc}\p{N}\p{S}.,]", "", kept)
+    return kept or text
+
+
+def is_empty(text: str) -> bool:
+    """Whether a text shows nothing: blanks, control and format characters, variation selectors and fillers alone."""
+    return not regex.search(r"[^\p{Z}\p{Cc}\p{Cf}\p{DI}\u2800]", text)
+
+
+def filled(value: object) -> str:
+    if not isinstance(value, str) or is_empty(value):
+        raise ValueError("expected a non-empty string")
+    return value
+
+
+NEAR = ("hard_negative", "hard_neg", "neg")  # what some call a negative, which nobody reads under these names
+Text = Annotated[str, BeforeValidator(filled)]
+Row = TypeVar("Row", bound=BaseModel)
+
+
+def decode(line: bytes, number: int) -> str:
+    """A line's text. Raises ValueError for what is not UTF-8."""
+    try:
+        return line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"expected UTF-8, found byte {error.object[error.start]:#x} ({error.reason})") from error
+
+
+def decoded_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The number and text of every line, with its end. Raises UserError for what is not UTF-8."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                yield number, decode(line, number)
+            except ValueError as error:
+                raise UserError(f"{path}, line {number}: {error}") from error
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The number and text of each line that is not blank. Raises UserError."""
+    for number, text in decoded_lines(path):
+        if not is_empty(text):
+            yield number, text.rstrip("\r\n")
+
+
+def parse_line(path: Path, number: int, line: str) -> dict:
+    """A line's JSON object. Raises UserError naming file and line."""
+    try:
+        return parse_object(line)
+    except ValueError as error:
+        raise UserError(f"{path}, line {number}: {error}") from error
+
+
+def parse_row(schema: type[Row], path: Path, number: int, line: str, unread: Counter[str]) -> Row:
+    """A line's JSON object as the schema's; keys that nobody reads are counted.
+
+    Raises UserError naming file, line, value and what was expected.
+    """
+    known = [field.alias or name for name, field in schema.model_fields.items()]
+    row = parse_line(path, number, line)
+    try:
+        unread.update(unread_keys(row, known, NEAR))
+        return schema.model_validate(row)
+    except ValidationError as error:
+        first = error.errors()[0]
+    except ValueError as error:
+        raise UserError(f"{path}, line {number}: {error}") from error
+    message = first["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
+    if first["type"] == "missing":
+        reason = f"has no {first['loc'][0]!r}, only {', '.join(map(repr, first['input'])) or 'nothing'}"
+    else:
+        reason = f"{first['loc'][0]} is {first['input']!r:.60}, {message}"
+    raise UserError(f"{path}, line {number}: {reason}")
+
+
+def read_header(path: Path, number: int, header: list[str], known: tuple[str, ...]) -> tuple[list[int], list[str]]:
+    """Where the known columns stand, and the columns that nobody reads. Raises UserError naming file and line."""
+    try:
+        if repeated := first_repeated([name for name in header if name]):
+            raise ValueError(f"the column {repeated!r} stands there twice")
+        return [header.index(name) for name in known], unread_keys(header, known, NEAR)
+    except ValueError as error:
+        raise UserError(f"{path}, line {number}: {error}") from error

@@ -78,7 +78,7 @@ def test_the_split_is_stratified_and_no_pair_stands_on_both_sides_in_either_orde
     first, second = ({frozenset(pair[:2]): pair.label for pair in side} for side in sides)
     assert not first.keys() & second.keys() and (len(second), sum(second.values())) == (100, 30)
     assert split_pairs(pairs, 0.1, 42) == sides != split_pairs(pairs, 0.1, 43)
-    with pytest.raises(ValueError, match="one side only"):
+    with pytest.raises(ValueError, match="98 of label 0 and 2 of label 1"):
         split_pairs([pair._replace(label=int(i < 2)) for i, pair in enumerate(pairs[:100])], 0.1, 42)
 
 

@@ -5,13 +5,22 @@ from collections import Counter
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
-from pydantic import Field, StringConstraints, TypeAdapter, ValidationError
+from pydantic import AfterValidator, Field, StringConstraints, TypeAdapter, ValidationError
 
 from common.checkpoint import ROOT, UserError
+from common.checkpoint.files import unique_keys, unread_keys
+from redsm5_nli.text import is_empty
 
 SPECIAL_CASE = "SPECIAL_CASE"  # ReDSM5's label for what an expert marked but is none of the nine
 
-Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+
+def refuse_empty(text: str) -> str:
+    if is_empty(text):
+        raise ValueError("is empty")
+    return text
+
+
+Text = Annotated[str, StringConstraints(strip_whitespace=True), AfterValidator(refuse_empty)]
 
 
 class Criterion(NamedTuple):
@@ -44,7 +53,7 @@ def load_criteria(file: str | Path) -> tuple[Criterion, ...]:
     """The nine criteria, or those of a JSON file: a list of {"id": ..., "name": ..., "description": ...}.
 
     A run's criteria.json, {"criteria": the list}, does as well. Raises UserError naming the file where it is missing or
-    not JSON, for a missing or empty text and for a repeated id.
+    not JSON, for a missing or empty text, for a repeated id, and for a key that is not expected or stands twice.
     """
     if not file:
         return CRITERIA
@@ -52,13 +61,19 @@ def load_criteria(file: str | Path) -> tuple[Criterion, ...]:
     if not path.exists():
         raise UserError(f"{path} not found: criteria_file is a JSON list of criteria, empty means DSM-5's")
     try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
-        criteria = CRITERIA_FILE.validate_python(rows.get("criteria") if isinstance(rows, dict) else rows)
+        rows = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=unique_keys)
+        if isinstance(rows, dict):
+            if rows.keys() != {"criteria"}:
+                raise ValueError(f"expected a list, or an object of one key, criteria, found {', '.join(rows)}")
+            rows = rows["criteria"]
+        for row in rows if isinstance(rows, list) else ():
+            unread_keys(row if isinstance(row, dict) else (), Criterion._fields)
+        criteria = CRITERIA_FILE.validate_python(rows)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))  # such as 0.name
         raise UserError(f"{path}: {place} {first['msg']}, found {first['input']!r}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     ids = Counter([SPECIAL_CASE, *(criterion.id for criterion in criteria)])
     if ids.most_common(1)[0][1] > 1:

@@ -18,15 +18,14 @@ from common.checkpoint import UserError
 from common.checkpoint.files import read_json, write_json, write_text
 from redsm5_nli.cli import displayed, run_path, run_script
 from redsm5_nli.config import Config
-from redsm5_nli.report import COLUMNS, RULES, table
+from redsm5_nli.report import COLUMNS, RULES, cautions, table
 from redsm5_nli.train import main as train
 
 DEFAULT_FOLDS, QUICK_FOLDS, QUICK_EPOCHS = 5, 2, 3
 
 
-def test_scores(fold: Path) -> dict[str, float]:
-    """The test scores of one fold's run."""
-    test = read_json(fold / "results.json")["test"]
+def test_scores(test: dict) -> dict[str, float]:
+    """The scores of one fold's run, from the results of its test split."""
     scores = {f"{name}, {rule}": test[key][name] for key, rule in RULES.items() for name in COLUMNS}
     return scores | {"auprc": test["auprc"], "auc": test["auc"]}
 
@@ -45,18 +44,19 @@ def main(config: Config, quick: bool) -> int | None:
             return code
 
     # The scores of all folds
-    scores = [test_scores(fold) for fold in folds]
-    rows = []
+    results = [read_json(fold / "results.json") for fold in folds]
+    scores, rows = [test_scores(result["test"]) for result in results], []
     for name in scores[0]:
         values = [fold[name] for fold in scores]
         rows.append([name, statistics.mean(values), statistics.stdev(values), min(values), max(values)])
     lines = table(["test score", "mean", "standard deviation", "min", "max"], rows)
+    said = [f"fold {number}: {caution}" for number, result in enumerate(results) for caution in cautions(result)]
     write_json(path / "cross_validation.json", {"folds": scores})
-    write_text(path / "cross_validation.md", "\n".join([f"# {config.folds} folds", "", *lines]))
+    write_text(path / "cross_validation.md", "\n".join([f"# {config.folds} folds", "", *lines, *said]))
     print("\n".join(lines))
     macro, positive = (f"{row[1]:.4f} ± {row[2]:.4f}" for row in rows[1:3])  # at .5
-    where = f"results in {displayed(path)}"
-    print(f"done | {config.folds} folds | test f1_macro {macro} | f1_positive {positive} | {where}")
+    done = f"done | {config.folds} folds | test f1_macro {macro} | f1_positive {positive}"
+    print(" | ".join([done, *said, f"results in {displayed(path)}"]))
     return None
 
 

@@ -25,6 +25,7 @@ from redsm5_nli.config import Config
 from redsm5_nli.criteria import Criterion
 from redsm5_nli.redsm5 import Post, read_posts
 from redsm5_nli.splits import split_posts
+from redsm5_nli.text import is_empty, same_text  # noqa: F401 - where every project has them
 
 LABELS = ("no", "yes")  # yes: the post shows the criterion
 BUCKET = 100  # batches that are sorted by length together
@@ -121,10 +122,14 @@ def join(rows: list[list[list[int]]], pad_token_id: int) -> dict[str, Tensor]:
     return batch | {"attention_mask": (batch["segments"] >= 0).long()}
 
 
-def load_splits(config: Config, collator: Collator) -> tuple[dict[str, Split], Counter]:
-    """The splits of the config's folder, and the kinds of annotation rows. Raises UserError."""
-    posts, kinds = read_posts(ROOT / config.data_dir, collator.criteria)
-    return {name: collator.make_split(members) for name, members in split_posts(posts, config).items()}, kinds
+def load_splits(config: Config, collator: Collator) -> tuple[dict[str, Split], Counter, Counter]:
+    """The splits of the config's folder, the kinds of annotation rows, and for each column that nobody reads its rows.
+
+    Raises UserError.
+    """
+    posts, kinds, unread = read_posts(ROOT / config.data_dir, collator.criteria)
+    splits = {name: collator.make_split(members) for name, members in split_posts(posts, config).items()}
+    return splits, kinds, unread
 
 
 def fingerprint(splits: dict[str, Split], criteria: tuple[Criterion, ...]) -> str:

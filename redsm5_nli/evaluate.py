@@ -22,7 +22,7 @@ from tqdm import tqdm
 from common.checkpoint import UserError
 from common.checkpoint.environment import pick_device
 from common.checkpoint.files import read_json, write_text
-from common.checkpoint.run import Run, best_folder, warn_of_precision
+from common.checkpoint.run import Run, best_folder, read_best, warn_of_precision
 from redsm5_nli.cli import run_path, run_script
 from redsm5_nli.config import Config
 from redsm5_nli.criteria import Criterion, load_criteria
@@ -117,9 +117,12 @@ def evaluate_run(
     run: Run, model: Matcher, splits: dict[str, Split], collator: Collator, config: Config
 ) -> dict:
     """Scores of the best weights, loaded into model, on validation and test; writes predictions/ and report.md."""
-    folder = best_folder(run.path)
-    load_weights(model, folder)
-    thresholds = read_thresholds(folder, collator.criteria)
+
+    def load(folder: Path) -> dict:
+        load_weights(model, folder)
+        return read_thresholds(folder, collator.criteria)
+
+    thresholds = read_best(run.path, load)
     weights = class_weights(config.class_weights, splits["train"].labels)
     scores: dict = {"thresholds": thresholds, "posts_cut": {name: split.cut for name, split in splits.items()}}
     (run.path / "predictions").mkdir(exist_ok=True)
@@ -167,7 +170,7 @@ def main(config: Config) -> None:
     best_folder(path)  # before the lock: where there is no run, none is made
     criteria = load_criteria(config.criteria_file)
     collator = find_collator(config, criteria)
-    splits, _ = load_splits(config, collator)
+    splits, *_ = load_splits(config, collator)
     run = Run(path, None, {"data_sha256": fingerprint(splits, criteria)})
     warn_of_precision(path, dtype, "dtype")
     if run.results is None:

@@ -19,14 +19,16 @@ import numpy as np
 
 from common.checkpoint import UserError
 from common.checkpoint.environment import pick_device
-from common.checkpoint.run import best_folder, warn_of_precision
+from common.checkpoint.run import best_folder, read_best, warn_of_precision
 from redsm5_nli.cli import run_path, run_script
 from redsm5_nli.config import Config
-from redsm5_nli.criteria import load_criteria
+from redsm5_nli.criteria import Criterion, load_criteria
 from redsm5_nli.dataset import LABELS
 from redsm5_nli.evaluate import predict_logits, probabilities, read_thresholds, write_pairs
 from redsm5_nli.model import build_model, decoder_dtype, find_collator, load_weights
 from redsm5_nli.redsm5 import Post, decode, read_texts
+from redsm5_nli.report import unread_line
+from redsm5_nli.text import is_empty
 
 NO_DIAGNOSIS = "This is no diagnosis: a classifier's guess about a text. Speak with a professional about symptoms."
 
@@ -36,10 +38,13 @@ def read_input(text: str | None, input: str) -> list[Post]:
     if text is not None and input != "-":
         raise UserError("--text and --input are two sources: give one")
     if input != "-":
-        return [Post(post, text, ()) for post, text in read_texts(Path(input)).items()]
+        texts, unread = read_texts(Path(input))
+        if unread:
+            print(unread_line(unread), file=sys.stderr)
+        return [Post(post, text, ()) for post, text in texts.items()]
     if text is None:
         text = decode(sys.stdin.buffer.read(), "standard input")
-    if not text.strip():
+    if is_empty(text):
         raise UserError("the text is empty: --text, --input or standard input gives one")
     try:
         text.encode()
@@ -49,17 +54,21 @@ def read_input(text: str | None, input: str) -> list[Post]:
 
 
 def main(config: Config, text: str | None, input: str, thresholds: Literal["global", "criteria"]) -> None:
-    # The model, the criteria that it was trained on, and its thresholds
+    # The model, the criteria that it was trained on, and its thresholds: of one epoch, also while another is saved
     path, device = run_path(config), pick_device()
-    folder, dtype = best_folder(path), decoder_dtype(config.amp, device)
-    criteria = load_criteria(folder / "criteria.json")
-    tuned = read_thresholds(folder, criteria)
-    limits = np.array([tuned["criteria"][c.id] if thresholds == "criteria" else tuned["global"] for c in criteria])
-    posts = read_input(text, input)
-    collator = find_collator(config, criteria)
+    best_folder(path)  # before the decoder, which takes long
+    posts, dtype = read_input(text, input), decoder_dtype(config.amp, device)
     warn_of_precision(path, dtype, "dtype")
     model = build_model(config, device, dtype)
-    load_weights(model, folder)
+
+    def load(folder: Path) -> tuple[tuple[Criterion, ...], dict]:
+        load_weights(model, folder)
+        criteria = load_criteria(folder / "criteria.json")
+        return criteria, read_thresholds(folder, criteria)
+
+    criteria, tuned = read_best(path, load)
+    limits = np.array([tuned["criteria"][c.id] if thresholds == "criteria" else tuned["global"] for c in criteria])
+    collator = find_collator(config, criteria)
 
     # Answers
     split = collator.make_split(posts)

@@ -9,16 +9,18 @@ status 1: a psychologist found the symptom in the sentence; 0: looked at it and 
 import csv
 import io
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from common.checkpoint import UserError
+from common.checkpoint.files import first_repeated, unread_keys
 from redsm5_nli.criteria import CRITERIA, SPECIAL_CASE, Criterion
+from redsm5_nli.text import is_empty
 
 POSTS_FILES = ("redsm5_posts.csv", "redsm5_full_posts.csv")  # names that the files were seen under
 ANNOTATIONS_FILES = ("redsm5_annotations.csv", "redsm5_annotations_long.csv")
 OTHER_NAMES = {"symptom_label": "DSM5_symptom"}  # of columns, in redsm5_annotations_long.csv
+NOT_READ = ("sentence_id", "sentence_text", "explanation")  # columns of the annotations, of which nothing need be said
 
 csv.field_size_limit(2**30)  # a post may be longer than the module's 131,072 characters
 
@@ -53,12 +55,13 @@ def decode(content: bytes, source: str | Path) -> str:
         raise UserError(f"{source}, line {line}: expected UTF-8, found byte {byte:#x} ({error.reason})") from error
 
 
-def read_table(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, list[str]]]:
-    """The line number and the fields of these columns of each row of a CSV file. Raises UserError with file and line.
+def read_table(path: Path, columns: tuple[str, ...], not_read: tuple[str, ...] = ()) -> tuple[list, Counter]:
+    """The line number and the fields of these columns of each row of a CSV file, and the rows of each column that
+    nobody reads, those in not_read aside. Raises UserError with file and line.
 
     Quoted fields may hold commas, quotes and line breaks; blank lines are skipped.
     """
-    line = 1
+    rows, line = [], 1
     text = decode(path.read_bytes(), path)
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)  # Excel for Mac ends a line in \r
     try:
@@ -66,38 +69,52 @@ def read_table(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, list
         if missing := [name for name in columns if name not in header]:
             present = " and ".join(header) or "nothing"
             raise UserError(f"{path}, line 1: no column {missing[0]} between commas, found {present}")
+        if repeated := first_repeated([name for name in header if name]):
+            raise UserError(f"{path}, line 1: the column {repeated} stands there twice")
+        try:
+            unread = unread_keys(header, columns + not_read, near=OTHER_NAMES)
+        except ValueError as error:
+            raise UserError(f"{path}, line 1: {error}") from error
         line = reader.line_num + 1
         for row in reader:
             if row and len(row) != len(header):
                 raise UserError(f"{path}, line {line}: expected {len(header)} fields, found {len(row)}")
             if row:
-                yield line, [row[header.index(name)].strip() for name in columns]
+                rows.append((line, [row[header.index(name)].strip() for name in columns]))
             line = reader.line_num + 1
     except csv.Error as error:
         raise UserError(f"{path}, line {line}: not a CSV row: {error}; is a quote left open?") from error
+    return rows, Counter({name or "without a name": len(rows) for name in unread})
 
 
-def read_texts(path: Path) -> dict[str, str]:
-    """Text by post id, of a CSV file with the columns post_id and text. Raises UserError."""
+def read_texts(path: Path) -> tuple[dict[str, str], Counter]:
+    """Text by post id, of a CSV file with the columns post_id and text, and what else it holds. Raises UserError."""
     texts, lines = {}, {}
-    for line, (post, text) in read_table(path, ("post_id", "text")):
-        if not post or not text:
-            raise UserError(f"{path}, line {line}: {'text' if post else 'post_id'} is empty")
+    rows, unread = read_table(path, ("post_id", "text"))
+    for line, (post, text) in rows:
+        for name, value in (("post_id", post), ("text", text)):
+            if is_empty(value):
+                raise UserError(f"{path}, line {line}: {name} is empty")
         if post in texts:
             raise UserError(f"{path}, line {line}: post_id {post!r} stands in line {lines[post]} already")
         texts[post], lines[post] = text, line
     if not texts:
         raise UserError(f"{path} holds no post")
-    return texts
+    return texts, unread
 
 
-def read_posts(folder: Path, criteria: tuple[Criterion, ...]) -> tuple[list[Post], Counter]:
-    """All posts with their labels, and the kinds of annotation rows. Raises UserError with file, line and value."""
-    texts, path = read_texts(find_file(folder, POSTS_FILES)), find_file(folder, ANNOTATIONS_FILES)
+def read_posts(folder: Path, criteria: tuple[Criterion, ...]) -> tuple[list[Post], Counter, Counter]:
+    """All posts with their labels, the kinds of annotation rows, and for each column that nobody reads its rows.
+
+    Raises UserError with file, line and value.
+    """
+    texts, unread = read_texts(find_file(folder, POSTS_FILES))
+    path = find_file(folder, ANNOTATIONS_FILES)
+    rows, more = read_table(path, ("post_id", "DSM5_symptom", "status"), NOT_READ)
     numbers = {criterion.id: number for number, criterion in enumerate(criteria)}
     known = numbers.keys() | {criterion.id for criterion in CRITERIA} | {SPECIAL_CASE}
     labels, kinds = {post: [0] * len(criteria) for post in texts}, Counter()
-    for line, (post, symptom, status) in read_table(path, ("post_id", "DSM5_symptom", "status")):
+    for line, (post, symptom, status) in rows:
         place = f"{path}, line {line}"
         if post not in texts:
             raise UserError(f"{place}: post_id {post!r} is not in the posts file")
@@ -111,4 +128,4 @@ def read_posts(folder: Path, criteria: tuple[Criterion, ...]) -> tuple[list[Post
             labels[post][numbers[symptom]] |= int(status)
         else:
             kinds[SPECIAL_CASE if symptom == SPECIAL_CASE else "of no criterion asked for"] += 1
-    return [Post(post, text, tuple(labels[post])) for post, text in texts.items()], kinds
+    return [Post(post, text, tuple(labels[post])) for post, text in texts.items()], kinds, unread + more

@@ -16,20 +16,24 @@ from common.checkpoint.files import read_json
 from common.checkpoint.run import read_run
 from redsm5_nli.cli import PROJECT, displayed, run_script
 from redsm5_nli.config import Config
-from redsm5_nli.report import table
+from redsm5_nli.report import cautions, table
 
 SCORES = ("f1_macro", "f1_positive", "auprc")
 
 
 def read_row(path: Path) -> tuple[dict, dict]:
-    """Settings of a run, and its scores at .5: dashes where it is not finished. Raises UserError."""
+    """Settings of a run, and its scores at .5 with what is to be said of them: dashes where it is not finished.
+
+    Raises UserError.
+    """
     settings, scores = read_run(path)["config"], {}
     finished = (path / "results.json").exists()
     results = read_json(path / "results.json") if finished else {}
     try:
         for split, name in product(("validation", "test"), SCORES):
             scores[f"{split} {name}"] = (results[split]["at_half"] | results[split])[name] if finished else None
-        return settings, scores | {"epoch": results["epoch"] if finished else "unfinished"}
+        scores["epoch"] = results["epoch"] if finished else "unfinished"
+        return settings, scores | {"caution": "; ".join(cautions(results)) or None if finished else None}
     except KeyError as error:
         raise UserError(f"{path / 'results.json'} has no {error}: not a run of this project") from error
 

@@ -85,8 +85,8 @@ def main(config: Config, check: bool = False) -> int | None:
     # Data
     criteria = load_criteria(config.criteria_file)
     collator = find_collator(config, criteria)
-    splits, kinds = load_splits(config, collator)
-    print_summary(splits, kinds, criteria, config)
+    splits, kinds, unread = load_splits(config, collator)
+    print_summary(splits, kinds, unread, criteria, config)
     train = splits["train"]
     accumulation = 1 if check else config.gradient_accumulation_steps
     steps_per_epoch = math.ceil(math.ceil(len(train.examples) / config.batch_size) / accumulation)

@@ -319,16 +319,16 @@ def test_a_pair_is_positive_exactly_where_some_row_has_status_1(tmp_path):
     path = tmp_path / "redsm5_annotations.csv"
     (tmp_path / "redsm5_posts.csv").write_text('post_id,text\ns_1_1,"one, ""two""\nthree"\ns_1_2,four\n')
     path.write_text(ANNOTATIONS)
-    posts, kinds = read_posts(tmp_path, CRITERIA)
+    posts, kinds, unread = read_posts(tmp_path, CRITERIA)
     shown = [{name for name, label in zip(NAMES, post.labels) if label} for post in posts]
     assert shown == [{"FATIGUE"}, {"SLEEP_ISSUES"}] and posts[0].text == 'one, "two"\nthree'
-    assert kinds == {"present": 2, "rejected": 3, "SPECIAL_CASE": 1}
+    assert kinds == {"present": 2, "rejected": 3, "SPECIAL_CASE": 1} and not unread
 
     path.unlink()  # the other names that were seen, and Windows' line ends
     (tmp_path / "redsm5_posts.csv").rename(tmp_path / "redsm5_full_posts.csv")
     other = "\ufeff" + ANNOTATIONS.replace("DSM5_symptom", "symptom_label")
     (tmp_path / "redsm5_annotations_long.csv").write_text(other, encoding="utf-8", newline="\r\n")
-    assert read_posts(tmp_path, CRITERIA) == (posts, kinds)
+    assert read_posts(tmp_path, CRITERIA) == (posts, kinds, unread)
 
 
 @pytest.mark.slow
@@ -477,7 +477,7 @@ def test_cross_validation_tests_every_post_once_and_results_lists_the_folds(few_
     own, data = tmp_path / "own.json", few_rows("redsm5_nli")
     own.write_text(json.dumps([criterion._asdict() for criterion in CRITERIA[4:6]]), encoding="utf-8")
     flags = ("--sample", "--quick", "--data_dir", data, "--run_dir", tmp_path / "cv", "--criteria_file", own)
-    ran("redsm5_nli/cross_validate.py", *flags, "--batch_size", 40, "--metric", "loss", "--max_length", 64)
+    said = ran("redsm5_nli/cross_validate.py", *flags, "--batch_size", 40, "--metric", "loss", "--max_length", 64)
     folds = [tmp_path / "cv/fold0", tmp_path / "cv/fold1"]
     tested = [post for fold in folds for post in predictions(fold, "test")[2]]
     assert sorted(tested) == sorted(row["post_id"] for row in read(data / "redsm5_posts.csv"))
@@ -493,7 +493,10 @@ def test_cross_validation_tests_every_post_once_and_results_lists_the_folds(few_
     table = (tmp_path / "cv/cross_validation.md").read_text(encoding="utf-8")
     assert f"| auprc | {' | '.join(f'{value:.4f}' for value in row)} |" in table
 
+    # 100 posts leave too few for validation, which is said beside the scores
     out = ran("redsm5_nli/results.py", "--runs", *folds, "--sort", "auprc")
+    for text in (table, said.splitlines()[-1], out):
+        assert text.count("too few to choose by") == 2
     header, _, *rows = [line.strip("| ").split(" | ") for line in out.splitlines()[:-1]]
     found = [dict(zip(header, row)) for row in rows]
     assert found[0]["validation auprc"] > found[1]["validation auprc"]

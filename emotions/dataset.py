@@ -199,7 +199,7 @@ def load_splits(config: Config, tokenizer: PreTrainedTokenizerFast) -> dict[str,
 
 
 def repeated_in_test(splits: dict[str, Split]) -> int:
-    """How many test texts also stand in validation, whatever their case and punctuation."""
+    """How many test texts also stand in validation, in any writing."""
     texts = {same_text(row.text) for row in splits["validation"].rows}
     return sum(same_text(row.text) in texts for row in splits["test"].rows)
 

@@ -4,8 +4,8 @@
     echo "Thank you so much, I love it" | python emotions/predict.py --run_dir emotions/runs/...
 
 Out: line (the text's number), labels (the emotions whose probability reaches the threshold that was tuned for each on
-validation, the likeliest first; none is an answer too) and the probabilities of all 28. Blank lines are skipped. A
-line that is not UTF-8 is reported on stderr, gives {"line": ..., "error": ...} and makes the exit status 1.
+validation, the likeliest first; none is an answer too) and the probabilities of all 28. Lines that show nothing are
+skipped. A line that is not UTF-8 is reported on stderr, gives {"line": ..., "error": ...} and makes the exit status 1.
 Lines are answered in blocks of 8 x eval_batch_size, the last block at the end of the input.
 """
 

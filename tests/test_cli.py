@@ -1,6 +1,7 @@
 """The command line of every project: what is a flag, what is refused, and in which words."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -196,6 +197,15 @@ def test_a_runs_settings_are_the_defaults_of_what_uses_it_and_stay_as_they_are(p
     older = {"config": settings | {"gone": 1}, "environment": saved["environment"]}  # without a format
     (run / "config.json").write_text(json.dumps(older), encoding="utf-8")
     assert cli.run_settings(cli.parse(flags, trained=True)[0]) == settings | {"seed": 42}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such names")
+@pytest.mark.parametrize("flag", ["data_dir", "model", "run_dir"])
+@every_project
+def test_a_path_that_is_not_utf_8_is_refused_in_one_line(project, flag, tmp_path):
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/\xff")
+    Path(path).mkdir()
+    refused(run_here(f"{project}/train.py", "--sample", f"--{flag}", path), f"--{flag}", "\\udcff", code=2)
 
 
 LACKING = [  # what is asked for, and what must be said of it

@@ -1,5 +1,6 @@
 """The run folder, the metrics and the seeds that the five projects share."""
 
+import errno
 import os
 import random
 import signal
@@ -9,14 +10,15 @@ import numpy as np
 import pytest
 import sklearn.metrics as reference
 import torch
-from launch import call
+from launch import PROJECTS, call, module
 from scipy.stats import rankdata
 
 from common import metrics
 from common.checkpoint import UserError, environment
-from common.checkpoint.files import write_json
+from common.checkpoint import run as run_module
+from common.checkpoint.files import parse_object, unread_keys, write_json
 from common.checkpoint.progress import Best, Progress, StopSignal
-from common.checkpoint.run import Run, best_folder, read_results, read_run
+from common.checkpoint.run import Run, best_folder, read_best, read_results, read_run
 from common.seed import epoch_generator, mix, seed_everything, seed_micro_batch
 
 
@@ -42,6 +44,95 @@ def test_seeding_covers_python_numpy_and_torch_and_asks_for_deterministic_algori
         seed_everything(seed, deterministic)
         draws.append((random.random(), np.random.rand(), torch.rand(1).item()))
     assert draws[0] == draws[1] and not {*draws[1]} & {*draws[2]} and asked == [True, False, False]
+
+
+EQUAL = [  # NFC and NFD, width, case, ligatures, invisible characters, punctuation and blanks
+    ("café", "cafe\u0301"),
+    ("ＡＢＣ１２３", "abc123"),
+    ("ｶﾞ", "ガ"),
+    ("서울", "서울"),
+    ("a\u200bb\ufeff c\u00ad\u2060", "abc"),
+    ("e\u200d\u0301", "é"),
+    ("❤\ufe0f", "❤"),
+    ("Straße, ﬁne!", "STRASSE FINE"),
+    ("北京，市。", "北京市"),
+    ("“quoted” – dash", "quoted dash"),
+    ("1.5 million.", "１．５ million"),
+    ("نَصّ؟", "نَصّ"),
+]
+DIFFERENT = [
+    ("काम", "कम"),
+    ("दिन", "दीन"),
+    ("😡", "😂"),
+    ("👍", "👍🏿"),
+    ("1.5 million", "15 million"),
+    ("1,500", "1500"),
+    ("C++", "C"),
+    ("a = b", "a ≠ b"),
+    ("นํ้า", "นา"),
+    ("שָׁלוֹם", "שלום"),
+    ("!!!", "???"),
+    ("café", "cafe"),
+]
+EMPTY = [
+    "",
+    " \n",
+    "\u200b",
+    "\ufeff\u00ad",
+    "\u2060\u200e\u202e",
+    "\u3164",
+    "\u2800 \u115f",
+    "\ufe0f",
+    "\x00\x1f",
+    "\U000e0001",
+]
+
+
+@pytest.mark.parametrize("project", PROJECTS)
+def test_equal_texts_are_equal_in_letters_marks_digits_and_symbols_alone(project):
+    dataset = module(project, "dataset")
+    for first, second in EQUAL:
+        assert dataset.same_text(first) == dataset.same_text(second), (first, second)
+    for first, second in DIFFERENT:
+        assert dataset.same_text(first) != dataset.same_text(second), (first, second)
+    assert all(map(dataset.is_empty, EMPTY)) and not any(map(dataset.is_empty, ["a", ".", "😂", "١", "ः", "\u200bक"]))
+
+
+def test_a_key_twice_or_nearly_a_known_one_is_refused_and_others_are_returned():
+    assert parse_object('{"a": {"b": 1}, "b": [1]}') == {"a": {"b": 1}, "b": [1]}
+    for text, words in (
+        ('{"a": 1, "a": 1}', "'a'"),
+        ('{"x": {"b": 1, "b": 2}}', "'b'"),
+        ("[1]", "object"),
+        ("{", "object"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            parse_object(text)
+    known = ("anchor", "negative", "sentence1", "sentence2", "id")
+    assert unread_keys(["anchor", "url", "sentence1", "neg", "identity"], known) == ["url", "neg", "identity"]
+    for key in (
+        "Negative",
+        "negatives",
+        "negative_1",
+        "NEGATIVE-2",
+        "anchor ",
+        "sentence_1",
+        "sentence3",
+        "ids",
+        "hardNegatives",
+    ):
+        with pytest.raises(ValueError, match=r"nobody reads.*negative"):
+            unread_keys([*known, key], known, ["hard_negative"])
+
+
+def test_few_rows_and_absent_labels_are_told():
+    assert metrics.too_few(30, {"yes": 10, "no": 20}) is None and metrics.too_few(30, {}) is None
+    assert "29 rows" in metrics.too_few(29, {}) and "9 of yes" in metrics.too_few(100, {"yes": 9, "no": 91})
+    one = metrics.classification_metrics([1, 1], [1, 1], ["no", "yes"])
+    assert (one["f1_macro"], one["f1_macro_occurring"]) == (0.5, 1.0)
+    labels = np.array([[1, 0], [1, 0]])
+    assert metrics.per_label_metrics(labels, labels, ["a", "b"])["f1_macro_occurring"] == 1.0
+    assert metrics.per_label_metrics(labels * 0, labels, ["a", "b"])["f1_macro_occurring"] is None
 
 
 def test_classification_metrics_are_scikit_learns_where_a_class_is_absent_too():
@@ -337,3 +428,60 @@ def test_best_is_swapped_whole_and_a_kill_between_the_two_renames_costs_nothing(
     assert (best_folder(run.path) / "other").exists()  # a reader finds it before anyone has mended the folder
     new_run(run.path).close()
     assert contents(run) == before and not [*run.path.glob("best.*")]
+
+
+def test_best_is_read_whole_where_training_swaps_it_meanwhile(run):
+    def write(text: str):
+        def fill(folder: Path) -> None:
+            for name in ("threshold", "weights"):
+                (folder / name).write_text(text, encoding="utf-8")
+
+        run.save_best(fill)
+
+    loads = []
+
+    def load(folder: Path) -> list[str]:
+        """The two files, between whose reading two more epochs are saved; at first the second one is gone."""
+        try:
+            threshold = (folder / "threshold").read_text(encoding="utf-8")
+            loads.append(threshold)
+            if len(loads) < 3:
+                write(str(len(loads)))
+            if len(loads) == 1:
+                raise FileNotFoundError("weights")
+            return [threshold, (folder / "weights").read_text(encoding="utf-8")]
+        except FileNotFoundError as error:
+            raise UserError(str(error)) from error
+
+    write("0")
+    assert read_best(run.path, load) == ["2", "2"] and loads == ["0", "1", "2"]
+    with pytest.raises(UserError, match="damaged"):
+        read_best(run.path, lambda folder: (_ for _ in ()).throw(UserError("damaged")))
+
+
+def test_a_torn_last_line_and_a_file_system_without_fsync_or_locks(run, tmp_path, monkeypatch):
+    with open(run.path / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"event": "evaluation", "st')
+    assert [line["event"] for line in run.evaluations()] == ["evaluation"] * len(run.evaluations())
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if Path(f"/proc/self/fd/{descriptor}").is_dir():
+            raise OSError(code, os.strerror(code))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    for code in (errno.EINVAL, errno.ENOTSUP):
+        write_json(tmp_path / "x.json", {"a": code})
+    code = errno.EIO
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        write_json(tmp_path / "x.json", {})
+    if fcntl := run_module.fcntl:
+
+        def lockf(*arguments) -> None:
+            raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+        monkeypatch.setattr(fcntl, "lockf", lockf)
+        with pytest.raises(UserError, match="has no locks") as error:
+            new_run(tmp_path / "other")
+        assert "Wait" not in str(error.value)

@@ -2,10 +2,12 @@
 
 import re
 import string
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
+import regex
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import (
     accuracy_score,
@@ -132,15 +134,42 @@ def mean_average_precision(labels: np.ndarray, probabilities: np.ndarray, known:
     return float(np.mean(scores)) if scores else None
 
 
-# Spans, as SQuAD scores them (arXiv 1606.05250, sec. 6.1; with unanswerable questions 1806.03822, sec. 5), from 0 to 1
+# Spans, as SQuAD scores them (arXiv 1606.05250, sec. 6.1; with unanswerable questions 1806.03822, sec. 5), from 0 to 1.
+# Where a script has no blanks between words, each character counts as one (as in CMRC, arXiv 1810.07366).
 
-WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
+FULL_WIDTH = [chr(ord(character) + 0xFEE0) for character in string.punctuation]
+CJK = map(chr, (*range(0x3001, 0x3040), *range(0xFF5F, 0xFF66)))
+CJK_PUNCTUATION = [character for character in CJK if unicodedata.category(character)[0] in "PS"]  # 々 and 〇 are none
+WITHOUT_PUNCTUATION = str.maketrans("", "", "".join([string.punctuation, *FULL_WIDTH, *CJK_PUNCTUATION]))
+
+SCRIPTS = ("Han", "Hiragana", "Katakana", "Thai", "Lao", "Khmer", "Myanmar")
+UNSPACED = "".join(rf"\p{{Script={name}}}" for name in SCRIPTS) + "ーｰ〆"
+CHARACTER = regex.compile(f"[{UNSPACED}]")
+PIECE = regex.compile(rf"[{UNSPACED}][\p{{M}}ﾞﾟ]*|[^{UNSPACED}\u200b]+")  # U+200B stands between words
+PUNCTUATION = regex.compile(rf"[\p{{P}}\p{{Cf}}{re.escape(string.punctuation)}]+")
+
 Span = tuple[int, int]  # characters, the end exclusive
 
 
+def word_spans(text: str) -> list[Span]:
+    """What stands between blanks; where it holds characters of a script without them, each with its marks and the rest.
+
+    There punctuation is no word.
+    """
+    spans = []
+    for match in re.finditer(r"\S+", text):
+        if CHARACTER.search(match[0]):
+            pieces = PIECE.finditer(text, *match.span())
+            spans += [piece.span() for piece in pieces if not PUNCTUATION.fullmatch(piece[0])]
+        else:
+            spans.append(match.span())
+    return spans
+
+
 def normalize_answer(text: str) -> list[str]:
-    """The words of an answer: lower case, no ASCII punctuation, no a, an, the."""
-    return re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(WITHOUT_PUNCTUATION)).split()
+    """The words of an answer: lower case, no a, an, the, no punctuation of ASCII, its full-width forms and CJK's."""
+    text = re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(WITHOUT_PUNCTUATION))
+    return [text[start:end] for start, end in word_spans(text)]
 
 
 def answer_scores(prediction: str, golds: Sequence[str]) -> tuple[float, float]:
@@ -183,14 +212,14 @@ def precision_recall_f1(right: int, predicted: int, wanted: int) -> dict:
 
 
 def token_metrics(contexts: Sequence[str], predicted: Sequence[Sequence[Span]], golds: Sequence[list]) -> dict:
-    """Precision, recall and F1 over the words of the contexts, by place: a word between blanks that a span touches.
+    """Precision, recall and F1 over the words (word_spans) of the contexts, by place: those that a span touches.
 
     predicted: (N,) lists of spans. golds: (N,) lists of alternatives, each a list of spans that are true together; of
     several the one that shares most (F1) with the prediction counts. Micro-averaged.
     """
     counts = np.zeros(3, dtype=int)
     for context, spans, alternatives in zip(contexts, predicted, golds):
-        words = [match.span() for match in re.finditer(r"\S+", context)]
+        words = word_spans(context)
         found = touched(words, spans)
         wanted = [touched(words, alternative) for alternative in alternatives] or [set()]
         best = max(wanted, key=lambda gold: 2 * len(found & gold) / max(len(found) + len(gold), 1))

@@ -34,16 +34,15 @@ from transformers import AutoModelForQuestionAnswering, DataCollatorWithPadding,
 
 from common.checkpoint import UserError
 from common.checkpoint.environment import autocast_dtype, environment, pick_device
-from common.checkpoint.run import best_folder
 from common.metrics import span_metrics
 from common.seed import seed_everything
 from evidence_spans.answers import Decoding, n_best
 from evidence_spans.cli import run_path, run_script
 from evidence_spans.config import Config
 from evidence_spans.dataset import collate, draw_windows, load_examples, make_split
-from evidence_spans.evaluate import predict
-from evidence_spans.model import MODEL_INPUTS, build_model, find_model, find_tokenizer, load_model
-from evidence_spans.postprocess import best_pairs, merge_windows, window_predictions
+from evidence_spans.evaluate import load_best, predict
+from evidence_spans.model import MODEL_INPUTS, build_model, find_model, find_tokenizer
+from evidence_spans.postprocess import best_spans, merge_windows
 from evidence_spans.report import table
 from evidence_spans.thresholds import answer_texts, tune, untuned
 from evidence_spans.train import epoch_bounds
@@ -73,8 +72,7 @@ def random_logits(windows: int, length: int) -> Logits:
 
 def logits_of_run(config: Config, count: int) -> Logits:
     """Those of a run's best model on the first windows of its validation split."""
-    folder = best_folder(run_path(config))
-    tokenizer, (model, _) = find_tokenizer(config, folder), load_model(folder, config)
+    tokenizer, model, _ = load_best(run_path(config), config)
     examples = load_examples(config)[0]["validation"]
     windows = make_split(examples, tokenizer, config).windows[:count]
     batch = collate(windows, tokenizer.pad_token_id)
@@ -91,8 +89,7 @@ def search_ours(logits: Logits, n: int, longest: int) -> list[list[dict]]:
     rows = []
     for first in range(0, len(logits.windows), 32):  # as evaluation does it, batch by batch
         texts, windows, start, end, mask = (part[first : first + 32] for part in logits)
-        pairs = best_pairs(start, end, mask, n, longest)
-        predictions = window_predictions(windows, start[:, 0] + end[:, 0], *pairs)
+        predictions = best_spans(windows, start, end, mask, n, longest)
         rows += [n_best(text, merge_windows([one], n), decoding) for text, one in zip(texts, predictions)]
     return rows
 

@@ -20,11 +20,11 @@ from transformers import PreTrainedTokenizerFast
 from common.checkpoint import ROOT, UserError
 from common.seed import epoch_generator, mix
 from evidence_spans.config import Config
-from evidence_spans.formats import Example, Source, merge_questions
+from evidence_spans.formats import Example, Source, is_empty, merge_questions, same_text  # noqa: F401
 from evidence_spans.redsm5 import read_redsm5
 from evidence_spans.splits import split_examples
 from evidence_spans.squad import read_squad
-from evidence_spans.windows import Window, make_windows
+from evidence_spans.windows import Window, Windows, make_windows
 
 BUCKET = 100  # batches among which lengths are sorted
 
@@ -33,7 +33,7 @@ class Split(NamedTuple):
     """Examples and all their windows, example by example; owners, lengths: (W,) each window's example and tokens."""
 
     examples: list[Example]
-    windows: list[Window]
+    windows: Windows
     owners: np.ndarray
     lengths: np.ndarray
 
@@ -76,16 +76,35 @@ def load_examples(config: Config) -> tuple[dict[str, list[Example]], Source]:
     return split_examples(source, config), source
 
 
+def find_cautions(splits: dict[str, list[Example]]) -> list[str]:
+    """What to say beside the scores: a validation split too small to choose by, scored splits that lack a kind."""
+    from common.metrics import too_few  # scikit-learn, which --help has no use for
+
+    answered = {name: sum(bool(example.answers) for example in some) for name, some in splits.items()}
+    empty = {name: len(some) - answered[name] for name, some in splits.items()}
+    kinds, lacking = {"those with an answer": answered["validation"]}, []
+    if any(empty.values()):  # otherwise "no answer" is no kind of these data
+        kinds["those without"] = empty["validation"]
+        lacking = [name for name in ("validation", "test") if not empty[name]]
+    small = too_few(len(splits["validation"]), kinds)
+    said = [f"validation has {small}"] if small else []
+    return said + [f"{name} has no example without an answer, of which f1_balanced is half" for name in lacking]
+
+
 def fingerprint(splits: dict[str, list[Example]]) -> str:
-    """SHA-256 of all examples and where they are."""
-    return hashlib.sha256(json.dumps(splits).encode()).hexdigest()
+    """SHA-256 of all examples and where they are; a context that several share counts once."""
+    numbers: dict[str, int] = {}
+    rows = {
+        name: [e._replace(context=numbers.setdefault(e.context, len(numbers))) for e in examples]
+        for name, examples in splits.items()
+    }
+    return hashlib.sha256(json.dumps([rows, list(numbers)]).encode()).hexdigest()
 
 
 def make_split(examples: list[Example], tokenizer: PreTrainedTokenizerFast, config: Config) -> Split:
     """Examples with their windows. Raises UnfitSettings as make_windows does."""
     windows = make_windows(examples, tokenizer, config)
-    owners = np.array([window.example for window in windows])
-    return Split(examples, windows, owners, np.array([len(window.input_ids) for window in windows]))
+    return Split(examples, windows, windows.owners, windows.lengths)
 
 
 def draw_windows(train: Split, config: Config, epoch: int) -> np.ndarray:
@@ -158,7 +177,7 @@ def ignore_signals(worker: int) -> None:
 
 
 def make_loader(
-    windows: list[Window], batches: Iterable[list[int]], tokenizer: PreTrainedTokenizerFast, config: Config
+    windows: Windows, batches: Iterable[list[int]], tokenizer: PreTrainedTokenizerFast, config: Config
 ) -> DataLoader:
     """Batches in the given order; pinned where a GPU will take them."""
     return DataLoader(

@@ -10,6 +10,7 @@ import json
 import math
 import sys
 from dataclasses import asdict
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -24,16 +25,24 @@ from transformers import PreTrainedTokenizerFast
 from common.checkpoint import UserError
 from common.checkpoint.environment import autocast_dtype, pick_device
 from common.checkpoint.files import write_json, write_text
-from common.checkpoint.run import Run, best_folder, warn_of_precision
+from common.checkpoint.run import Run, best_folder, read_best, warn_of_precision
 from evidence_spans.answers import Decoding, answer, answer_row, no_answer_probability, several_answers
 from evidence_spans.cli import run_path, run_script
 from evidence_spans.config import Config
-from evidence_spans.dataset import Split, fingerprint, load_examples, make_loader, make_split, sorted_batches
+from evidence_spans.dataset import (
+    Split,
+    find_cautions,
+    fingerprint,
+    load_examples,
+    make_loader,
+    make_split,
+    sorted_batches,
+)
 from evidence_spans.formats import Example
 from evidence_spans.loss import span_loss
 from evidence_spans.model import MODEL_INPUTS, SpanModel, find_tokenizer, load_model
-from evidence_spans.postprocess import Prediction, best_pairs, merge_windows, sentence_pairs, window_predictions
-from evidence_spans.report import report, score_table
+from evidence_spans.postprocess import Prediction, best_spans, merge_windows, sentences
+from evidence_spans.report import report, score_lines
 from evidence_spans.thresholds import answer_texts, tune
 from evidence_spans.windows import UnfitSettings
 
@@ -53,6 +62,7 @@ def predict(
     device = next(model.parameters()).device
     model.eval()
     parts: list[Prediction | None] = [None] * len(split.windows)
+    sentences_of = cache(lambda context: np.array(sentences(context), dtype=int).reshape(-1, 2))  # (S, 2)
     loss = 0.0
     bar = tqdm(make_loader(split.windows, batches, tokenizer, config), leave=False, disable=None, desc="evaluating")
     with torch.inference_mode():
@@ -62,13 +72,11 @@ def predict(
                 start, end = model(**{name: batch[name] for name in MODEL_INPUTS if name in batch})
             loss += span_loss(start, end, batch).sum().item()
 
-            windows = [split.windows[row] for row in rows]
+            windows, found = [split.windows[row] for row in rows], None
             if config.decode == "sentence":
-                contexts = [split.examples[window.example].context for window in windows]
-                pairs = sentence_pairs(start, end, windows, contexts, config.n_best_size)
-            else:
-                pairs = best_pairs(start, end, batch["context_mask"], config.n_best_size, max_answer_length)
-            for row, part in zip(rows, window_predictions(windows, start[:, 0] + end[:, 0], *pairs)):
+                found = [sentences_of(split.examples[window.example].context) for window in windows]
+            spans = best_spans(windows, start, end, batch["context_mask"], config.n_best_size, max_answer_length, found)
+            for row, part in zip(rows, spans):
                 parts[row] = part
 
     starts = np.searchsorted(split.owners, np.arange(len(split.examples) + 1)).tolist()  # each example's windows
@@ -125,6 +133,11 @@ def validate(
     return {"loss": loss, **at_threshold, "f1_has_answer": scores["has_answer"]["f1"]}, decoding
 
 
+def load_best(path: Path, config: Config) -> tuple[PreTrainedTokenizerFast, SpanModel, Decoding]:
+    """All that a run's best folder holds, of one epoch. Raises UserError."""
+    return read_best(path, lambda folder: (find_tokenizer(config, folder), *load_model(folder, config)))
+
+
 def write_lines(path: Path, rows: list[dict]) -> None:
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
@@ -132,15 +145,16 @@ def write_lines(path: Path, rows: list[dict]) -> None:
 def evaluate_run(
     run: Run,
     splits: dict[str, Split],
-    tokenizer: PreTrainedTokenizerFast,
+    best: tuple[PreTrainedTokenizerFast, SpanModel, Decoding],
+    cautions: list[str],
     config: Config,
     dtype: torch.dtype | None,
 ) -> tuple[dict, list[dict]]:
-    """Scores of the best model on the given splits but train, and a row for each example.
+    """Scores of the best model, as load_best gives it, on the given splits but train, and a row for each example.
 
     Where both validation and test are given, predictions/ and report.md are written into the run.
     """
-    model, decoding = load_model(best_folder(run.path), config)
+    tokenizer, model, decoding = best
     model.to(pick_device())
     scores, rows = {"decoding": asdict(decoding)}, []
     names = [name for name in splits if name != "train"]
@@ -156,7 +170,7 @@ def evaluate_run(
         for name in names:
             lines = [{key: row[key] for key in row if key != "n_best"} for row in rows if row["split"] == name]
             write_lines(run.path / "predictions" / f"{name}_predictions.jsonl", lines)
-        write_text(run.path / "report.md", report(scores, run.evaluations(), config))
+        write_text(run.path / "report.md", report(scores, cautions, run.evaluations(), config))
     return scores, rows
 
 
@@ -166,17 +180,19 @@ def main(config: Config, split: str, metrics_output: str, predictions_output: st
         if not Path(output).absolute().parent.is_dir():
             raise UserError(f"{output}: there is no such folder")
     dtype = autocast_dtype(config.amp, pick_device())
-    tokenizer = find_tokenizer(config, best_folder(path))  # before the lock: where there is no run, none is made
+    best_folder(path)  # before the lock: where there is no run, none is made
     examples, _ = load_examples(config)
     run = Run(path, None, {"data_sha256": fingerprint(examples)})
     warn_of_precision(path, dtype)
     if run.results is None:
         print("the run is not finished: this is its best epoch so far", file=sys.stderr)
 
-    splits = {name: make_split(examples[name], tokenizer, config) for name in names}
-    scores, rows = evaluate_run(run, splits, tokenizer, config, dtype)
+    best, cautions = load_best(path, config), find_cautions(examples)
+    splits = {name: make_split(examples[name], best[0], config) for name in names}
+    scores, rows = evaluate_run(run, splits, best, cautions, config, dtype)
     run.close()
-    print((path / "report.md").read_text(encoding="utf-8") if split == "all" else "\n".join(score_table(scores, names)))
+    lines = score_lines(scores, cautions, names)
+    print((path / "report.md").read_text(encoding="utf-8") if split == "all" else "\n".join(lines))
     if metrics_output:
         write_json(Path(metrics_output), scores)
     if predictions_output:

@@ -4,9 +4,13 @@ redsm5.py and squad.py read the two formats. Offsets are Python's: characters of
 end exclusive.
 """
 
+import unicodedata
 from collections import Counter
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
+
+import regex
 
 from common.checkpoint import UserError
 
@@ -38,7 +42,8 @@ class Source(NamedTuple):
     """What a path holds.
 
     test: examples that have a file of their own, or none; counts: rows of each kind; not_found: annotations whose
-    sentence is not in its post; questions: what is asked about each criterion, where there are criteria.
+    sentence is not in its post; questions: what is asked about each criterion, where there are criteria; unread: rows
+    with each key or column that nobody reads.
     """
 
     examples: list[Example]
@@ -46,6 +51,7 @@ class Source(NamedTuple):
     counts: Counter
     not_found: list[dict]
     questions: dict[str, str]
+    unread: Counter = Counter()  # noqa: RUF012 - a reader gives its own
 
 
 def merge_questions(examples: list[Example]) -> list[Example]:
@@ -57,6 +63,29 @@ def merge_questions(examples: list[Example]) -> list[Example]:
             kind = min(kind, merged[post].kind, key=KINDS.index)
         merged[post] = Example(post, post, "", context, answers, kind, together=True)
     return list(merged.values())
+
+
+def same_text(text: str) -> str:
+    """What equal texts have in common: letters, marks, digits with the . and , between them, and symbols.
+
+    NFKC and casefold; format characters and variation selectors go. Where nothing is left, the NFKC text.
+    """
+    text = unicodedata.normalize("NFKC", regex.sub(r"[\p{Cf}\p{DI}]", "", text))
+    kept = unicodedata.normalize("NFKC", text.casefold())
+    kept = regex.sub(r"(?<!\p{N})[.,]|[.,](?!\p{N})|[^\p{L}\p{Mn}\p{Mc}\p{N}\p{S}.,]", "", kept)
+    return kept or text
+
+
+def is_empty(text: str) -> bool:
+    """Whether a text shows nothing: blanks, control and format characters, variation selectors and fillers alone."""
+    return not regex.search(r"[^\p{Z}\p{Cc}\p{Cf}\p{DI}\u2800]", text)
+
+
+def character_edges(text: str) -> list[int]:
+    """Where each character begins as readers see it, with its marks and joiners (a grapheme cluster), and the end."""
+    if text.isascii():
+        return list(range(len(text) + 1))
+    return [0, *accumulate(map(len, regex.findall(r"\X", text)))]
 
 
 def read_text(path: Path) -> str:

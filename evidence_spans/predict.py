@@ -15,6 +15,7 @@ with its number, gives {"line": ..., "error": ...} in its place, and makes the e
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -26,15 +27,17 @@ from transformers import PreTrainedTokenizerFast
 
 from common.checkpoint import UserError
 from common.checkpoint.environment import autocast_dtype, pick_device
-from common.checkpoint.run import best_folder, warn_of_precision
+from common.checkpoint.files import parse_object, unread_keys
+from common.checkpoint.pretrained import check_ids
+from common.checkpoint.run import warn_of_precision
 from evidence_spans.answers import Decoding, answer_row
 from evidence_spans.cli import run_path, run_script
 from evidence_spans.config import Config
-from evidence_spans.dataset import make_split
-from evidence_spans.evaluate import predict
+from evidence_spans.dataset import is_empty, make_split
+from evidence_spans.evaluate import load_best, predict
 from evidence_spans.formats import Example
-from evidence_spans.model import find_tokenizer, load_model
-from evidence_spans.windows import check_questions
+from evidence_spans.report import unread_line
+from evidence_spans.windows import join_questions
 
 BLOCK = 256  # lines that are read, and sorted by length, at a time
 
@@ -66,26 +69,33 @@ def questions_of(given: str, decoding: Decoding, config: Config) -> dict[str | N
 
 
 def parse_line(
-    line: bytes, decoding: Decoding, tokenizer: PreTrainedTokenizerFast, config: Config
+    line: bytes, decoding: Decoding, tokenizer: PreTrainedTokenizerFast, config: Config, unread: Counter
 ) -> dict[str | None, Example]:
-    """By criterion, an example for each question of a JSON line, under the line's id. Raises ValueError, UserError."""
+    """By criterion, an example for each question of a JSON line, under the line's id. Raises ValueError, UserError.
+
+    unread: counts the keys that nobody reads.
+    """
     try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
+        row = parse_object(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
         raise ValueError(f"expected a JSON object in UTF-8, found {line[:40]!r} ({error})") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"expected a JSON object, found {line[:40]!r}")
+    unread.update(unread_keys(row, ("text", "context", "question", "id")))
+    if row.keys() >= {"text", "context"}:
+        raise ValueError("text and context are two names of one key: give one of them")
     text, question, name = row.get("text", row.get("context")), row.get("question"), row.get("id")
-    if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"text is {text!r}, expected a non-empty string")
+    if not isinstance(text, str) or is_empty(text):
+        raise ValueError(f"text is {text!a}, expected a non-empty string")
     if not isinstance(question, str | None):
         raise ValueError(f"question is {question!r}, expected a string")
+    question = "" if question is None or is_empty(question) else question.strip()
     if not isinstance(name, str | int | None):
         raise ValueError(f"id is {name!r}, expected a number or a string")
     if half := re.search("[\ud800-\udfff]", f"{text}{question}{name}"):
         raise ValueError(f"expected UTF-8, found {half[0]!a}, half of a surrogate pair")
-    questions = questions_of((question or "").strip(), decoding, config)
-    check_questions(questions.values(), tokenizer, config)
+    questions = questions_of(question, decoding, config)
+    join_questions(questions.values(), tokenizer, config)
+    if tokenizer.vocab_limit is not None:  # so that the line is named
+        check_ids(tokenizer([text], verbose=False)["input_ids"], tokenizer, lambda row: "text")
     return {key: Example(name, "", asked, text, (), "unannotated", False) for key, asked in questions.items()}
 
 
@@ -125,19 +135,19 @@ def main(
 
     # The model and its thresholds
     path = run_path(config)
-    folder, device = best_folder(path), pick_device()
+    device = pick_device()
     dtype = autocast_dtype(config.amp, device)
+    tokenizer, model, decoding = load_best(path, config)
     warn_of_precision(path, dtype)
-    tokenizer, (model, decoding) = find_tokenizer(config, folder), load_model(folder, config)
     model.to(device)
 
     # Answer, a block of lines at a time; lengths are sorted inside a block only
-    lines, failed = read_lines(text, question, input), False
+    lines, failed, unread = read_lines(text, question, input), False, Counter()
     while block := list(islice(lines, BLOCK)):
         examples, errors = {}, {}  # by the lines' numbers
         for number, line in block:
             try:
-                examples[number] = parse_line(line, decoding, tokenizer, config)
+                examples[number] = parse_line(line, decoding, tokenizer, config, unread)
             except (ValueError, UserError) as error:
                 errors[number] = str(error)
         predictions = iter(())
@@ -159,6 +169,8 @@ def main(
                     print_highlighted(answer, example.context, several)
                 else:
                     print(json.dumps(answer, ensure_ascii=False))
+    if unread:
+        print(unread_line(unread), file=sys.stderr)
     return int(failed)
 
 

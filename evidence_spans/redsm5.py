@@ -9,14 +9,18 @@ status 1: the sentence is evidence for the symptom; 0: a clinician looked at it 
 import csv
 import io
 import re
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from itertools import product
+from itertools import accumulate, pairwise, product
 from pathlib import Path
 
+import regex
+
 from common.checkpoint import UserError
+from common.checkpoint.files import first_repeated, unread_keys
 from evidence_spans.config import Config
-from evidence_spans.formats import KINDS, Example, Source, read_text
+from evidence_spans.formats import KINDS, Example, Source, character_edges, is_empty, read_text
 
 OTHER_NAMES = {"symptom_label": "DSM5_symptom"}  # of columns, in redsm5_annotations_long.csv
 SPECIAL_CASE = "SPECIAL_CASE"  # the label of what an expert marked but is none of the nine
@@ -35,13 +39,18 @@ CRITERIA = {
     "SUICIDAL_THOUGHTS": ("Thoughts of death", "thinking again and again of death or of ending one's life."),
 }
 
+WORD = regex.compile(r"[\w\p{N}]")  # what words are made of, their marks too
+
 csv.field_size_limit(2**30)  # a post may be longer than the module's 131,072 characters
 
 
-def read_table(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, list[str]]]:
+def read_table(
+    path: Path, columns: tuple[str, ...], unread: Counter, unused: tuple[str, ...] = ()
+) -> Iterator[tuple[int, list[str]]]:
     """The line number and the fields of these columns of each row of a CSV file. Raises UserError with file and line.
 
-    Quoted fields may hold commas, quotes and line breaks; blank lines are skipped.
+    Quoted fields may hold commas, quotes and line breaks; blank lines are skipped. unread: counts the rows with each
+    column that nobody reads, the unused ones aside, which ReDSM5 has.
     """
     line = 1
     reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)  # Excel for Mac ends a line in \r
@@ -50,24 +59,30 @@ def read_table(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, list
         if missing := [name for name in columns if name not in header]:
             present = " and ".join(header) or "nothing"
             raise UserError(f"{path}, line 1: no column {missing[0]} between commas, found {present}")
+        if twice := first_repeated([name for name in header if name]):
+            raise UserError(f"{path}, line 1: the column {twice} stands there twice")
+        others = [name or "(no name)" for name in unread_keys(header, (*columns, *unused))]
         line = reader.line_num + 1
         for row in reader:
             if row and len(row) != len(header):
                 raise UserError(f"{path}, line {line}: expected {len(header)} fields, found {len(row)}")
             if row:
+                unread.update(others)
                 yield line, [row[header.index(name)] for name in columns]
             line = reader.line_num + 1
+    except ValueError as error:  # a mistyped column
+        raise UserError(f"{path}, line 1: {error}") from error
     except csv.Error as error:
         raise UserError(f"{path}, line {line}: not a CSV row: {error}; is a quote left open?") from error
 
 
-def read_posts(path: Path) -> dict[str, str]:
+def read_posts(path: Path, unread: Counter) -> dict[str, str]:
     """Text by post id. Raises UserError."""
     texts, lines = {}, {}
-    for line, (post, text) in read_table(path, ("post_id", "text")):
+    for line, (post, text) in read_table(path, ("post_id", "text"), unread):
         post = post.strip()  # but not the text: offsets count its blanks
-        if not post or not text.strip():
-            raise UserError(f"{path}, line {line}: {'text' if post else 'post_id'} is empty")
+        if is_empty(post) or is_empty(text):
+            raise UserError(f"{path}, line {line}: {'post_id' if is_empty(post) else 'text'} is empty")
         if post in texts:
             raise UserError(f"{path}, line {line}: post_id {post!r} stands in line {lines[post]} already")
         texts[post], lines[post] = text, line
@@ -77,29 +92,47 @@ def read_posts(path: Path) -> dict[str, str]:
 
 
 def find_spans(text: str, sentence: str) -> list[tuple[int, int]]:
-    """Where a sentence stands in a text: as it is, else in another case, else also with other white space.
+    """Where a sentence stands in a text: as it is, else in another case or Unicode form, else with other white space.
 
-    All its places that begin and end at a word's edge, or where there are none, those inside words; [] if nowhere.
+    All its places that begin and end at a word's edge, or where there are none, those inside words; [] if nowhere. A
+    letter is found with all its marks only.
     """
-    # Character by character, with the place of each: a whole text's casefold() can be longer than it ('İ', 'ß').
-    parts = [character.casefold() for character in text]
-    folded, places = "".join(parts), [place for place, part in enumerate(parts) for _ in part]
-    wanted = sentence.strip()
-    tries = (
-        (re.escape(wanted), text, range(len(text))),
-        (re.escape(wanted.casefold()), folded, places),
-        (r"\s+".join(map(re.escape, wanted.casefold().split())), folded, places),
-    )
-    for edge in (r"(?<!\w)%s(?!\w)", "%s"):
-        for pattern, hay, origin in tries:
-            if matches := [match.span() for match in re.finditer(edge % pattern, hay)]:
-                return [(origin[start], origin[end - 1] + 1) for start, end in matches]
+    for inside in (False, True):
+        for pattern, hay, places in searches(text, sentence.strip()):
+            spans, last = [], 0
+            for match in re.finditer(f"(?=({pattern}))", hay):  # which may overlap: the first that holds counts
+                start, end = match.span(1)
+                cuts = (start and WORD.match(hay, start - 1)) or WORD.match(hay, end)
+                if start >= last and {start, end} <= places.keys() and (inside or not cuts):
+                    spans.append((places[start], places[end]))
+                    last = end
+            if spans:
+                return spans
     return []
 
 
-def read_annotations(path: Path, posts: dict[str, str], posts_file: str) -> Iterator[tuple[int, str, str, str, str]]:
+def searches(text: str, sentence: str) -> Iterator[tuple[str, str, dict[int, int]]]:
+    """Pattern, what it is looked for in, and from where a character begins or ends there, where it does in the text."""
+    edges = character_edges(text)
+    yield re.escape(sentence), text, dict(zip(edges, edges))
+    # Character by character: a whole text's casefold() can be longer than it ('İ', 'ß')
+    parts = [fold(text[start:end]) for start, end in pairwise(edges)]
+    folded, places = "".join(parts), dict(zip(accumulate(map(len, parts), initial=0), edges))
+    wanted = "".join(map(fold, regex.findall(r"\X", sentence)))
+    yield re.escape(wanted), folded, places
+    yield r"\s+".join(map(re.escape, wanted.split())), folded, places
+
+
+def fold(character: str) -> str:
+    return unicodedata.normalize("NFKC", character).casefold()
+
+
+def read_annotations(
+    path: Path, posts: dict[str, str], posts_file: str, unread: Counter
+) -> Iterator[tuple[int, str, str, str, str]]:
     """Line number, post id, symptom, status and sentence of each annotation. Raises UserError."""
-    for line, fields in read_table(path, ("post_id", "DSM5_symptom", "status", "sentence_text")):
+    columns, unused = ("post_id", "DSM5_symptom", "status", "sentence_text"), ("sentence_id", "explanation")
+    for line, fields in read_table(path, columns, unread, unused):
         post, symptom, status, sentence = map(str.strip, fields)
         place = f"{path}, line {line}"
         if post not in posts:
@@ -109,14 +142,15 @@ def read_annotations(path: Path, posts: dict[str, str], posts_file: str) -> Iter
             raise UserError(f"{place}: symptom {symptom!r} is unknown, expected {expected}")
         if status not in ("0", "1"):
             raise UserError(f"{place}: status is {status!r}, expected 1 (evidence) or 0 (rejected)")
-        if status == "1" and not sentence:
+        if status == "1" and is_empty(sentence):
             raise UserError(f"{place}: sentence_text is empty")
         yield line, post, symptom, status, sentence
 
 
 def read_redsm5(posts_path: Path, annotations_path: Path, config: Config) -> Source:
     """An example for each post and criterion. Raises UserError."""
-    texts = read_posts(posts_path)
+    unread: Counter = Counter()
+    texts = read_posts(posts_path, unread)
     questions = {key: f"{name}: {text}" for key, (name, text) in CRITERIA.items()}
     if config.question_form == "name":
         questions = {key: name for key, (name, _) in CRITERIA.items()}
@@ -124,7 +158,7 @@ def read_redsm5(posts_path: Path, annotations_path: Path, config: Config) -> Sou
     # The spans of each pair of post and criterion, and what its annotations say together
     spans, kinds = defaultdict(set), defaultdict(lambda: "unannotated")
     not_found, counts = [], Counter()
-    for line, post, symptom, status, sentence in read_annotations(annotations_path, texts, posts_path.name):
+    for line, post, symptom, status, sentence in read_annotations(annotations_path, texts, posts_path.name, unread):
         if symptom == SPECIAL_CASE:
             counts[SPECIAL_CASE] += 1
             continue
@@ -141,4 +175,4 @@ def read_redsm5(posts_path: Path, annotations_path: Path, config: Config) -> Sou
     for post, key in product(texts, CRITERIA):
         answers, kind = tuple(sorted(spans[post, key])), kinds[post, key]
         examples.append(Example(f"{post}:{key}", post, questions[key], texts[post], answers, kind, together=True))
-    return Source(examples, [], counts, not_found, questions)
+    return Source(examples, [], counts, not_found, questions, unread)

@@ -1,5 +1,7 @@
 """Tables for people, in Markdown: what is trained on, and how good the result is."""
 
+from collections import Counter
+
 import numpy as np
 
 from evidence_spans.config import Config
@@ -17,15 +19,15 @@ def table(header: list[str], rows: list[list]) -> list[str]:
     return ["| " + " | ".join(row) + " |" for row in cells] + [""]
 
 
-def print_summary(splits: dict[str, Split], source: Source) -> None:
+def print_summary(splits: dict[str, Split], source: Source, cautions: list[str]) -> None:
     """The tables of what is trained on: posts, examples of each kind, windows, lengths in tokens, what is left out."""
     rows, lengths = [], []
     for name, split in splits.items():
         kinds = [[example.kind for example in split.examples].count(kind) for kind in KINDS]
-        labelled = len({window.example for window in split.windows if window.labels})
+        labelled = len({owner for owner, labels in zip(split.owners.tolist(), split.windows.labels) if labels})
         posts = len({example.post for example in split.examples})
         rows.append([name, posts, len(split.examples), *kinds, len(split.windows), kinds[0] - labelled])
-        answers = [end - start + 1 for window in split.windows for start, end in window.labels]
+        answers = [end - start + 1 for labels in split.windows.labels for start, end in labels]
         for what, values in (("window", split.lengths), ("answer", answers)):
             percentiles = np.percentile(values, (50, 95, 100)).astype(int).tolist() if len(values) else [0, 0, 0]
             lengths.append([f"{name}, {what}", *percentiles])
@@ -35,10 +37,18 @@ def print_summary(splits: dict[str, Split], source: Source) -> None:
 
     counts = ", ".join(f"{n} {what}" for what, n in sorted(source.counts.items()) if n)
     print(f"read: {counts}; a bad row would end the run")
+    if source.unread:
+        print(unread_line(source.unread))
+    for caution in cautions:
+        print(caution)
     if source.not_found:
         file, lines = source.not_found[0]["file"], [str(row["line"]) for row in source.not_found]
         more = f" and {len(lines) - 20} more" * (len(lines) > 20)
         print(f"not found in their posts: {file}, lines {', '.join(lines[:20])}{more} (not_found.jsonl in the run)")
+
+
+def unread_line(unread: Counter) -> str:
+    return "keys that nobody reads: " + ", ".join(f"{key} ({count} rows)" for key, count in unread.most_common())
 
 
 def evaluation_line(scores: dict, better: bool) -> str:
@@ -59,6 +69,7 @@ def last_line(results: dict, path: str) -> str:
         if scores["no_answer"]["rows"]:
             line += f", f1 of those with an answer {scores['has_answer']['f1']:.4f}"
         parts.append(line)
+    parts[1:1] = results.get("cautions", [])
     return " | ".join([*parts, f"{results['seconds']:.0f} s", f"results in {path}"])
 
 
@@ -80,13 +91,20 @@ def score_table(scores: dict, names: list[str]) -> list[str]:
     return table([*header, "f1 with answer", "exact match with answer", "f1 without answer", "token f1"], rows)
 
 
-def report(scores: dict, history: list[dict], config: Config) -> str:
+def score_lines(scores: dict, cautions: list[str], names: list[str]) -> list[str]:
+    """The scores of these splits, what to say beside them, and what is counted."""
+    lines = score_table(scores, names) + [f"- {caution}" for caution in cautions] + [""] * bool(cautions)
+    lines += ["F1 counts words, which stand between blanks; of Han, kana, Thai, Lao, Khmer and Burmese script each"]
+    return [*lines, "character is one.", ""]
+
+
+def report(scores: dict, cautions: list[str], history: list[dict], config: Config) -> str:
     """The readable evaluation, in Markdown."""
     names, decoding = [name for name in ("validation", "test") if name in scores], scores["decoding"]
     lines = [f"# {config.model} on {config.data_dir}", ""]
     lines += ["Epoch, thresholds and calibration were chosen on validation, so its own rows flatter; test is only"]
     lines += [f"reported. Answers have at most {decoding['max_answer_length']} tokens.", ""]
-    lines += score_table(scores, names)
+    lines += score_lines(scores, cautions, names)
     rows = []
     for name in names:
         for key, what in (("all", "all examples"), ("posts_with_several", "those with several spans")):

@@ -18,12 +18,13 @@ if not __package__:  # run as a script: import from the repository root, not fro
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
+from pydantic import ValidationError
 
 from common.checkpoint import UserError
 from common.checkpoint.environment import autocast_dtype, pick_device
 from common.checkpoint.run import Run
 from evidence_spans import train
-from evidence_spans.cli import displayed, run_path, run_script, run_settings
+from evidence_spans.cli import displayed, first_error, run_path, run_script, run_settings
 from evidence_spans.config import Config
 from evidence_spans.dataset import fingerprint, load_examples
 from evidence_spans.report import table
@@ -35,7 +36,7 @@ def space(config: Config) -> dict:
     from scipy.stats import loguniform, randint, uniform
 
     return {
-        "learning_rate": loguniform(config.learning_rate / 3, config.learning_rate * 3),
+        "learning_rate": loguniform(rate / 3, rate * 3) if (rate := config.learning_rate) else [0.0],
         "batch_size": sorted({max(config.batch_size // 2, 1), config.batch_size, config.batch_size * 2}),
         "epochs": randint(max(config.epochs // 2, 1), config.epochs + 1),
         "max_length": sorted({config.max_length * 2 // 3, config.max_length}),
@@ -60,11 +61,14 @@ def trial_config(config: Config, run_dir: Path, settings: dict) -> Config:
     return Config(**config.model_dump() | settings | {"run_dir": str(run_dir)})
 
 
-def run_trial(config: Config, epochs: int) -> dict | int:
+def run_trial(config: Config, run_dir: Path, settings: dict, epochs: int) -> dict | int:
     """Train up to so many epochs: the best validation score, or why there is none; an exit status if stopped."""
     try:
+        config = trial_config(config, run_dir, settings)
         if status := train.main(config, pause_after=min(epochs, config.epochs)):
             return status
+    except ValidationError as error:  # drawn settings that cannot be
+        return {"score": None, "error": first_error(error, {}, Path("drawn"))}
     except (UnfitSettings, torch.OutOfMemoryError) as error:  # of this trial; any other error ends the search
         message = "out of GPU memory" if isinstance(error, torch.OutOfMemoryError) else " ".join(str(error).split())
         return {"score": None, "error": message}
@@ -117,10 +121,12 @@ def main(config: Config, trials: int, eta: int, search_seed: int) -> int | None:
                 continue
             changes = ", ".join(f"{name} {value:g}" for name, value in drawn[trial].items())
             print(f"trial {trial} up to epoch {rung}: {changes}")
-            outcome = run_trial(trial_config(config, folder / f"trial-{trial:02d}", drawn[trial]), rung)
+            outcome = run_trial(config, folder / f"trial-{trial:02d}", drawn[trial], rung)
             if isinstance(outcome, int):
                 run.close()
                 return outcome
+            if outcome["error"]:
+                print(f"trial {trial} is left out: {outcome['error']}")
             outcomes[trial] = known[trial, rung] = {"trial": trial, "rung": rung, "settings": drawn[trial], **outcome}
             run.log({"event": "evaluation", **outcomes[trial]})
             run.save_last({})

@@ -1,11 +1,14 @@
 """Examples -> train, validation and test: what belongs together stays on one side."""
 
 import hashlib
+import math
 import re
+
+from tqdm import tqdm
 
 from common.checkpoint import UserError
 from evidence_spans.config import Config
-from evidence_spans.formats import Example, Source
+from evidence_spans.formats import Example, Source, same_text
 
 AUTHOR = re.compile(r"s_\d+_")  # posts that share the prefix are probably one author's
 
@@ -13,7 +16,7 @@ AUTHOR = re.compile(r"s_\d+_")  # posts that share the prefix are probably one a
 def group_keys(posts: dict[str, str]) -> dict[str, str]:
     """Post id -> the name of its group: posts of one author prefix or one text are linked, and links chain.
 
-    Texts are equal up to case and white space. The name is the smallest author prefix of the group, so that posts of
+    Which texts are one says same_text. The name is the smallest author prefix of the group, so that posts of
     its authors and of others can be added without moving it; only a copy of one of its texts under another author,
     which would have to be in two splits otherwise, can.
     """
@@ -21,8 +24,8 @@ def group_keys(posts: dict[str, str]) -> dict[str, str]:
 
     authors = {post: match[0] if (match := AUTHOR.match(post)) else post for post in posts}
     groups, first = DisjointSet(authors.values()), {}
-    for post, text in posts.items():
-        groups.merge(authors[post], first.setdefault(" ".join(text.split()).casefold(), authors[post]))
+    for post, text in tqdm(posts.items(), "comparing posts", leave=False, disable=None, delay=5):
+        groups.merge(authors[post], first.setdefault(same_text(text), authors[post]))
     names = {author: min(group) for group in groups.subsets() for author in group}
     return {post: names[author] for post, author in authors.items()}
 
@@ -50,5 +53,11 @@ def split_examples(source: Source, config: Config) -> dict[str, list[Example]]:
             splits["train"].append(example)
     for name, examples in splits.items():
         if not any(example.answers for example in examples):
-            raise UserError(f"{len(groups)} posts of {config.data_dir} cannot be split: {name} would hold no answer")
+            answered = len({groups[example.post] for example in source.examples if example.answers})
+            shares = config.validation_fraction, *([] if source.test else [config.test_fraction])
+            raise UserError(
+                f"{len(groups)} posts of {config.data_dir} cannot be split: {name} would hold no answer. "
+                f"{answered} posts or groups of them have one; some {math.ceil(4 / min(shares))} are needed for such "
+                "fractions: raise --validation_fraction and --test_fraction, or try another --split_seed"
+            )
     return splits

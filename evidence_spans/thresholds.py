@@ -12,7 +12,7 @@ from evidence_spans.answers import Decoding, answer, non_overlapping
 from evidence_spans.config import Config
 from evidence_spans.formats import Example
 from evidence_spans.postprocess import Prediction
-from evidence_spans.windows import Window
+from evidence_spans.windows import Windows
 
 
 def answer_texts(examples: list[Example], predictions: list[Prediction], threshold: float | None) -> list[str]:
@@ -21,9 +21,9 @@ def answer_texts(examples: list[Example], predictions: list[Prediction], thresho
     return [example.context[span.start : span.end] if span else "" for example, span in zip(examples, spans)]
 
 
-def untuned(train: Sequence[Window], questions: dict[str, str], config: Config) -> Decoding:
+def untuned(train: Windows, questions: dict[str, str], config: Config) -> Decoding:
     """Without thresholds; answers are as long as the config says, or as the longest that lies in a training window."""
-    tokens = (end - start + 1 for window in train for start, end in window.labels)
+    tokens = (end - start + 1 for labels in train.labels for start, end in labels)
     return Decoding(config.max_answer_length or max(tokens, default=1), None, None, None, None, questions)
 
 

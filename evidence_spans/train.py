@@ -26,8 +26,16 @@ from common.checkpoint.run import Run, read_results
 from common.seed import seed_everything, seed_micro_batch
 from evidence_spans.cli import displayed, run_path, run_script, run_settings
 from evidence_spans.config import Config
-from evidence_spans.dataset import Split, epoch_steps, fingerprint, load_examples, make_loader, make_split
-from evidence_spans.evaluate import evaluate_run, validate, write_lines
+from evidence_spans.dataset import (
+    Split,
+    epoch_steps,
+    find_cautions,
+    fingerprint,
+    load_examples,
+    make_loader,
+    make_split,
+)
+from evidence_spans.evaluate import evaluate_run, load_best, validate, write_lines
 from evidence_spans.loss import span_loss
 from evidence_spans.model import MODEL_INPUTS, SpanModel, build_model, find_tokenizer, save_model
 from evidence_spans.report import evaluation_line, last_line, print_summary
@@ -106,7 +114,8 @@ def main(config: Config, check: bool = False, pause_after: int = 0) -> int | Non
     tokenizer = find_tokenizer(config)
     examples, source = load_examples(config)
     splits = {name: make_split(rows, tokenizer, config) for name, rows in examples.items()}
-    print_summary(splits, source)
+    cautions = find_cautions(examples)
+    print_summary(splits, source, cautions)
     train = splits["train"]
     decoding = untuned(train.windows, source.questions, config)
     accumulation = 1 if check else config.gradient_accumulation_steps
@@ -208,9 +217,10 @@ def main(config: Config, check: bool = False, pause_after: int = 0) -> int | Non
         return run.close()
 
     # Final evaluation
-    scores, _ = evaluate_run(run, splits, tokenizer, config, dtype)
+    scores, _ = evaluate_run(run, splits, load_best(path, config), cautions, config, dtype)
     progress.note_memory(device)
-    results = run.finish(config.metric, best, progress, not_found=len(source.not_found), **scores)
+    scores |= {"not_found": len(source.not_found), "cautions": cautions}
+    results = run.finish(config.metric, best, progress, **scores)
     print(last_line(results, displayed(path)))
 
 

@@ -1,18 +1,21 @@
 """Examples -> windows of tokens. A post longer than a window is read in several that overlap.
 
-T tokens of a window, N of them the context's, S spans
+W windows, T tokens of a window, N of them the context's, S spans
 """
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from common.checkpoint import UserError
-from common.checkpoint.pretrained import check_ids
+from common.checkpoint.pretrained import check_ids, check_texts
 from evidence_spans.config import Config
-from evidence_spans.formats import Example
+from evidence_spans.formats import Example, character_edges
+
+BLANKS = [code for code in range(0x3001) if chr(code).isspace()]
 
 
 class UnfitSettings(UserError):
@@ -23,10 +26,10 @@ class Window(NamedTuple):
     """[CLS] question [SEP] a part of the context [SEP], as the tokenizer joins a pair.
 
     example: its number; input_ids, token_type_ids: (T,), the latter None where the encoder takes none; first: position
-    of the first context token; offsets: (N, 2) characters of each context token, the end exclusive, without the blanks
-    that some tokenizers count to a word (for a token of blanks alone they end before they start); labels: (start, end)
-    positions of the answers that lie in this window, both inclusive; none: the label is [CLS]; is_first, is_last:
-    whether it begins and ends its context.
+    of the first context token; offsets: (N, 2) characters of each context token, the end exclusive, those that it is a
+    part of with all their marks, without the blanks that some tokenizers count to a word (for a token of blanks alone
+    they end before they start); labels: (start, end) positions of the answers that lie in this window, both inclusive;
+    none: the label is [CLS]; is_first, is_last: whether it begins and ends its context.
     """
 
     example: int
@@ -39,60 +42,128 @@ class Window(NamedTuple):
     is_last: bool = True
 
 
-def make_windows(examples: list[Example], tokenizer: PreTrainedTokenizerFast, config: Config) -> list[Window]:
-    """All windows, example by example and from left to right; 1,000 examples are tokenised at a time.
+class Tokens(NamedTuple):
+    """A text's tokens: (N,) ids and (N, 2) offsets as Window has them."""
 
-    Raises UnfitSettings where a question leaves less room than doc_stride needs.
+    ids: np.ndarray
+    offsets: np.ndarray
+
+
+class Frame(NamedTuple):
+    """A question joined with some context, which stands at first:end: (T,) ids, and token types or None."""
+
+    ids: np.ndarray
+    types: np.ndarray | None
+    first: int
+    end: int
+
+
+class Windows(Sequence):
+    """All windows of some examples, example by example and from left to right, each put together when it is asked for.
+
+    contexts, frames: of each example, equal ones shared; owners, lengths: (W,) each window's example and number of
+    tokens; parts: (W, 2) the first and, exclusive, the last of its context's tokens; labels: of each, as Window's.
     """
-    check_questions([example.question for example in examples], tokenizer, config)
-    windows = []
-    for start in range(0, len(examples), 1000):
-        block = examples[start : start + 1000]
-        encoded = tokenizer(
-            [example.question for example in block],
-            [example.context for example in block],
-            truncation="only_second",
-            max_length=config.max_length,
-            stride=config.doc_stride,
-            return_overflowing_tokens=True,
-            return_offsets_mapping=True,
-        )
-        owners = encoded["overflow_to_sample_mapping"]
-        check_ids(encoded["input_ids"], tokenizer, lambda row, o=owners, b=block: f"example {b[o[row]].id}")
-        for number, owner in enumerate(owners):
-            ids = np.array(encoded["input_ids"][number], dtype=np.int32)
-            types = np.array(encoded["token_type_ids"][number], np.int8) if "token_type_ids" in encoded else None
-            inside = [place for place, part in enumerate(encoded.sequence_ids(number)) if part == 1]
-            offsets = np.array(encoded["offset_mapping"][number], dtype=np.int32)[inside]  # (N, 2)
-            offsets = without_blanks(offsets, block[owner].context)
-            first = inside[0] if inside else len(ids)
-            is_first = number == 0 or owners[number - 1] != owner
-            is_last = number + 1 == len(owners) or owners[number + 1] != owner
-            window = Window(start + owner, ids, types, first, offsets, (), is_first, is_last)
-            labels = sorted({*map(tuple, token_spans(window, block[owner].answers).tolist())})
-            windows.append(window._replace(labels=tuple(labels)))
-    return windows
+
+    def __init__(self, examples: Sequence[Example], contexts: list[Tokens], frames: list[Frame], config: Config):
+        self.contexts, self.frames = contexts, frames
+        owners, parts = [], []
+        for number, (context, frame) in enumerate(zip(contexts, frames)):
+            room = config.max_length - len(frame.ids) + frame.end - frame.first
+            step, length = room - config.doc_stride, len(context.ids)
+            for start in range(0, max(length - room, 0) + step, step):
+                owners.append(number)
+                parts.append((start, min(start + room, length)))
+        self.owners, self.parts = np.array(owners, dtype=int), np.array(parts, dtype=int).reshape(-1, 2)
+        around = np.array([len(frame.ids) - frame.end + frame.first for frame in frames])
+        self.lengths = self.parts[:, 1] - self.parts[:, 0] + around[self.owners]
+        self.labels: list[tuple[tuple[int, int], ...]] = [()] * len(owners)
+        for row, owner in enumerate(owners):
+            if spans := examples[owner].answers:
+                self.labels[row] = tuple(sorted({*map(tuple, token_spans(self[row], spans).tolist())}))
+
+    def __len__(self) -> int:
+        return len(self.owners)
+
+    def __getitem__(self, row):
+        if isinstance(row, slice):
+            return [self[number] for number in range(*row.indices(len(self)))]
+        owner, (start, end) = self.owners[row], self.parts[row].tolist()
+        context, frame = self.contexts[owner], self.frames[owner]
+        ids, types = np.concatenate([frame.ids[: frame.first], context.ids[start:end], frame.ids[frame.end :]]), None
+        if frame.types is not None:
+            inside = np.full(end - start, frame.types[frame.first])
+            types = np.concatenate([frame.types[: frame.first], inside, frame.types[frame.end :]])
+        edges = start == 0, end == len(context.ids)
+        return Window(int(owner), ids, types, frame.first, context.offsets[start:end], self.labels[row], *edges)
 
 
-def check_questions(questions: Iterable[str], tokenizer: PreTrainedTokenizerFast, config: Config) -> None:
-    """Raise UnfitSettings where the longest question leaves less room than doc_stride needs."""
+def make_windows(examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast, config: Config) -> Windows:
+    """All windows; each text is tokenised once, and whole.
+
+    Raises UnfitSettings as join_questions does, UserError for a token without an embedding.
+    """
+    frames = join_questions((example.question for example in examples), tokenizer, config)
+    named = {example.context: example.id for example in reversed(examples)}  # by the first example with it
+    texts, tokens = list(named), {}
+    check_texts(tokenizer, texts)
+    for start in tqdm(range(0, len(texts), 100), "tokenising", leave=False, disable=None, delay=5):
+        block = texts[start : start + 100]
+        encoded = tokenizer(block, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        check_ids(encoded["input_ids"], tokenizer, lambda row, b=block: f"example {named[b[row]]}")
+        for text, ids, offsets in zip(block, encoded["input_ids"], encoded["offset_mapping"]):
+            offsets = whole_characters(without_blanks(np.array(offsets, dtype=np.int32).reshape(-1, 2), text), text)
+            tokens[text] = Tokens(np.array(ids, dtype=np.int32), offsets)
+    contexts = [tokens[example.context] for example in examples]
+    return Windows(examples, contexts, [frames[example.question] for example in examples], config)
+
+
+def join_questions(
+    questions: Iterable[str], tokenizer: PreTrainedTokenizerFast, config: Config
+) -> dict[str, Frame]:
+    """Each question as the tokenizer joins it with a context.
+
+    Raises UnfitSettings where the longest leaves less room than doc_stride needs.
+    """
     distinct = sorted(set(questions))
-    lengths = map(len, tokenizer(distinct, [""] * len(distinct), verbose=False)["input_ids"])
-    longest, question = max(zip(lengths, distinct))
-    if config.max_length - longest <= config.doc_stride:
+    encoded = tokenizer(distinct, ["a"] * len(distinct), verbose=False)
+    check_ids(encoded["input_ids"], tokenizer, lambda row: f"the question {distinct[row][:40]!r}")
+    frames, longest = {}, (0, "")
+    for number, question in enumerate(distinct):
+        inside = [place for place, part in enumerate(encoded.sequence_ids(number)) if part == 1]
+        ids = np.array(encoded["input_ids"][number], dtype=np.int32)
+        types = np.array(encoded["token_type_ids"][number], np.int8) if "token_type_ids" in encoded else None
+        frames[question] = Frame(ids, types, inside[0], inside[-1] + 1)
+        longest = max(longest, (len(ids) - len(inside), question))
+    length, question = longest
+    if config.max_length - length <= config.doc_stride:
         raise UnfitSettings(
-            f"max_length {config.max_length} less {longest} tokens of the question {question[:40]!r} "
+            f"max_length {config.max_length} less {length} tokens of the question {question[:40]!r} "
             f"leaves no room beyond doc_stride {config.doc_stride}: raise max_length or lower doc_stride"
         )
+    return frames
 
 
-def without_blanks(offsets: np.ndarray, context: str) -> np.ndarray:
+def without_blanks(offsets: np.ndarray, text: str) -> np.ndarray:
     """(N, 2) characters of tokens, less the blanks at their edges."""
-    rows = []
-    for start, end in offsets.tolist():
-        text = context[start:end]
-        rows.append((end - len(text.lstrip()), start + len(text.rstrip())))
-    return np.array(rows, dtype=np.int32).reshape(-1, 2)
+    blank = np.isin(np.frombuffer(text.encode("utf-32-le"), np.uint32), BLANKS)
+    places = np.arange(len(text) + 1, dtype=np.int32)
+    following = np.minimum.accumulate(np.where(np.append(blank, False), len(text), places)[::-1])[::-1]
+    preceding = np.maximum.accumulate(np.where(np.append(True, blank), 0, places))  # ends of those before each place
+    starts, ends = offsets.T
+    return np.stack([np.minimum(following[starts], ends), np.maximum(preceding[ends], starts)], axis=1)
+
+
+def whole_characters(offsets: np.ndarray, text: str) -> np.ndarray:
+    """(N, 2) characters of tokens, with the marks and joiners that belong to those at their edges.
+
+    Some tokenizers drop marks, join them with their letter first (NFC), or make several tokens of one character.
+    """
+    if text.isascii():
+        return offsets
+    edges = np.array(character_edges(text), dtype=np.int32)
+    starts, ends = offsets.T
+    return np.stack([edges[np.searchsorted(edges, starts, "right") - 1], edges[np.searchsorted(edges, ends)]], axis=1)
 
 
 def token_spans(window: Window, spans: Sequence[tuple[int, int]]) -> np.ndarray:

@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerFast
 from afqmc.config import Config
 from common.checkpoint import ROOT, UserError
 from common.checkpoint.files import parse_object, unread_keys
-from common.checkpoint.pretrained import check_ids
+from common.checkpoint.pretrained import check_ids, check_texts
 from common.seed import epoch_generator
 
 LABELS = ("0", "1")  # 1: the two sentences mean the same
@@ -179,6 +179,7 @@ def load_splits(config: Config, tokenizer: PreTrainedTokenizerFast) -> dict[str,
 
 def make_split(pairs: list[Pair], tokenizer: PreTrainedTokenizerFast) -> Split:
     """The pairs, tokenised 1,000 at a time for their lengths. Raises UserError for a token without an embedding."""
+    check_texts(tokenizer, [text for pair in pairs for text in pair[:2]])
     lengths = []
     for start in tqdm(range(0, len(pairs), 1000), "counting tokens", leave=False, disable=None, delay=5):
         part = pairs[start : start + 1000]

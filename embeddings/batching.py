@@ -15,7 +15,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from common.checkpoint import UserError
-from common.checkpoint.pretrained import check_ids
+from common.checkpoint.pretrained import check_ids, check_texts
 from common.seed import epoch_generator
 from embeddings.config import Config
 from embeddings.dataset import Pair, Triplet, identity, pair_texts
@@ -71,6 +71,7 @@ def tokenize(
     name: says where the text of that place is from. Raises UserError for a text without a token, and where pooling is
     last and a text does not end in EOS: its vector would be that of another token.
     """
+    check_texts(tokenizer, texts)
     blocks, lengths = [], []
     firsts = range(0, len(texts), TOKENIZED_TEXTS)
     for first in tqdm(firsts, desc="tokenizing", leave=False, disable=None if progress else True):

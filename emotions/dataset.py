@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerFast
 
 from common.checkpoint import ROOT, UserError
 from common.checkpoint.files import parse_object, unread_keys
-from common.checkpoint.pretrained import check_ids
+from common.checkpoint.pretrained import check_ids, check_texts
 from common.seed import epoch_generator
 from emotions.config import Config
 from emotions.labels import ALL, EMOTIONS, NUMBERS
@@ -148,6 +148,7 @@ def multi_hot(labels: Sequence[tuple[int, ...]]) -> np.ndarray:
 
 def make_split(rows: list[Row], tokenizer: PreTrainedTokenizerFast) -> Split:
     """The rows, tokenised 1,000 at a time for their lengths. Raises UserError for a token without an embedding."""
+    check_texts(tokenizer, [row.text for row in rows])
     lengths = []
     for start in tqdm(range(0, len(rows), 1000), delay=5, leave=False, disable=None, desc="tokenizing"):
         part = rows[start : start + 1000]

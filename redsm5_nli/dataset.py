@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
 from common.checkpoint import ROOT, UserError
-from common.checkpoint.pretrained import check_ids
+from common.checkpoint.pretrained import check_ids, check_texts
 from common.seed import epoch_generator
 from redsm5_nli.config import Config
 from redsm5_nli.criteria import Criterion
@@ -77,6 +77,7 @@ class Collator:
     def make_split(self, posts: list[Post]) -> Split:
         """Each post once with all criteria, or once with each. Raises UserError for a token without an embedding."""
         texts = [post.text for post in posts]
+        check_texts(self.tokenizer, texts)
         rows = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]  # it warns of long ones
         check_ids(rows, self.tokenizer, lambda row: f"post {posts[row].id}")
         rows = [self.start + ids for ids in rows]

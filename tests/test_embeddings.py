@@ -189,7 +189,7 @@ def words_tokenizer(post_processor=None, **names) -> PreTrainedTokenizerFast:
         backend.post_processor = post_processor
     names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"} | names
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
-    tokenizer.vocab_limit = len(words)
+    tokenizer.vocab_limit, tokenizer.reference = len(words), None
     return tokenizer
 
 

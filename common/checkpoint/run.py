@@ -79,7 +79,7 @@ def warn_of_precision(path: Path, dtype: torch.dtype | None, name: str = "autoca
 
 def best_folder(path: Path) -> Path:
     """The folder of the best model, for reading; best.old where a kill came between the two renames of a swap."""
-    for folder in (path / "best", path / "best.old"):
+    for folder in (path / "best", path / "best.old", path / "best"):  # the last, where a swap ended between the two
         if folder.is_dir():
             return folder
     raise UserError(f"{path} holds no trained model: train with the same flags first, or name a run with --run_dir")

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from common.checkpoint import UserError
+from common.checkpoint.files import first_repeated
 from common.seed import mix
 from emotions.config import Config
 from emotions.dataset import Draw, Split, epoch_batches
@@ -24,8 +25,10 @@ class Step(NamedTuple):
 
 
 def source_weights(setting: str) -> dict[str, float]:
-    """{"isear": 0.5} of "isear=0.5"."""
+    """{"isear": 0.5} of "isear=0.5". Raises UserError for a source that stands there twice."""
     pairs = [part.split("=") for part in setting.split(",") if part]
+    if twice := first_repeated([source.strip() for source, _ in pairs]):
+        raise UserError(f"source_weights: {twice!r} stands there twice")
     return {source.strip(): float(weight) for source, weight in pairs}
 
 

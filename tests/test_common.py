@@ -394,6 +394,9 @@ def test_lost_or_damaged_metrics_and_settings_are_named(run):
             run.evaluations()
     with pytest.raises(UserError, match=r"metrics\.jsonl is shorter"):
         restored(run)
+    (run.path / "config.json").write_text('{"config": {}, "config": {}}', encoding="utf-8")
+    with pytest.raises(UserError, match=r"config\.json .*'config' stands in it twice"):
+        read_run(run.path)
     for content in ({"config": {}}, {"config": {}, "environment": [1]}, [1]):
         write_json(run.path / "config.json", content)
         with pytest.raises(UserError, match=r"config\.json"):

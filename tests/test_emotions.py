@@ -100,7 +100,8 @@ def test_weights_are_by_source_and_by_the_rarest_label(tokenizer):
         ({"source_weights": "isear=.5,s=1", "label_balance": 0.5}, factor * 3 / factor.sum()),
     ):
         assert draw_weights(split, changed(**changes)) == pytest.approx(expected)
-    for setting, words in (("meld=1", "'meld', .*'isear', 's'"), ("s=0,isear=0", "less than one"), ("s=-1", "string")):
+    refused = [("meld=1", "'meld', .*'isear', 's'"), ("s=0,isear=0", "less than one"), ("s=-1", "string")]
+    for setting, words in (*refused, ("s=.5,isear=1, s=1", "'s' stands there twice")):
         with pytest.raises((UserError, ValueError), match=words):
             draw_weights(split, changed(source_weights=setting))
 

@@ -47,14 +47,11 @@ def write_json(path: Path, value: dict | list) -> None:
 
 
 def read_json(path: Path) -> dict:
-    """A JSON object. Raises UserError when the file is missing, damaged or holds something else."""
+    """A JSON object. Raises UserError when the file is missing, damaged or holds something else, or a key twice."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return parse_object(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds no JSON object")
-    return value
 
 
 def parse_object(text: str) -> dict:

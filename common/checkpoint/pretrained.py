@@ -237,10 +237,13 @@ def load_encoder(
 
 
 def checkpoint_activations(encoder: nn.Module) -> None:
-    """Recompute activations in the backward pass: less memory, about a third slower."""
+    """Recompute activations in the backward pass: less memory, about a third slower. Raises UserError."""
     # transformers renamed it within 5.x and warns of the old name
     enable = getattr(encoder, "activation_checkpointing_enable", None) or encoder.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+    try:
+        enable({"use_reentrant": False})
+    except ValueError as error:  # ALBERT and XLNet have none
+        raise UserError(f"gradient_checkpointing: {error}") from error
 
 
 def save_pretrained(

@@ -24,8 +24,8 @@ def check_architecture(model: str, shape: PreTrainedConfig, max_length: int) -> 
         torch.manual_seed(0)
         copy = one_layer_copy(model, shape)
         ids = torch.randint(padding_id(shape) + 1, TOKENS, (max_length,))
-        check_padding(model, copy, [ids[:5], ids[-12:]])
         check_positions(model, copy, ids)
+        check_padding(model, copy, [ids[:3], ids])  # from some length on BigBird attends in another way
     trained = getattr(shape, "max_position_embeddings", None)
     if isinstance(trained, int) and 0 < trained < max_length and getattr(shape, "position_biased_input", True):
         print(f"max_length {max_length} is beyond the {trained} positions that {model} was made for")
@@ -54,8 +54,7 @@ def check_positions(model: str, copy: nn.Module, ids: Tensor) -> None:
             return True
         return False
 
-    if fails(len(ids)):
-        limit = bisect_left(range(len(ids)), True, lo=1, key=fails) - 1
+    if fails(len(ids)) and (limit := bisect_left(range(len(ids)), True, lo=1, key=fails) - 1):
         raise UserError(f"max_length {len(ids)} is more than the {limit} positions that {model} has")
 
 
@@ -64,7 +63,10 @@ def one_layer_copy(model: str, shape: PreTrainedConfig) -> nn.Module:
     cause = None
     for build in (one_layer_config, deepcopy):
         try:
-            return AutoModel.from_config(build(shape), dtype=torch.float32).eval()
+            copy = AutoModel.from_config(build(shape), dtype=torch.float32).eval()
+            embeddings = copy.get_input_embeddings().weight.data
+            embeddings[padding_id(shape)] = embeddings[-1]  # the padding's is zero when new, but not when trained
+            return copy
         except Exception as error:  # Funnel counts its layers in blocks
             cause = error
     raise UserError(f"the shape of {model} does not load: {type(cause).__name__}: {cause}") from cause

@@ -22,12 +22,18 @@ class LoRALinear(nn.Module):
     grid. A is gaussian with deviation 1 / R, B zero, so that W' = W at the start.
     """
 
-    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0):
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0, name: str = "this layer"):
         super().__init__()
+        self.name = name
         self.base, self.scaling, self.dropout = base.requires_grad_(False), alpha / rank, nn.Dropout(dropout)
         device = base.weight.device
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=device).normal_(std=1 / rank))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
+
+    @property
+    def weight(self) -> Tensor:
+        """What Mamba reads of dt_proj past any adapter, PEFT's too, which would do nothing. Raises UserError."""
+        raise UserError(f"{self.name} takes no adapter: its weight is read past it; --targets names the others")
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O)."""
@@ -61,7 +67,7 @@ def add_adapters(model: nn.Module, targets: str, rank: int, alpha: float, dropou
         raise UserError(f"{type(model).__name__} has no linear layer {absent[0]}; {ways}")
     for name, module in linear.items():
         if name.rpartition(".")[2] in wanted:
-            model.set_submodule(name, LoRALinear(module, rank, alpha, dropout))
+            model.set_submodule(name, LoRALinear(module, rank, alpha, dropout, name))
 
 
 def adapters(model: nn.Module) -> dict[str, LoRALinear]:

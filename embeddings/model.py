@@ -126,14 +126,13 @@ def load_backbone(config: Config, dtype: torch.dtype | None, folder: Path | None
 def build_model(config: Config, device: torch.device, dtype: torch.dtype | None) -> Embedder:
     """The frozen backbone in dtype (None: fp32), with new adapters in fp32. Raises UserError."""
     encoder = load_backbone(config, dtype or torch.float32).to(device)
-    if config.pooling == "cls":
-        two = torch.tensor([[0, 1], [0, 2]], device=device)
-        with torch.no_grad():
-            states = encoder(input_ids=two, attention_mask=torch.ones_like(two)).last_hidden_state
-        if torch.equal(states[0, 0], states[1, 0]):
-            raise UserError(f"{config.model}: with pooling cls, but the first token of a causal decoder sees no other")
     seed_everything(config.seed, config.deterministic)
     add_adapters(encoder, config.targets, config.rank, config.alpha, config.adapter_dropout)
+    two = torch.tensor([[0, 1], [0, 2]], device=device)
+    with torch.no_grad():  # which also meets a layer that takes no adapter
+        states = encoder(input_ids=two, attention_mask=torch.ones_like(two)).last_hidden_state
+    if config.pooling == "cls" and torch.equal(states[0, 0], states[1, 0]):
+        raise UserError(f"{config.model}: with pooling cls, but the first token of a causal decoder sees no other")
     if config.gradient_checkpointing:
         checkpoint_activations(encoder)
     return Embedder(encoder, config.pooling)

@@ -144,23 +144,24 @@ WITHOUT_PUNCTUATION = str.maketrans("", "", "".join([string.punctuation, *FULL_W
 
 SCRIPTS = ("Han", "Hiragana", "Katakana", "Thai", "Lao", "Khmer", "Myanmar")
 UNSPACED = "".join(rf"\p{{Script={name}}}" for name in SCRIPTS) + "ーｰ〆"
+PUNCTUATION = rf"\p{{P}}\p{{Cf}}{re.escape(string.punctuation)}"
+OTHER = f"[^{UNSPACED}{PUNCTUATION}]+"
 CHARACTER = regex.compile(f"[{UNSPACED}]")
-PIECE = regex.compile(rf"[{UNSPACED}][\p{{M}}ﾞﾟ]*|[^{UNSPACED}\u200b]+")  # U+200B stands between words
-PUNCTUATION = regex.compile(rf"[\p{{P}}\p{{Cf}}{re.escape(string.punctuation)}]+")
+PIECE = regex.compile(rf"[{UNSPACED}][\p{{M}}ﾞﾟ]*|{OTHER}(?:[{PUNCTUATION}]+{OTHER})*")
 
 Span = tuple[int, int]  # characters, the end exclusive
 
 
 def word_spans(text: str) -> list[Span]:
-    """What stands between blanks; where it holds characters of a script without them, each with its marks and the rest.
+    """What stands between blanks.
 
-    There punctuation is no word.
+    Where that holds characters of a script without blanks: each, with its marks, and what else stands between them,
+    without punctuation around it.
     """
     spans = []
     for match in re.finditer(r"\S+", text):
         if CHARACTER.search(match[0]):
-            pieces = PIECE.finditer(text, *match.span())
-            spans += [piece.span() for piece in pieces if not PUNCTUATION.fullmatch(piece[0])]
+            spans += [piece.span() for piece in PIECE.finditer(text, *match.span())]
         else:
             spans.append(match.span())
     return spans

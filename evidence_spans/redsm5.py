@@ -16,6 +16,7 @@ from itertools import accumulate, pairwise, product
 from pathlib import Path
 
 import regex
+from tqdm import tqdm
 
 from common.checkpoint import UserError
 from common.checkpoint.files import first_repeated, unread_keys
@@ -158,7 +159,8 @@ def read_redsm5(posts_path: Path, annotations_path: Path, config: Config) -> Sou
     # The spans of each pair of post and criterion, and what its annotations say together
     spans, kinds = defaultdict(set), defaultdict(lambda: "unannotated")
     not_found, counts = [], Counter()
-    for line, post, symptom, status, sentence in read_annotations(annotations_path, texts, posts_path.name, unread):
+    rows = read_annotations(annotations_path, texts, posts_path.name, unread)
+    for line, post, symptom, status, sentence in tqdm(rows, "finding", leave=False, disable=None, delay=5):
         if symptom == SPECIAL_CASE:
             counts[SPECIAL_CASE] += 1
             continue

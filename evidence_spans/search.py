@@ -52,7 +52,7 @@ def draw_trials(config: Config, trials: int, search_seed: int) -> list[dict]:
     drawn = []
     for settings in ParameterSampler(space(config), trials, random_state=search_seed):
         plain = {name: float(f"{v:.3g}") if isinstance(v, float) else int(v) for name, v in settings.items()}
-        drawn.append(dict(sorted(plain.items())))
+        drawn.append(dict(sorted(({"epochs": config.epochs} | plain).items())))
     return drawn
 
 

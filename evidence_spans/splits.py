@@ -52,12 +52,15 @@ def split_examples(source: Source, config: Config) -> dict[str, list[Example]]:
         else:
             splits["train"].append(example)
     for name, examples in splits.items():
-        if not any(example.answers for example in examples):
-            answered = len({groups[example.post] for example in source.examples if example.answers})
-            shares = config.validation_fraction, *([] if source.test else [config.test_fraction])
-            raise UserError(
-                f"{len(groups)} posts of {config.data_dir} cannot be split: {name} would hold no answer. "
-                f"{answered} posts or groups of them have one; some {math.ceil(4 / min(shares))} are needed for such "
-                "fractions: raise --validation_fraction and --test_fraction, or try another --split_seed"
-            )
+        if any(example.answers for example in examples):
+            continue
+        if name == "test" and source.test:
+            raise UserError(f"the test file of {config.data_dir} holds no answer")
+        answered = len({groups[example.post] for example in source.examples if example.answers})
+        shares = config.validation_fraction, *([] if source.test else [config.test_fraction])
+        raise UserError(
+            f"{len(groups)} posts of {config.data_dir} cannot be split: {name} would hold no answer. {answered} posts "
+            f"or groups of them have one, some {math.ceil(4 / min(shares))} are needed for such fractions: raise "
+            "--validation_fraction and --test_fraction, or try another --split_seed"
+        )
     return splits

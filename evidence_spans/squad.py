@@ -12,7 +12,7 @@ from pathlib import Path
 from common.checkpoint import UserError
 from common.checkpoint.files import unique_keys, unread_keys
 from evidence_spans.config import Config
-from evidence_spans.formats import Example, Source, is_empty, read_text
+from evidence_spans.formats import Example, Source, is_empty, read_text, same_text
 
 # The keys that SQuAD's objects have, from the outermost to the innermost
 FILE, ARTICLE, PARAGRAPH = ("version", "data"), ("title", "paragraphs"), ("context", "qas")
@@ -85,14 +85,14 @@ def read_question(
     spans = set()
     for answer in expect(row, "answers", list, place):
         count_unread(answer, ANSWER, place, unread)
-        if is_impossible and isinstance(answer, dict) and answer.get("text") == "":  # another way to say that
-            continue
+        if is_impossible and isinstance(answer, dict) and is_empty(str(answer.get("text", "none"))):
+            continue  # as some write no answer
         text, start = expect(answer, "text", str, place), expect(answer, "answer_start", int, place)
         if start < 0:
             raise UserError(f"{place}: answer_start is {start}, expected where {text!r:.60} begins in the context")
-        if context[start : start + len(text)] != text:
-            there = context[start : start + len(text)]
-            raise UserError(f"{place}: at answer_start {start} stands {there!r:.60}, not {text!r:.60}")
+        if (there := context[start : start + len(text)]) != text:
+            show = ascii if same_text(there).startswith(same_text(text)) else repr  # which would look alike
+            raise UserError(f"{place}: at answer_start {start} stands {show(there):.60}, not {show(text):.60}")
         start += len(text) - len(text.lstrip())
         spans.add((start, start + len(text.strip())))
     if spans and is_impossible:

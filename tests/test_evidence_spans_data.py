@@ -152,6 +152,93 @@ def test_no_text_of_a_test_file_is_trained_on(tmp_path):
     assert {e.question for e in read_source(sample(tmp_path, question_form="empty")).test} == {""}
 
 
+def test_an_empty_answer_of_an_impossible_question_is_none(tmp_path):
+    """As some write it; where it is not impossible, or begins before the text, that is said."""
+    content = write_squad(tmp_path / "x.json", ("In Paris.", "a", "Who?", [("", -1)]), ("In Paris.", "b", "?", []))
+    (row, other) = content["data"][0]["paragraphs"][0]["qas"]
+    other["answers"] = [{"text": "\u200b", "answer_start": 3}, {"text": "", "answer_start": 0}]
+    for question, impossible, answers, words in (
+        (row, True, row["answers"], None),
+        (row, True, [{"text": "Paris", "answer_start": 3}], "is_impossible is true"),
+        (row, "false", [], "is_impossible is 'false'"),
+        (row, False, row["answers"], "text is empty"),
+        (row, False, [{"text": "\u200b\ufe0f", "answer_start": 3}], "text is empty"),
+        (row, False, [{"text": "Paris", "answer_start": -1}], r"\(id a\): answer_start is -1, expected where 'Paris'"),
+        (row, False, [{"text": "In\u00a0P", "answer_start": 0}], r"stands 'In P', not 'In\\xa0P'"),  # which look alike
+    ):
+        question |= {"is_impossible": impossible, "answers": answers}
+        (tmp_path / "x.json").write_text(json.dumps(content), encoding="utf-8")
+        if words:
+            with pytest.raises(UserError, match=words):
+                read_source(sample(tmp_path / "x.json"))
+        else:
+            assert [e.answers for e in read_source(sample(tmp_path / "x.json")).examples] == [(), ()]
+
+
+@pytest.mark.parametrize(
+    "level, key, place",
+    [
+        (0, "Data", "x.json: "),
+        (1, "paragraph", "data[0]: "),
+        (2, "Context", "paragraphs[0]: "),
+        (3, "answer", "qas[0]: "),
+        (3, "isImpossible", "qas[0]: "),
+        (3, "plausible_answer", "qas[0]: "),
+        (4, "texts", "(id a): "),
+        (4, "answer_start_1", "(id a): "),
+    ],
+)
+def test_a_mistyped_key_of_any_level_is_named_with_its_place(level, key, place, tmp_path):
+    content = write_squad(tmp_path / "x.json", ("In Paris.", "a", "Where?", [("Paris", 3)]))
+    levels = [content, content["data"][0], content["data"][0]["paragraphs"][0]]
+    levels += [levels[2]["qas"][0], levels[2]["qas"][0]["answers"][0]]
+    levels[level][key] = []
+    (tmp_path / "x.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(UserError, match=rf"{re.escape(place)}.*{key!r}; known are "):
+        read_source(sample(tmp_path / "x.json"))
+
+
+def test_a_key_twice_is_refused_and_others_are_counted_and_said_once(tmp_path):
+    """SQuAD's own keys that nobody reads are no fault."""
+    path = tmp_path / "x.json"
+    content = write_squad(path, *((f"Rome {n}.", f"{n}", "Where?", [("Rome", 0)]) for n in range(60)))
+    for number, paragraph in enumerate(content["data"][0]["paragraphs"]):
+        paragraph["qas"][0] |= {"plausible_answers": [{"texts": 1}]} | ({"lang": "la"} if number % 2 else {})
+        paragraph |= {"url": "x", "lang": "la"}
+    path.write_text(json.dumps(content), encoding="utf-8")
+    assert read_source(sample(path)).unread == {"url": 60, "lang": 90}
+    out = ran(*CHECK, path)
+    assert out.count("keys that nobody reads: lang (90 rows), url (60 rows)") == 1
+    path.write_text(json.dumps(content).replace('"url"', '"qas": [], "url"', 1), encoding="utf-8")
+    with pytest.raises(UserError, match=r"x\.json.*'qas' stands in it twice"):
+        read_source(sample(path))
+
+
+@pytest.mark.parametrize(
+    "file, header, words",
+    [
+        (POSTS, "post_id,text,text", "line 1: the column text stands there twice"),
+        (POSTS, "post_id,text,Text", "line 1: .*'Text'; known are post_id, text"),
+        (ANNOTATIONS, HEADER.replace("explanation", "status"), "line 1: the column status stands there twice"),
+        (ANNOTATIONS, HEADER.replace("explanation", "symptom_label"), "line 1: the column DSM5_symptom stands"),
+        (ANNOTATIONS, HEADER.replace("explanation", "sentence_texts"), "line 1: .*'sentence_texts'; known are"),
+        (ANNOTATIONS, HEADER.replace("sentence_id", "rater"), None),
+    ],
+)
+def test_columns_twice_or_mistyped_are_refused_and_others_counted(file, header, words, few_rows, tmp_path):
+    for name in (POSTS, ANNOTATIONS):
+        lines = (few_rows("evidence_spans") / name).read_text(encoding="utf-8").splitlines()
+        if name == file:
+            wider = header.strip().count(",") > lines[0].count(",")
+            lines = [header.strip(), *(line + ",x" * wider for line in lines[1:])]
+        (tmp_path / name).write_text("\n".join(lines), encoding="utf-8")
+    if words:
+        with pytest.raises(UserError, match=f"{file}, {words}"):
+            read_source(sample(tmp_path))
+    else:
+        assert read_source(sample(tmp_path)).unread == {"rater": len(lines) - 1}
+
+
 @pytest.mark.parametrize(
     "names, changes, words",
     [
@@ -199,8 +286,10 @@ def test_posts_of_one_author_or_text_share_a_split_that_a_hash_chooses():
         split = "validation" if share < 0.2 else "test" if share < 0.5 else "train"
         expected += [(f"{post}:A", split), (f"{post}:B", split)]
     assert sorted(found) == sorted(expected) and max(Counter(names).values()) > 5
-    with pytest.raises(UserError, match="validation would hold no answer"):
-        split_examples(source, sample(validation_fraction=1e-9))
+    with pytest.raises(UserError, match=r"validation would hold no answer\. \d+ posts .* some 4000 are needed"):
+        split_examples(source, sample(validation_fraction=1e-3))
+    with pytest.raises(UserError, match=r"the test file of .* holds no answer"):
+        split_examples(source._replace(test=[examples[0]._replace(post="t", context="other", answers=())]), sample())
 
 
 def test_an_epoch_takes_each_window_of_what_is_drawn_once(few_rows):
@@ -239,6 +328,8 @@ def test_an_epoch_takes_each_window_of_what_is_drawn_once(few_rows):
     [
         ("post_id,text\ns_1_1,I weep.\ns_1_1,Again.\n", "", ["line 3", "'s_1_1'", "line 2"]),
         ("post_id,text\ns_1_1, \n", "", ["line 2", "text is empty"]),
+        ("post_id,text\ns_1_1,\u200b\ufeff\u3164\n", "", ["line 2", "text is empty"]),
+        (None, "s_1_1,0,\u2060,FATIGUE,1,w\n", ["line 2", "sentence_text is empty"]),
         ("post_id,text\ns_1_1,I weep.,more\n", "", ["line 2", "expected 2 fields, found 3"]),
         ('post_id,text\ns_1_1,"I weep.\n', "", ["line 2", "quote"]),
         (None, "\nx,0,I weep.,FATIGUE,1,w\n", ["line 3", "'x'", POSTS]),  # a blank line is none, but counts
@@ -260,6 +351,8 @@ def test_a_malformed_table_is_named_with_line_and_value(posts, rows, words, tmp_
         ("is_impossible", True, ["id a", "is_impossible"]),
         ("id", "b", ["qas[1]", "id 'b'", "already"]),
         ("context", "a \ud800", ["paragraphs[0]", "context", "surrogate"]),
+        ("context", "\u200b\n", ["paragraphs[0]", "context is empty"]),
+        ("question", "\u2800\ufe0f", ["qas[0]", "question is empty"]),
         ("", b"", ["not JSON", "line 1 column 1"]),
         ("", b'{"data":\n"\xc4\xe3"}', ["line 2", "UTF-8", "0xc4"]),
     ],

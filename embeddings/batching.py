@@ -23,6 +23,7 @@ from embeddings.dataset import Pair, Triplet, identity, pair_texts
 TOKENIZED_TEXTS = 10_000  # at a time
 SORTED_BATCHES = 20  # among which rows are sorted by length
 WAITING_BATCHES = 4  # batches' worth of the waiting rows that are tried for each new batch
+FAILED_BATCHES = 1000  # in a row that were not full, after which no more are made of what waits
 
 Waiting = OrderedDict[int, deque[int]]  # a text, and the rows that wait for a batch without it
 
@@ -148,11 +149,11 @@ def draw_epochs(rows: Rows, batch_size: int, seed: int) -> Iterator[Epoch]:
     What an epoch leaves out because its texts repeat comes first in the next one, in the same order. Raises UserError
     where there is no batch.
     """
-    first: list[int] = []
+    identities, first = rows.identities.tolist(), []
     for number in count():
-        epoch = draw_epoch(rows, batch_size, seed, number, first)
-        if not epoch.batches and first:  # an order that fills none: without it some may be full
-            epoch = draw_epoch(rows, batch_size, seed, number, [])
+        epoch = draw_epoch(rows, identities, batch_size, seed, number, first)
+        if not epoch.batches and first:  # an order that fills none: in another one some may be full
+            epoch = draw_epoch(rows, identities, batch_size, seed, number, [])
         if not epoch.batches:
             what = f"no batch of {batch_size} rows without a repeated text can be made of the {len(rows.texts)} rows"
             raise UserError(f"{what} of train.jsonl in epoch {number + 1}: lower batch_size")
@@ -160,8 +161,10 @@ def draw_epochs(rows: Rows, batch_size: int, seed: int) -> Iterator[Epoch]:
         first = epoch.left_out if epoch.repeating else []
 
 
-def draw_epoch(rows: Rows, batch_size: int, seed: int, number: int, first: list[int]) -> Epoch:
-    """Batches of exactly batch_size rows of like length; these come first.
+def draw_epoch(
+    rows: Rows, identities: list[list[int]], batch_size: int, seed: int, number: int, first: list[int]
+) -> Epoch:
+    """Batches of exactly batch_size rows of like length; those of first are the first that are looked at.
 
     No row's anchor or positive stands in another row of the batch, where it would be a false negative, or make the same
     text a negative twice; a row that has to wait comes in a later batch. What fills no batch is left out: a smaller
@@ -172,10 +175,10 @@ def draw_epoch(rows: Rows, batch_size: int, seed: int, number: int, first: list[
     order = order[~np.isin(order, first)]
     parts = np.split(order, range(SORTED_BATCHES * batch_size, len(order), SORTED_BATCHES * batch_size))
     parts = [part[np.argsort(rows.lengths[part], kind="stable")].tolist() for part in parts]
-    new, waiting, identities = chain(first, *parts), OrderedDict(), rows.identities.tolist()
+    new, waiting = chain(first, *parts), OrderedDict()
 
     batches, rests, failed = [], [], 0
-    while failed < 2 and (batch := fill_batch(new, waiting, identities, batch_size)):  # of what waits then none is full
+    while failed < FAILED_BATCHES and (batch := fill_batch(new, waiting, identities, batch_size)):
         failed = 0 if len(batch) == batch_size else failed + 1
         (rests if failed else batches).append(batch)
     shuffled = torch.randperm(len(batches), generator=generator).tolist()

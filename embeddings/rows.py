@@ -1,5 +1,6 @@
 """Lines of files as rows, with what every reader here refuses, and when two texts are the same."""
 
+import json
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
@@ -73,7 +74,10 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
 def parse_line(path: Path, number: int, line: str) -> dict:
     """A line's JSON object. Raises UserError naming file and line."""
     try:
-        return parse_object(line)
+        row = parse_object(line)
+        if "\\u" in line:  # JSON can hold half a surrogate pair, which is no text: UnicodeEncodeError is a ValueError
+            json.dumps(row, ensure_ascii=False).encode()
+        return row
     except ValueError as error:
         raise UserError(f"{path}, line {number}: {error}") from error
 

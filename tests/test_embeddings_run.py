@@ -2,20 +2,22 @@
 
 import json
 import math
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from launch import STOP, TORCHRUN, call, config_of, final_weights, ran, read_lines, refused, run_here, short_flags
-from safetensors.torch import load_file
+from launch import ROOT, STOP, TORCHRUN, call, config_of, final_weights, ran, read_lines, refused, run_here, short_flags
+from safetensors.torch import load_file, save_file
 from scipy.stats import pearsonr, spearmanr
 from sentence_transformers import SentenceTransformer
 from torch import nn
-from transformers import BertConfig
+from transformers import AutoModel, BertConfig
 
 from common.checkpoint import UserError
 from common.checkpoint.files import read_json
-from embeddings import evaluate, train
+from embeddings import evaluate, model, train
 from embeddings.batching import epoch_batches, tokenize_rows
 from embeddings.cli import parse
 from embeddings.dataset import load_splits
@@ -134,6 +136,48 @@ def test_an_unfinished_run_is_used_with_its_best_adapter_and_then_finished(short
     monkeypatch.undo()
     train.main(config)
     assert np.abs(embed_texts(*load_embedder(config), TEXTS, config) - early).max() < 1e-6
+
+
+def test_a_bf16_base_stays_bf16_and_gives_the_same_vectors_elsewhere_where_it_is_loaded_in_fp32(short, tmp_path):
+    shutil.copytree(ROOT / "embeddings/sample/model", tmp_path / "base")
+    AutoModel.from_pretrained(tmp_path / "base", dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
+    config = short(max_steps=3, model=str(tmp_path / "base"))
+    train.main(config)
+    ours, best = embed_texts(*load_embedder(config), TEXTS, config), str(tmp_path / "run/best")
+    theirs = SentenceTransformer(best, device="cpu")
+    assert next(theirs.parameters()).dtype == torch.bfloat16
+    assert 1e-4 < np.abs(theirs.float().encode(TEXTS) - theirs.bfloat16().encode(TEXTS)).max() < 0.05
+    theirs = SentenceTransformer(best, device="cpu", model_kwargs={"dtype": "float32"})
+    assert np.abs(theirs.encode(TEXTS) - ours).max() < 1e-5
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_model_that_training_swaps_while_it_is_read_is_read_again_whole(finished, short_run, tmp_path, monkeypatch):
+    """The tokenizer of one best/ never goes with the weights of the next, nor an adapter with a merged model."""
+    run = Path(shutil.copytree(short_run("embeddings"), tmp_path / "run"))
+    config, loads, find = parse(["--run_dir", str(run)], trained=True)[0], [], model.find_tokenizer
+    shutil.copytree(run / "best", tmp_path / "next")
+    expected = embed_texts(*load_embedder(config), TEXTS, config)
+    if finished:  # the model before had other weights
+        tensors = load_file(run / "best/model.safetensors")
+        save_file({name: 2 * tensor for name, tensor in tensors.items()}, run / "best/model.safetensors")
+    else:
+        (run / "best/modules.json").unlink()
+        adapter = run / "best/adapter/adapter_model.safetensors"
+        save_file({name: 0 * tensor for name, tensor in load_file(adapter).items()}, adapter)
+
+    def find_while_it_is_swapped(config, folder=None):
+        loads.append(folder)
+        tokenizer = find(config, folder)
+        if len(loads) == 1:
+            (run / "best").rename(run / "best.old")
+            (tmp_path / "next").rename(run / "best")
+            shutil.rmtree(run / "best.old")
+        return tokenizer
+
+    monkeypatch.setattr(model, "find_tokenizer", find_while_it_is_swapped)
+    found = embed_texts(*load_embedder(config), TEXTS, config)
+    assert loads == [run / "best" if finished else None, run / "best"] and np.abs(found - expected).max() < 1e-6
 
 
 # encode.py

@@ -105,6 +105,7 @@ def test_a_key_twice_or_nearly_a_known_one_is_refused_and_others_are_returned():
         ('{"x": {"b": 1, "b": 2}}', "'b'"),
         ("[1]", "object"),
         ("{", "object"),
+        (r'{"a": ["\uD83D"]}', "surrogate"),
     ):
         with pytest.raises(ValueError, match=words):
             parse_object(text)

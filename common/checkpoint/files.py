@@ -55,9 +55,15 @@ def read_json(path: Path) -> dict:
 
 
 def parse_object(text: str) -> dict:
-    """A JSON object. Raises ValueError for what is none, and for a key that stands twice: which one would count?"""
+    """A JSON object.
+
+    Raises ValueError for what is none, for a key that stands twice (which one would count?), and for half of a
+    surrogate pair, which JSON can hold but no text.
+    """
     try:
         row = json.loads(text, object_pairs_hook=unique_keys)
+        if "\\ud" in text.lower():
+            json.dumps(row, ensure_ascii=False).encode()  # UnicodeEncodeError is a ValueError
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"expected a JSON object, found {text[:40]!r} ({error})") from error
     if not isinstance(row, dict):

@@ -113,7 +113,7 @@ def build_model(config: Config) -> PairClassifier:
     if shape.model_type not in (*POOLED, *FIRST_TOKEN):
         supported = ", ".join((*POOLED, *FIRST_TOKEN))
         raise UserError(f"{config.model} is a {shape.model_type} model; supported are {supported}")
-    check_architecture(config.model, shape, config.max_length)
+    check_architecture(config.model, shape, config.max_length, config.amp)
 
     # What pipeline reads of best/: the labels, the class, the dropout
     shape.id2label = dict(enumerate(LABELS))

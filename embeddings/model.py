@@ -106,7 +106,7 @@ def load_backbone(config: Config, dtype: torch.dtype | None, folder: Path | None
         raise UserError(f"{config.model} is a {shape.model_type} model: a text decoder or encoder is needed")
     if too_many := [size for size in parse_dims(config.matryoshka_dims) if size >= shape.hidden_size]:
         raise UserError(f"matryoshka_dims {too_many[0]}: {config.model} has vectors of {shape.hidden_size} dimensions")
-    check_architecture(config.model, shape, config.max_length)
+    check_architecture(config.model, shape, config.max_length, config.amp)
 
     if folder is None and config.init == "random":
         seed_everything(config.seed, config.deterministic)
@@ -118,7 +118,9 @@ def load_backbone(config: Config, dtype: torch.dtype | None, folder: Path | None
     if config.bidirectional:
         try:
             make_bidirectional(encoder)
-        except RuntimeError as error:
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # its own RuntimeError, or whatever a model does with the check's inputs
             raise UserError(f"{config.model} cannot be bidirectional: {error}") from error
     return encoder.eval()
 
@@ -129,7 +131,7 @@ def build_model(config: Config, device: torch.device, dtype: torch.dtype | None)
     seed_everything(config.seed, config.deterministic)
     add_adapters(encoder, config.targets, config.rank, config.alpha, config.adapter_dropout)
     two = torch.tensor([[0, 1], [0, 2]], device=device)
-    with torch.no_grad():  # which also meets a layer that takes no adapter
+    with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype is not None):
         states = encoder(input_ids=two, attention_mask=torch.ones_like(two)).last_hidden_state
     if config.pooling == "cls" and torch.equal(states[0, 0], states[1, 0]):
         raise UserError(f"{config.model}: with pooling cls, but the first token of a causal decoder sees no other")

@@ -192,7 +192,7 @@ def build_model(config: Config, prior: Tensor) -> EmotionClassifier:
     source = find_model(config)
     shape = load_shape(source, num_labels=len(EMOTIONS))
     classifier = classifier_class(config, shape)
-    check_architecture(config.model, shape, config.max_length)
+    check_architecture(config.model, shape, config.max_length, config.amp)
 
     # What pipeline reads of best/: the labels, the sigmoid, the dropout
     shape.id2label = dict(enumerate(EMOTIONS))

@@ -87,7 +87,7 @@ def build_model(config: Config) -> SpanModel:
     """Encoder with its weights (init "pretrained") or new ones (init "random"), and a new head. Raises UserError."""
     source = find_model(config)
     shape = load_supported_shape(source)
-    check_architecture(config.model, shape, config.max_length)
+    check_architecture(config.model, shape, config.max_length, config.amp)
     shape.architectures = [MODEL_FOR_QUESTION_ANSWERING_MAPPING[type(shape)].__name__]
     if config.init == "random":
         encoder = new_encoder(source, shape, **SUPPORTED[shape.model_type])

@@ -96,7 +96,7 @@ def build_model(config: Config, device: torch.device, dtype: torch.dtype) -> Mat
         make_bidirectional(decoder)
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError as error:
+    except Exception as error:  # their own RuntimeError, or whatever a model does with the check's inputs
         raise UserError(f"{config.model} cannot be used: {error}") from error
     if config.gradient_checkpointing:
         checkpoint_activations(decoder)

@@ -9,13 +9,15 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel, PreTrainedConfig
 
 from common.checkpoint import UserError
+from common.checkpoint.environment import autocast_dtype, pick_device
 from common.checkpoint.pretrained import quiet_transformers
 
 TOKENS = 64  # of the copy's vocabulary
 
 
-def check_architecture(model: str, shape: PreTrainedConfig, max_length: int) -> None:
-    """Refuse states that depend on a text's batch (FNet's), and a max_length that the model has no positions for.
+def check_architecture(model: str, shape: PreTrainedConfig, max_length: int, amp: str = "off") -> None:
+    """Refuse states that depend on a text's batch (FNet's), a max_length that the model has no positions for, and amp
+    where the model fails under autocast.
 
     Where positions have no end (rotary, relative), one beyond those of training is said. None of the run's random
     numbers is used. Raises UserError.
@@ -26,6 +28,7 @@ def check_architecture(model: str, shape: PreTrainedConfig, max_length: int) -> 
         ids = torch.randint(padding_id(shape) + 1, TOKENS, (max_length,))
         check_positions(model, copy, ids)
         check_padding(model, copy, [ids[:3], ids])  # from some length on BigBird attends in another way
+        check_autocast(model, copy, ids[:3], autocast_dtype(amp, pick_device()))
     trained = getattr(shape, "max_position_embeddings", None)
     if isinstance(trained, int) and 0 < trained < max_length and getattr(shape, "position_biased_input", True):
         print(f"max_length {max_length} is beyond the {trained} positions that {model} was made for")
@@ -39,9 +42,20 @@ def check_padding(model: str, copy: nn.Module, rows: list[Tensor]) -> None:
         alone = [hidden_states(copy, [row])[0] for row in rows]
     except Exception as error:  # whatever a model does with sizes that it was not made for
         raise UserError(f"{family}, which cannot read a batch of texts: {type(error).__name__}: {error}") from error
+    if (width := together.shape[2]) != getattr(copy.config, "hidden_size", None):  # Reformer, OPT-350m
+        raise UserError(f"{family}, whose states have {width} dimensions where hidden_size says another number")
     for states, expected in zip(together, alone):
         if (states[: len(expected)] - expected).abs().max() > 1e-4 * expected.abs().max():
             raise UserError(f"{family}: what a text becomes there depends on the other texts of its batch")
+
+
+def check_autocast(model: str, copy: nn.Module, ids: Tensor, dtype: torch.dtype | None) -> None:
+    """Refuse a type in which a text (T,) cannot be computed, as with DeBERTa-v1's fp32 biases. Raises UserError."""
+    try:
+        hidden_states(copy, [ids], dtype)
+    except Exception as error:  # of types that do not go together
+        family = f"{model} is a {copy.config.model_type} model"
+        raise UserError(f"{family}, which fails in {dtype} ({type(error).__name__}: {error}): set amp off") from error
 
 
 def check_positions(model: str, copy: nn.Module, ids: Tensor) -> None:
@@ -78,6 +92,7 @@ def one_layer_config(shape: PreTrainedConfig) -> PreTrainedConfig:
         if isinstance(value, list) and len(value) == shape.num_hidden_layers:
             setattr(small, name, value[:1])
     small.num_hidden_layers, small.vocab_size, small.pad_token_id = 1, TOKENS, padding_id(shape)
+    small.use_cache = False  # LFM2's first layer alone has none that could be asked for its length
     if hasattr(shape, "intermediate_size"):
         small.intermediate_size = 64
     return small
@@ -89,9 +104,9 @@ def padding_id(shape: PreTrainedConfig) -> int:
     return number if 0 < number < TOKENS // 2 else 0
 
 
-def hidden_states(copy: nn.Module, rows: list[Tensor]) -> Tensor:
-    """(B, T, D) of rows of ids, padded on the right."""
+def hidden_states(copy: nn.Module, rows: list[Tensor], dtype: torch.dtype | None = None) -> Tensor:
+    """(B, T, D) of rows of ids, padded on the right; dtype: of autocast."""
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
     input_ids = pad_sequence(rows, batch_first=True, padding_value=padding_id(copy.config))
-    with torch.inference_mode(), torch.autocast("cpu", enabled=False):
+    with torch.inference_mode(), torch.autocast("cpu", dtype, enabled=dtype is not None):
         return copy(input_ids=input_ids, attention_mask=mask).last_hidden_state

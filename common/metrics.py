@@ -3,8 +3,12 @@
 import re
 import string
 import unicodedata
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
+from itertools import chain
+from operator import itemgetter
 
 import numpy as np
 import regex
@@ -158,13 +162,11 @@ def word_spans(text: str) -> list[Span]:
     Where that holds characters of a script without blanks: each, with its marks, and what else stands between them,
     without punctuation around it.
     """
-    spans = []
-    for match in re.finditer(r"\S+", text):
-        if CHARACTER.search(match[0]):
-            spans += [piece.span() for piece in PIECE.finditer(text, *match.span())]
-        else:
-            spans.append(match.span())
-    return spans
+    words = list(re.finditer(r"\S+", text))
+    if CHARACTER.search(text):
+        pieces = (PIECE.finditer(text, *w.span()) if CHARACTER.search(w[0]) else [w] for w in words)
+        words = chain.from_iterable(pieces)
+    return [word.span() for word in words]
 
 
 def normalize_answer(text: str) -> list[str]:
@@ -230,7 +232,8 @@ def token_metrics(contexts: Sequence[str], predicted: Sequence[Sequence[Span]], 
 
 def touched(words: Sequence[Span], spans: Sequence[Span]) -> set[int]:
     """Numbers of the words that share a character with one of the spans."""
-    return {n for n, (a, b) in enumerate(words) for start, end in spans if a < end and start < b}
+    first, last = partial(bisect_right, words, key=itemgetter(1)), partial(bisect_left, words, key=itemgetter(0))
+    return {number for start, end in spans for number in range(first(start), last(end))}
 
 
 def multi_span_metrics(predicted: Sequence[Sequence[str]], golds: Sequence[Sequence[str]]) -> dict:

@@ -88,7 +88,8 @@ def find_cautions(splits: dict[str, list[Example]]) -> list[str]:
         lacking = [name for name in ("validation", "test") if not empty[name]]
     small = too_few(len(splits["validation"]), kinds)
     said = [f"validation has {small}"] if small else []
-    return said + [f"{name} has no example without an answer, of which f1_balanced is half" for name in lacking]
+    why = "has no example without an answer: its f1_balanced is the f1 of those with one"
+    return said + [f"{name} {why}" for name in lacking]
 
 
 def fingerprint(splits: dict[str, list[Example]]) -> str:

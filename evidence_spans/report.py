@@ -48,7 +48,8 @@ def print_summary(splits: dict[str, Split], source: Source, cautions: list[str])
 
 
 def unread_line(unread: Counter) -> str:
-    return "keys that nobody reads: " + ", ".join(f"{key} ({count} rows)" for key, count in unread.most_common())
+    line = "keys that nobody reads: " + ", ".join(f"{key} ({count} rows)" for key, count in unread.most_common())
+    return line.encode(errors="replace").decode()  # JSON can hold half a surrogate pair
 
 
 def evaluation_line(scores: dict, better: bool) -> str:

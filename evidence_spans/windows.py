@@ -15,7 +15,7 @@ from common.checkpoint.pretrained import check_ids, check_texts
 from evidence_spans.config import Config
 from evidence_spans.formats import Example, character_edges
 
-BLANKS = [code for code in range(0x3001) if chr(code).isspace()]
+IS_BLANK = np.array([chr(code).isspace() for code in range(0x3002)])  # U+3000 is the last that is
 
 
 class UnfitSettings(UserError):
@@ -78,7 +78,7 @@ class Windows(Sequence):
         around = np.array([len(frame.ids) - frame.end + frame.first for frame in frames])
         self.lengths = self.parts[:, 1] - self.parts[:, 0] + around[self.owners]
         self.labels: list[tuple[tuple[int, int], ...]] = [()] * len(owners)
-        for row, owner in enumerate(owners):
+        for row, owner in enumerate(tqdm(owners, "finding answers", leave=False, disable=None, delay=5)):
             if spans := examples[owner].answers:
                 self.labels[row] = tuple(sorted({*map(tuple, token_spans(self[row], spans).tolist())}))
 
@@ -118,9 +118,7 @@ def make_windows(examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast
     return Windows(examples, contexts, [frames[example.question] for example in examples], config)
 
 
-def join_questions(
-    questions: Iterable[str], tokenizer: PreTrainedTokenizerFast, config: Config
-) -> dict[str, Frame]:
+def join_questions(questions: Iterable[str], tokenizer: PreTrainedTokenizerFast, config: Config) -> dict[str, Frame]:
     """Each question as the tokenizer joins it with a context.
 
     Raises UnfitSettings where the longest leaves less room than doc_stride needs.
@@ -146,7 +144,7 @@ def join_questions(
 
 def without_blanks(offsets: np.ndarray, text: str) -> np.ndarray:
     """(N, 2) characters of tokens, less the blanks at their edges."""
-    blank = np.isin(np.frombuffer(text.encode("utf-32-le"), np.uint32), BLANKS)
+    blank = IS_BLANK[np.minimum(np.frombuffer(text.encode("utf-32-le"), "<u4"), len(IS_BLANK) - 1)]
     places = np.arange(len(text) + 1, dtype=np.int32)
     following = np.minimum.accumulate(np.where(np.append(blank, False), len(text), places)[::-1])[::-1]
     preceding = np.maximum.accumulate(np.where(np.append(True, blank), 0, places))  # ends of those before each place

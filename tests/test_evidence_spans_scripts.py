@@ -13,11 +13,12 @@ from test_evidence_spans_data import write_squad
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from common.metrics import answer_scores, normalize_answer, token_metrics
+from common.metrics import answer_scores, normalize_answer, token_metrics, word_spans
+from evidence_spans import evaluate
 from evidence_spans.config import Config
-from evidence_spans.dataset import read_source
+from evidence_spans.dataset import make_split, read_source
 from evidence_spans.formats import Example
-from evidence_spans.model import find_tokenizer
+from evidence_spans.model import build_model, find_tokenizer
 from evidence_spans.postprocess import best_spans, merge_windows, sentences
 from evidence_spans.redsm5 import find_spans
 from evidence_spans.splits import group_keys
@@ -238,6 +239,18 @@ def test_a_text_is_tokenised_once_and_its_windows_share_it(tokenizers):
     assert np.shares_memory(windows[0].offsets, windows[int(np.searchsorted(windows.owners, 7))].offsets)
 
 
+def test_a_long_post_is_cut_into_sentences_once(tokenizers, monkeypatch):
+    """Not once for each of its windows."""
+    calls = []
+    monkeypatch.setattr(evaluate, "sentences", lambda text: calls.append(text) or sentences(text))
+    config = sample(decode="sentence", max_length=64, doc_stride=8)
+    rows = [Example(name, "p", "Why?", "I weep. " * 300 + name, (), "unannotated", False) for name in ("one", "two")]
+    split = make_split([*rows, rows[0]], tokenizers["WordPiece"], config)
+    predictions, _ = evaluate.predict(build_model(config), split, tokenizers["WordPiece"], 9, config, None)
+    assert sorted(calls) == sorted(row.context for row in rows) and len(split.windows) > 60
+    assert all(len(prediction.spans) == 20 for prediction in predictions)
+
+
 # Search and comparison
 
 
@@ -326,3 +339,15 @@ def test_found_words_count_by_characters_where_there_are_no_blanks():
     for found, precision, recall in (((0, 1), 0, 0), ((3, 7), 1, 1), ((2, 5), 2 / 3, 2 / 3), ((6, 9), 0, 0)):
         scores = token_metrics([text], [[found]], gold)
         assert scores["precision"] == pytest.approx(precision) and scores["recall"] == pytest.approx(recall)
+
+
+def test_the_words_that_spans_touch_are_those_that_share_a_character():
+    generator = np.random.default_rng(0)
+    for _ in range(200):
+        text = "".join(generator.choice([*"ab 北京，"], 20))
+        (found, gold) = ([tuple(sorted(generator.integers(0, 21, 2).tolist())) for _ in range(3)] for _ in range(2))
+        sides = [{n for n, (a, b) in enumerate(word_spans(text)) for start, end in side if a < end and start < b}
+                 for side in (found, gold)]  # fmt: skip
+        scores = token_metrics([text], [found], [[gold]])
+        assert scores["precision"] == pytest.approx(len(sides[0] & sides[1]) / max(len(sides[0]), 1))
+        assert scores["recall"] == pytest.approx(len(sides[0] & sides[1]) / max(len(sides[1]), 1))

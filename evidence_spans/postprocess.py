@@ -118,7 +118,7 @@ def best_spans(
 ) -> list[Prediction]:
     """Each window's n best spans, or a few more; of sentences alone, where sentence_pairs' are given.
 
-    pairs: how many of tokens are looked at, n at first. Tokens may be parts of one character, and several pairs of them
+    pairs: how many pairs of tokens are looked at, n at first. Tokens may be parts of one character, and several pairs
     one span: where fewer than n spans come of them, four times as many are looked at, and so on until no pair is left.
     """
     pairs = pairs or n
@@ -165,7 +165,5 @@ def distinct(spans: Iterable[Span]) -> list[Span]:
 
 def merge_windows(parts: Sequence[Prediction], n: int) -> Prediction:
     """One example's prediction from those of its windows. A span that several of them hold keeps its best score."""
-    spans = parts[0].spans  # which are sorted and distinct
-    if len(parts) > 1:
-        spans = distinct(sorted((span for part in parts for span in part.spans), key=lambda span: -span.score))
-    return Prediction(min(part.null_score for part in parts), spans[:n])
+    spans = sorted((span for part in parts for span in part.spans), key=lambda span: -span.score)
+    return Prediction(min(part.null_score for part in parts), distinct(spans)[:n])

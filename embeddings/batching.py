@@ -3,7 +3,7 @@
 N texts or rows, B texts of a chunk, T tokens
 """
 
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, count, islice
 from typing import NamedTuple
@@ -25,7 +25,7 @@ SORTED_BATCHES = 20  # among which rows are sorted by length
 WAITING_BATCHES = 4  # batches' worth of the waiting rows that are tried for each new batch
 FAILED_BATCHES = 1000  # in a row that were not full, after which no more are made of what waits
 
-Waiting = OrderedDict[int, deque[int]]  # a text, and the rows that wait for a batch without it
+Waiting = dict[int, deque[int]]  # a text, and the rows that wait for a batch without it
 
 
 class Tokens(NamedTuple):
@@ -146,8 +146,8 @@ def chunk_texts(tokens: Tokens, texts: np.ndarray, budget: int) -> tuple[list[np
 def draw_epochs(rows: Rows, batch_size: int, seed: int) -> Iterator[Epoch]:
     """One epoch after another from the first on, each a pure function of (seed, epoch): every process draws them alike.
 
-    What an epoch leaves out because its texts repeat comes first in the next one, in the same order. Raises UserError
-    where there is no batch.
+    What an epoch leaves out because its texts repeat comes first in the next one, the longest out at the front. Raises
+    UserError where there is no batch.
     """
     identities, first = rows.identities.tolist(), []
     for number in count():
@@ -175,22 +175,23 @@ def draw_epoch(
     order = order[~np.isin(order, first)]
     parts = np.split(order, range(SORTED_BATCHES * batch_size, len(order), SORTED_BATCHES * batch_size))
     parts = [part[np.argsort(rows.lengths[part], kind="stable")].tolist() for part in parts]
-    new, waiting = chain(first, *parts), OrderedDict()
+    new, waiting = chain(first, *parts), {}
 
     batches, rests, failed = [], [], 0
     while failed < FAILED_BATCHES and (batch := fill_batch(new, waiting, identities, batch_size)):
         failed = 0 if len(batch) == batch_size else failed + 1
         (rests if failed else batches).append(batch)
     shuffled = torch.randperm(len(batches), generator=generator).tolist()
-    left_out = [*chain(*rests, *waiting.values())]
+    # The first of each rest was out for longest; the others that filled no batch with it are not to meet it again
+    left_out = [rest[0] for rest in rests] + [*chain(*waiting.values(), *(rest[1:] for rest in rests))]
     return Epoch([np.array(batches[place]) for place in shuffled], left_out, len(rests) > 1 or len(waiting) > 0)
 
 
 def fill_batch(new: Iterator[int], waiting: Waiting, identities: list[list[int]], size: int) -> list[int]:
-    """Rows that wait, those of a text in turn, and then new ones, as far as they go together; at most size of them.
+    """Rows that wait and then new ones, as far as they go together; at most size of them.
 
-    A new row that does not waits for its text. Where that is in the batch no other row that waits for it is tried, and
-    few of the others: a text that is everywhere costs no more than one that is rare.
+    A new row that does not, waits by the text for which it does not. Once a text is an anchor or positive of the batch
+    no row that waits for it is tried, and few of all others: one that is everywhere costs no more than a rare one.
     """
     batch = []
     meant, every = set(), set()  # anchors and positives; all texts
@@ -207,7 +208,8 @@ def fill_batch(new: Iterator[int], waiting: Waiting, identities: list[list[int]]
 
     tries = WAITING_BATCHES * size
     for text in list(islice(waiting, tries)):
-        waiting.move_to_end(text)
+        if len(batch) == size:
+            break
         queue = waiting[text]
         for _ in range(min(tries, len(queue))):
             if text in meant or len(batch) == size:

@@ -85,6 +85,15 @@ def test_whatever_repeats_the_first_that_was_left_out_is_in_the_next_epoch_and_a
     assert times.min() > 0
 
 
+def test_an_epoch_of_few_batches_is_not_followed_by_others():
+    """20 of 30 positives in a batch, with negatives that are none of these: most rows that go together are too few."""
+    generator = np.random.default_rng(2)
+    numbers = np.stack([10**7 + generator.integers(0, 300, 1500), generator.integers(0, 30, 1500)], 1)
+    numbers = np.concatenate([numbers, generator.choice(numbers.ravel(), 1500)[:, None]], 1)
+    drawn = [len(epoch.batches) for epoch in islice(draw_epochs(rows_of(numbers), 20, 3), 40)]
+    assert np.median(drawn) > 60 and np.mean(drawn[20:]) > 50
+
+
 @pytest.mark.parametrize("count, alone, size, limit", [(600, 1, 60, 1000), (60, 30, 10, 1000), (60, 12, 10, 2)])
 def test_rows_that_go_with_no_other_cost_an_epoch_no_batch_of_the_others(count, alone, size, limit, monkeypatch):
     """Their anchor is the negative of all others. With a limit of 2 an epoch that they begin has no batch."""

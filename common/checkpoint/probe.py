@@ -2,6 +2,7 @@
 
 from bisect import bisect_left
 from copy import deepcopy
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +17,9 @@ TOKENS = 64  # of the copy's vocabulary
 
 
 def check_architecture(model: str, shape: PreTrainedConfig, max_length: int, amp: str = "off") -> None:
-    """Refuse states that depend on a text's batch (FNet's), a max_length that the model has no positions for, and amp
-    where the model fails under autocast.
+    """Refuse a text's states that depend on its batch (FNet's), a max_length without positions, an amp that fails.
 
-    Where positions have no end (rotary, relative), one beyond those of training is said. None of the run's random
+    Where positions have no end (rotary, relative), one beyond those of training is said once. None of the run's random
     numbers is used. Raises UserError.
     """
     with torch.random.fork_rng(devices=[]), quiet_transformers():
@@ -31,7 +31,10 @@ def check_architecture(model: str, shape: PreTrainedConfig, max_length: int, amp
         check_autocast(model, copy, ids[:3], autocast_dtype(amp, pick_device()))
     trained = getattr(shape, "max_position_embeddings", None)
     if isinstance(trained, int) and 0 < trained < max_length and getattr(shape, "position_biased_input", True):
-        print(f"max_length {max_length} is beyond the {trained} positions that {model} was made for")
+        say_once(f"max_length {max_length} is beyond the {trained} positions that {model} was made for")
+
+
+say_once = cache(print)  # in a process that builds the model several times
 
 
 def check_padding(model: str, copy: nn.Module, rows: list[Tensor]) -> None:

@@ -91,6 +91,7 @@ def read_texts(
         if row.id in rows:
             raise UserError(f"{path}, line {number}: _id {row.id!r} stands in an earlier line too")
         rows[row.id] = {name: value or "" for name, value in row}
+    del unread["metadata"]  # BEIR's own, which most of its files have
     if not rows:
         raise UserError(f"{path} holds no row")
     return rows

@@ -20,7 +20,7 @@ def normalize(text: str) -> str:
 
 # Characters that nobody sees, those that tell no texts apart, and those that somebody sees
 UNSEEN = regex.compile(r"[\p{Cf}\p{DI}]")
-NOT_COMPARED = regex.compile(r"(?<!\p{N})[.,]|[.,](?!\p{N})|[^\p{L}\p{Mn}\p{Mc}\p{N}\p{S}.,]")
+NOT_COMPARED = regex.compile(r"(?<!\p{N})[.,٫٬]|[.,٫٬](?!\p{N})|[^\p{L}\p{Mn}\p{Mc}\p{N}\p{S}.,٫٬]")
 SEEN = regex.compile(r"[^\p{Z}\p{Cc}\p{Cf}\p{DI}\u2800]")
 
 
@@ -109,6 +109,6 @@ def read_header(path: Path, number: int, header: list[str], known: tuple[str, ..
     try:
         if repeated := first_repeated([name for name in header if name]):
             raise ValueError(f"the column {repeated!r} stands there twice")
-        return [header.index(name) for name in known], unread_keys(header, known, NEAR)
+        return [header.index(name) for name in known], [n or "(no name)" for n in unread_keys(header, known, NEAR)]
     except ValueError as error:
         raise UserError(f"{path}, line {number}: {error}") from error

@@ -161,7 +161,7 @@ def make_split(rows: list[Row], tokenizer: PreTrainedTokenizerFast) -> Split:
 
 # Characters that nobody sees, those that tell no texts apart, and those that somebody sees
 UNSEEN = regex.compile(r"[\p{Cf}\p{DI}]")
-NOT_COMPARED = regex.compile(r"(?<!\p{N})[.,]|[.,](?!\p{N})|[^\p{L}\p{Mn}\p{Mc}\p{N}\p{S}.,]")
+NOT_COMPARED = regex.compile(r"(?<!\p{N})[.,٫٬]|[.,٫٬](?!\p{N})|[^\p{L}\p{Mn}\p{Mc}\p{N}\p{S}.,٫٬]")
 SEEN = regex.compile(r"[^\p{Z}\p{Cc}\p{Cf}\p{DI}\u2800]")
 
 

@@ -67,7 +67,7 @@ def merge_questions(examples: list[Example]) -> list[Example]:
 
 # Characters that nobody sees, those that tell no texts apart, and those that somebody sees
 UNSEEN = regex.compile(r"[\p{Cf}\p{DI}]")
-NOT_COMPARED = regex.compile(r"(?<!\p{N})[.,]|[.,](?!\p{N})|[^\p{L}\p{Mn}\p{Mc}\p{N}\p{S}.,]")
+NOT_COMPARED = regex.compile(r"(?<!\p{N})[.,٫٬]|[.,٫٬](?!\p{N})|[^\p{L}\p{Mn}\p{Mc}\p{N}\p{S}.,٫٬]")
 SEEN = regex.compile(r"[^\p{Z}\p{Cc}\p{Cf}\p{DI}\u2800]")
 
 
@@ -86,10 +86,13 @@ def is_empty(text: str) -> bool:
 
 
 def character_edges(text: str) -> list[int]:
-    """Where each character begins as readers see it, with its marks and joiners (a grapheme cluster), and the end."""
+    """Where each character begins as readers see it, with all its marks and joiners, and the end.
+
+    Grapheme clusters alone part some Burmese and Tai Tham vowels from their letters.
+    """
     if text.isascii():
         return list(range(len(text) + 1))
-    return [0, *accumulate(map(len, regex.findall(r"\X", text)))]
+    return [0, *accumulate(map(len, regex.findall(r"\X\p{M}*", text)))]
 
 
 def read_text(path: Path) -> str:

@@ -119,7 +119,7 @@ def searches(text: str, sentence: str) -> Iterator[tuple[str, str, dict[int, int
     # Character by character: a whole text's casefold() can be longer than it ('İ', 'ß')
     parts = [fold(text[start:end]) for start, end in pairwise(edges)]
     folded, places = "".join(parts), dict(zip(accumulate(map(len, parts), initial=0), edges))
-    wanted = "".join(map(fold, regex.findall(r"\X", sentence)))
+    wanted = "".join(fold(sentence[start:end]) for start, end in pairwise(character_edges(sentence)))
     yield re.escape(wanted), folded, places
     yield r"\s+".join(map(re.escape, wanted.split())), folded, places
 

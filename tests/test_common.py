@@ -67,6 +67,8 @@ DIFFERENT = [
     ("👍", "👍🏿"),
     ("1.5 million", "15 million"),
     ("1,500", "1500"),
+    ("٣٫٥ مليون", "٣٥ مليون"),
+    ("٣٬٥٠٠", "٣٫٥٠٠"),
     ("C++", "C"),
     ("a = b", "a ≠ b"),
     ("นํ้า", "นา"),
@@ -110,7 +112,7 @@ def test_a_key_twice_or_nearly_a_known_one_is_refused_and_others_are_returned():
         with pytest.raises(ValueError, match=words):
             parse_object(text)
     known = ("anchor", "negative", "sentence1", "sentence2", "id")
-    assert unread_keys(["anchor", "url", "sentence1", "neg", "identity"], known) == ["url", "neg", "identity"]
+    assert unread_keys(["anchor", "url", "sentence1", "neg", "_id"], known) == ["url", "neg", "_id"]
     for key in (
         "Negative",
         "negatives",
@@ -119,6 +121,9 @@ def test_a_key_twice_or_nearly_a_known_one_is_refused_and_others_are_returned():
         "anchor ",
         "sentence_1",
         "sentence3",
+        "ｎｅｇａｔｉｖｅ",
+        "negative①",
+        "negativees",
         "ids",
         "hardNegatives",
     ):
@@ -396,7 +401,7 @@ def test_lost_or_damaged_metrics_and_settings_are_named(run):
     with pytest.raises(UserError, match=r"metrics\.jsonl is shorter"):
         restored(run)
     (run.path / "config.json").write_text('{"config": {}, "config": {}}', encoding="utf-8")
-    with pytest.raises(UserError, match=r"config\.json .*'config' stands in it twice"):
+    with pytest.raises(UserError, match=r"config\.json .*'config' stands twice in"):
         read_run(run.path)
     for content in ({"config": {}}, {"config": {}, "environment": [1]}, [1]):
         write_json(run.path / "config.json", content)

@@ -72,8 +72,12 @@ def test_keys_and_columns_that_nobody_reads_are_counted_and_said_once(data, tmp_
     assert capsys.readouterr().out.count("url (60 rows), lang (3 rows), pair_ID (3 rows)") == 1
 
     unread = Counter()
-    read_texts(write(tmp_path / "corpus.jsonl", {"_id": "1", "text": "", "metadata": {}}), Document, unread)
-    assert unread == {"metadata": 1}
+    read_texts(
+        write(tmp_path / "corpus.jsonl", {"_id": "1", "text": "", "metadata": {}, "lang": "de", "id": 1}),
+        Document,
+        unread,
+    )
+    assert unread == {"lang": 1, "id": 1}  # metadata is BEIR's own
     pair = dict(zip(NLI, ("neutral", "a", "b")))
     sources = [write(tmp_path / "a.jsonl", pair, pair | {"genre": "x"}), write(tmp_path / "b.tsv", "\t".join(NLI))]
     write(tmp_path / "b.tsv", "\t".join((*NLI, "genre")), *["neutral\ta\tb\tx"] * 2)

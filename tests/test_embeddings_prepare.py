@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 
@@ -133,6 +134,16 @@ def write_minicpm(source: Path, dtype: torch.dtype = torch.float32, **changes) -
     weights = {f"model.{name}": tensor for name, tensor in llama.state_dict().items()}
     torch.save(weights | {"lm_head.weight": torch.ones(1280, 64)}, source / "pytorch_model.bin")
     return llama.float()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such names")
+def test_a_path_that_is_not_utf_8_is_escaped_in_the_summary(tmp_path):
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+    folder.mkdir()
+    row = {"anchor": "a b", "positive": "b c", "negative": "d"}
+    (folder / "rows.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    ran("embeddings/prepare.py", "--nli", folder / "rows.jsonl", "--sts", SAMPLE, "--data_dir", tmp_path / "data")
+    assert "\\udcff/rows.jsonl" in (tmp_path / "data" / "summary.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])

@@ -133,7 +133,7 @@ def test_predict_refuses_what_it_would_misread_by_line_and_counts_other_keys(sho
     code, out, err = run_here("evidence_spans/predict.py", "--run_dir", run, "--input", tmp_path / "rows")
     lines = err.splitlines()
     assert code == 1 and "keys that nobody reads: lang (2 rows), url (1 rows)" in lines[-1]
-    for number, words in enumerate(("'questions'", "'Text'", "'text' stands in it twice", "text is '", "context"), 1):
+    for number, words in enumerate(("'questions'", "'Text'", "'text' stands twice in", "text is '", "context"), 1):
         assert f"line {number}: " in lines[number - 1] and words in lines[number - 1]
     answers = [json.loads(line) for line in out.splitlines()]
     assert [answer.get("line") for answer in answers] == [1, 2, 3, 4, 5, *[None] * 10]

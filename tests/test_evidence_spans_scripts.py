@@ -270,6 +270,7 @@ def test_a_long_post_is_cut_into_sentences_once(tokenizers, monkeypatch):
         ("❤️ ❤", "❤", [(3, 4)]),
         (unicodedata.normalize("NFD", "한글 하"), "하", [(7, 9)]),
         ("我很累。我睡不着。", "我睡不着", [(4, 8)]),
+        ("မြန်မာ မ", "မ", [(7, 8)]),  # whose vowel begins a grapheme cluster of its own
     ],
 )
 def test_a_sentence_is_found_in_whole_characters(text, sentence, found):

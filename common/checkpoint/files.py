@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import unicodedata
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
@@ -39,7 +40,9 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8", newline="\n"))
+    """Write UTF-8; what is none, as a path can be, is escaped."""
+    content = text.encode("utf-8", "backslashreplace")
+    write_atomically(path, lambda temporary: temporary.write_bytes(content))
 
 
 def write_json(path: Path, value: dict | list) -> None:
@@ -73,7 +76,8 @@ def parse_object(text: str) -> dict:
 
 def unique_keys(pairs: list[tuple[str, object]]) -> dict:
     if len(row := dict(pairs)) < len(pairs):
-        raise ValueError(f"{first_repeated([key for key, _ in pairs])!r} stands in it twice")
+        repeated = first_repeated([key for key, _ in pairs])
+        raise ValueError(f"{repeated!r} stands twice in {json.dumps(row)[:80]}")
     return row
 
 
@@ -96,5 +100,6 @@ def unread_keys(keys: Iterable[str], known: Collection[str], near: Collection[st
 
 
 def stem(key: str) -> str:
-    """A key without case, number and plural: hard_negatives, Hard-Negative and hard_negative_1 are one."""
-    return re.sub(r"[\W\d_]", "", key.casefold()).rstrip("s")
+    """A key without case, number and plural: hard_negatives, Hard-Negative, hard_negative_1 are one. id is not _id."""
+    key = unicodedata.normalize("NFKC", key).casefold().strip()
+    return re.sub(r"(?<!^)[\W\d_]", "", key).rstrip("es")

@@ -46,7 +46,7 @@ def predict_logits(
         for rows, batch in zip(batches, bar):
             batch.pop("labels", None)
             batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-            logits[rows] = model(model.embed(batch.pop("input_ids")), **batch).cpu()
+            logits[rows] = model(**batch).cpu()
     return logits
 
 

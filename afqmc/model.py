@@ -87,11 +87,22 @@ class PairClassifier(nn.Module):
         """(B, T) -> (B, T, D): the word embedding's output, before positions and token types are added."""
         return self.encoder.get_input_embeddings()(input_ids)
 
-    def forward(self, embeddings: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
-        """(B, T, D) from embed, (B, T), (B, T) -> logits (B, 2) in fp32."""
-        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
-        output = self.encoder(inputs_embeds=embeddings, attention_mask=attention_mask, **types)
-        with torch.autocast(embeddings.device.type, enabled=False):  # bf16 logits would have 8 bits
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        token_type_ids: Tensor | None = None,
+        embeddings: Tensor | None = None,
+    ) -> Tensor:
+        """(B, T) each -> logits (B, 2) in fp32. embeddings (B, T, D): what stands in place of embed's."""
+        inputs = {"inputs_embeds": self.embed(input_ids) if embeddings is None else embeddings}
+        if token_type_ids is not None:
+            inputs["token_type_ids"] = token_type_ids
+        if self.config.model_type in ("roberta", "xlm-roberta"):  # which count positions by ids, here as in the library
+            real = input_ids.ne(self.config.pad_token_id).long()
+            inputs["position_ids"] = real.cumsum(1) * real + self.config.pad_token_id
+        output = self.encoder(attention_mask=attention_mask, **inputs)
+        with torch.autocast(input_ids.device.type, enabled=False):  # bf16 logits would have 8 bits
             return self.classifier(output)
 
 

@@ -150,14 +150,14 @@ def test_best_is_what_transformers_has_in_weights_logits_and_dropout(kind, token
     assert not batch["attention_mask"].all()
     for training in (True, False):
         torch.manual_seed(0)
-        found = model.train(training)(model.embed(ids), **batch)
+        found = model.train(training)(ids, **batch)
         torch.manual_seed(0)
         expected = reference.train(training)(ids, **batch).logits
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     model = load_model(tmp_path)
-    torch.testing.assert_close(model(model.embed(ids), **batch), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model(ids, **batch), expected, rtol=1e-4, atol=1e-5)
     with torch.autocast("cpu", torch.bfloat16):
-        logits = model(model.embed(ids), **batch)
+        logits = model(ids, **batch)
     assert logits.dtype == torch.float32 and (logits != logits.bfloat16().float()).any()  # not fp32 made of bf16
 
 
@@ -205,11 +205,12 @@ def test_a_steps_gradient_is_autograds_at_once(weights, gamma, smoothing, epsilo
     science |= {"loss": "focal" if gamma else "cross_entropy", "focal_gamma": gamma, "fgm_epsilon": epsilon}
     technique = {"batch_size": 25, "gradient_accumulation_steps": 3, "gradient_checkpointing": epsilon > 0}
     step = first_step(train, config(max_grad_norm=0.0, **science, **technique), prepare=without_dropout)
-    model, batch, labels = step.model, collate(splits["train"].pairs, tokenizer, 64), splits["train"].labels
+    batch, labels = collate(splits["train"].pairs, tokenizer, 64), splits["train"].labels
+    model, _ = step.model, batch.pop("labels")
     assert model.encoder.encoder.layer[0].gradient_checkpointing == (epsilon > 0) and 50 < len(labels) < 75
 
     def loss(embeddings: torch.Tensor) -> torch.Tensor:
-        logits = model(embeddings, batch["attention_mask"], batch["token_type_ids"])
+        logits = model(**batch, embeddings=embeddings)
         return expected_loss(logits, labels, weights, gamma, smoothing).mean()
 
     embeddings = model.embed(batch["input_ids"])

@@ -223,16 +223,16 @@ def test_a_text_is_tokenised_once_and_its_windows_share_it(tokenizers):
     tokenizer, seen = tokenizers["WordPiece"], []
 
     class Counting:
-        vocab_limit = reference = None
+        vocab_limit, reference, all_special_tokens = None, None, []
 
         def __call__(self, texts, *more, **settings):
-            seen.extend(texts)
+            seen.extend([texts] if isinstance(texts, str) else texts)
             return tokenizer(texts, *more, **settings)
 
     text = "I lie awake until three. " * 4000
     examples = [Example(f"e{n}", "p", f"Why {n}?", text, ((2, 11),), "answered", True) for n in range(20)]
     windows = make_windows(examples, Counting(), sample())
-    assert seen.count(text) == 1 and sum(map(len, seen)) < len(text) + 1000
+    assert seen.count(text) == 1 and sum(map(len, seen)) < len(text) + 2000
     assert len(windows) > 20 * 300 and windows.labels[0] and not any(windows.labels[1:300])
     last = len(windows) - 1
     assert np.shares_memory(windows[0].offsets, windows[1].offsets) and windows[last].is_last

@@ -8,8 +8,8 @@ import pytest
 import sentencepiece
 import torch
 from launch import LINE, PROJECTS, ROOT, answering, config_of, module, run_here
-from tokenizers import Tokenizer, models, normalizers
-from transformers import AutoConfig, AutoModel, AutoTokenizer, pipeline
+from tokenizers import Tokenizer, models, normalizers, processors
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from common.checkpoint import UserError
 from common.checkpoint.pretrained import check_texts, load_shape, load_tokenizer, save_tokenizer
@@ -40,14 +40,15 @@ def find_tokenizer(project: str, folder: Path):
     return module(project, "model").find_tokenizer(config_of(project, model=str(folder), **pooling))
 
 
-def unigram(folder: Path, name: str) -> sentencepiece.SentencePieceProcessor:
+def unigram(folder: Path, name: str, **changes) -> sentencepiece.SentencePieceProcessor:
     """A sentencepiece model with DeBERTa's special tokens, trained on a few lines."""
     lines = [f"{a} {b} {c}" for a in ("the cat", "a dog", "le café") for b in ("sat", "ran…") for c in "北京市"] * 20
     (folder / "lines.txt").write_text("\n".join(lines), encoding="utf-8")
     sizes = {"vocab_size": 60, "hard_vocab_limit": False, "minloglevel": 2}
     special = {"pad_id": 0, "unk_id": 3, "bos_id": -1, "eos_id": -1, "control_symbols": "[CLS],[SEP]"}
     files = {"input": str(folder / "lines.txt"), "model_prefix": str(folder / "unigram")}
-    sentencepiece.SentencePieceTrainer.train(**files, **sizes, **special, pad_piece="[PAD]", unk_piece="[UNK]")
+    special |= {"pad_piece": "[PAD]", "unk_piece": "[UNK]"}
+    sentencepiece.SentencePieceTrainer.train(**files, **sizes | special | changes)
     (folder / "unigram.model").rename(folder / name)
     return sentencepiece.SentencePieceProcessor(model_file=str(folder / name))
 
@@ -90,8 +91,13 @@ def test_a_roberta_with_berts_tokenizer_works_in_the_readmes_snippet(project, tm
     else:
         model = parts.build_model(config, torch.zeros(28))
         parts.save_model(model.state_dict(), model.config, tokenizer, {}, tmp_path / "best")
-    answer = pipeline("text-classification", model=str(tmp_path / "best"))({"text": "a b", "text_pair": "c"})
-    assert "token_type_ids" not in AutoTokenizer.from_pretrained(tmp_path / "best")("a", "b") and "label" in str(answer)
+    answer = pipeline("text-classification", model=str(tmp_path / "best"))({"text": "a ☃ b", "text_pair": "c"})
+    reloaded = AutoTokenizer.from_pretrained(tmp_path / "best")
+    assert "token_type_ids" not in reloaded("a", "b") and "label" in str(answer)
+    if project == "afqmc":  # [UNK] has the number of RoBERTa's padding, which has a position of its own
+        batch = dict(reloaded(["a ☃ b", "a"], ["c", "b c d"], padding=True, return_tensors="pt"))
+        library = AutoModelForSequenceClassification.from_pretrained(tmp_path / "best").eval()
+        torch.testing.assert_close(parts.load_model(tmp_path / "best")(**batch), library(**batch).logits)
 
 
 @pytest.mark.parametrize("name", ["RobertaTokenizer", "GPT2Tokenizer", "Qwen2Tokenizer", "AlbertTokenizer"])
@@ -105,6 +111,7 @@ def test_a_class_that_splits_otherwise_than_the_tokenizers_own_file_ends_the_run
 def test_the_texts_of_a_file_are_compared_as_well(tmp_path):
     backend = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "ก": 4}, unk_token="[UNK]"))
     folder = model_folder(tmp_path / "model", {}, {"tokenizer_class": "PreTrainedTokenizerFast"}, None)
+    backend.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     backend.save(str(folder / "tokenizer.json"))
     tokenizer = load_tokenizer(folder, load_shape(folder), 64)
     check_texts(tokenizer, ["a", "ก"] * 300)
@@ -125,6 +132,51 @@ def test_a_cased_vocabulary_is_loaded_cased_and_said_unless_its_folder_asks_for_
     model_folder(folder, {}, {"do_lower_case": True}, None)
     with pytest.raises(UserError, match="capitals"):
         find_tokenizer(project, folder)
+
+
+def test_capitals_behind_a_mark_of_a_words_start_are_no_lower_case(tmp_path):
+    """Llama 2's normalizer puts ▁ before a text, and lowers nothing."""
+    backend = Tokenizer.from_file(str(ROOT / "embeddings" / "sample" / "model" / "tokenizer.json"))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    folder = model_folder(
+        tmp_path / "model", {"model_type": "llama"}, {"tokenizer_class": "PreTrainedTokenizerFast"}, None
+    )
+    backend.save(str(folder / "tokenizer.json"))
+    assert load_tokenizer(folder, load_shape(folder), 64, decoder=True).tokenize("A") != ["▁", "a"]
+
+
+@pytest.mark.parametrize("project", ["afqmc", "emotions"])
+@pytest.mark.parametrize("fault, words", [("unk", "fails at"), ("nopost", "special tokens"), ("type 2", "token type")])
+def test_a_tokenizer_that_cannot_do_its_models_work_is_refused_when_it_is_loaded(project, fault, words, tmp_path):
+    folder = model_folder(tmp_path / "model", {}, {"tokenizer_class": "PreTrainedTokenizerFast"})
+    state = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    if fault == "unk":  # of a name that the vocabulary lacks
+        state["model"]["unk_token"] = "<none>"
+    elif fault == "nopost":
+        state["post_processor"] = None
+    else:
+        for form in ("single", "pair"):
+            state["post_processor"][form][-1]["SpecialToken"]["type_id"] = 2
+    (folder / "tokenizer.json").write_text(json.dumps(state), encoding="utf-8")
+    with pytest.raises(UserError, match=words):
+        find_tokenizer(project, folder)
+
+
+OTHER_KINDS = {
+    "bpe": {"model_type": "bpe"},
+    "no dummy prefix": {"add_dummy_prefix": False},
+    "suffix": {"treat_whitespace_as_suffix": True},
+    "bytes": {"byte_fallback": True, "vocab_size": 320},
+    "blanks": {"remove_extra_whitespaces": False},
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+def test_a_sentencepiece_model_of_another_kind_is_refused(kind, tmp_path):
+    folder = model_folder(tmp_path / "model", {"type_vocab_size": 0}, None, None)
+    unigram(folder, "spm.model", **OTHER_KINDS[kind])
+    with pytest.raises(UserError, match=r"spm\.model itself"):
+        find_tokenizer("emotions", folder)
 
 
 @every_encoder
@@ -177,6 +229,20 @@ def test_the_limit_is_the_one_at_which_the_whole_model_breaks(kind, capsys):
             check_architecture("m", shape, length)
     assert torch.equal(torch.random.get_rng_state(), before)
     assert ("beyond the 40" in capsys.readouterr().out) == (kind == "llama")
+
+
+@pytest.mark.parametrize("kind, padding, limit", [("roberta", 32, 67), ("roberta", 50, 49), ("mpnet", 0, 98)])
+def test_the_limit_is_true_whatever_the_paddings_number(kind, padding, limit):
+    own = {"max_position_embeddings": 100, "pad_token_id": padding}
+    shape = AutoConfig.for_model(kind, **TINY | own)
+    check_architecture("m", shape, limit)
+    with pytest.raises(UserError, match=f"more than the {limit} positions"):
+        check_architecture("m", shape, limit + 1)
+
+
+def test_a_config_without_a_padding_that_its_model_needs_is_refused():
+    with pytest.raises(UserError, match="roberta model"):
+        check_architecture("m", AutoConfig.for_model("roberta", **TINY | {"pad_token_id": None}), 64)
 
 
 def test_an_architecture_that_mixes_padding_in_is_refused_by_name():

@@ -1,14 +1,17 @@
 """Pretrained models of this machine: their config, tokenizer and weights, each checked while it loads."""
 
+import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
@@ -83,7 +86,7 @@ def load_tokenizer(
     cased, and that is said. decoder: batches hold no token types, and where there is no padding token, EOS fills the
     masked places. pairs: a pair's second text must be told by its token type, where the model has two. Attributes:
     vocab_limit, for check_ids, is the number of the model's embeddings where there are more tokens than that;
-    reference, for check_texts, is what tokenizer.json itself says, None without such a file. Raises UserError.
+    reference, for check_texts, is what its file itself says. Raises UserError.
     """
     tokenizer = load_part(source, "tokenizer", spm_or_auto_tokenizer)
     # Without files transformers makes up a tokenizer of special tokens alone, whose ids need not be the first ones
@@ -100,18 +103,19 @@ def load_tokenizer(
                 f"{source}: its vocabulary holds capitals but its tokenizer makes text lower case; "
                 'write "do_lower_case": false into its tokenizer_config.json'
             )
-    path = find_file(source, "tokenizer.json")
-    tokenizer.reference = load_part(path, "tokenizer", load_backend) if path else None
+    tokenizer.reference = load_part(source, "tokenizer", load_reference)
     check_texts(tokenizer, [SCRIPTS])
 
     vocab_size = shape.get_text_config().vocab_size
     tokenizer.vocab_limit = vocab_size if max(tokenizer.get_vocab().values()) >= vocab_size else None
     if tokenizer.pad_token is None and not decoder:
         raise UserError(f"{source}: needs a tokenizer with a padding token")
-    if tokenizer.pad_token is None:  # Llama
+    if tokenizer.pad_token is None or (decoder and tokenizer.pad_token_id >= vocab_size):  # Llama, with a new one too
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     check_ids([[tokenizer.pad_token_id]], tokenizer, lambda row: f"{source}: the padding")
     choose_token_types(tokenizer, source, shape, decoder, pairs)
+    if (pairs or tokenizer.cls_token) and not decoder and not tokenizer.num_special_tokens_to_add(pair=pairs):
+        raise UserError(f"{source}: its tokenizer puts no special tokens around a text, such as [CLS] and [SEP]")
     for name in ("local_files_only", "is_local"):  # how it was loaded here, which save_pretrained would write down
         tokenizer.init_kwargs.pop(name, None)
     tokenizer.padding_side = tokenizer.truncation_side = "right"
@@ -136,32 +140,46 @@ def find_file(source: str | Path, name: str) -> Path | None:
     return path and Path(path)
 
 
-def load_backend(path: Path, local_files_only: bool) -> Tokenizer:
-    """A tokenizer.json as it is, without the padding and cutting that may stand in it."""
-    backend = Tokenizer.from_file(str(path))
-    backend.no_padding()
-    backend.no_truncation()
-    return backend
+def load_reference(source: str | Path, local_files_only: bool) -> Callable[[str], list[int]] | None:
+    """A text's ids as tokenizer.json, or else DeBERTa-v3's spm.model, says itself; None where there is neither."""
+    if path := find_file(source, "tokenizer.json"):
+        backend = Tokenizer.from_file(str(path))
+        backend.no_padding()  # which may stand in the file, as cutting may
+        backend.no_truncation()
+        return partial(backend_ids, backend)
+    if path := find_file(source, "spm.model"):
+        lower_case = get_tokenizer_config(source, local_files_only=True).get("do_lower_case", False)
+        return partial(sentencepiece_ids, SentencePieceProcessor(model_file=str(path)), lower_case)
+    return None
+
+
+def backend_ids(backend: Tokenizer, text: str) -> list[int]:
+    return backend.encode(text, add_special_tokens=False).ids
+
+
+def sentencepiece_ids(processor: SentencePieceProcessor, lower_case: bool, text: str) -> list[int]:
+    return processor.encode(text.lower() if lower_case else text)
 
 
 def check_texts(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> None:
-    """Refuse a tokenizer whose class splits texts in another way than its tokenizer.json does.
+    """Refuse a tokenizer that fails, or splits texts in another way than its own file does.
 
     200 of the texts are looked at, spread over them all, the first 1,000 characters of each. Raises UserError.
     """
-    if tokenizer.reference is None:
-        return
-    for text in texts[:: max(1, len(texts) // 200)]:
+    special = tokenizer.all_special_tokens  # which sentencepiece does not look for in a text
+    for text in [text[:1000] for text in texts[:: max(1, len(texts) // 200)]]:
         try:
-            ids = tokenizer(text[:1000], add_special_tokens=False, verbose=False)["input_ids"]
-            expected = tokenizer.reference.encode(text[:1000], add_special_tokens=False).ids
+            ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            if tokenizer.reference is None or any(token in text for token in special):
+                continue
+            expected = tokenizer.reference(text)
         except Exception as error:  # that is what tokenizers raises, of a missing [UNK] for instance
             raise UserError(f"{tokenizer.name_or_path}: its tokenizer fails at {text[:40]!r}: {error}") from error
         if ids != expected:
             raise UserError(
-                f"{tokenizer.name_or_path}: its tokenizer_class {type(tokenizer).__name__} makes other tokens of "
-                f"{text[:40]!r} than its tokenizer.json; if that file is right, write "
-                '"tokenizer_class": "PreTrainedTokenizerFast" into its tokenizer_config.json'
+                f"{tokenizer.name_or_path}: as a {type(tokenizer).__name__} it makes other tokens of {text[:40]!r} "
+                "than its tokenizer.json or spm.model itself; if tokenizer.json is right, write "
+                '"tokenizer_class": "PreTrainedTokenizerFast" into tokenizer_config.json'
             )
 
 
@@ -176,19 +194,21 @@ def choose_token_types(
     names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
     if types and not decoder:
         names.append("token_type_ids")
-    if types and pairs and set(tokenizer("a", "b", return_token_type_ids=True)["token_type_ids"]) != {0, 1}:
+    given = set(tokenizer("a", "b" if pairs else None, return_token_type_ids=True)["token_type_ids"])
+    if types and pairs and given != {0, 1}:
         raise UserError(f"{source}: the model tells two texts by token types 0 and 1, its tokenizer does not")
-    if types and decoder and any(tokenizer("a", return_token_type_ids=True)["token_type_ids"]):
-        raise UserError(f"{source}: its tokenizer gives token types other than 0, which no batch holds here")
+    if types and max(given) >= (1 if decoder else shape.type_vocab_size):
+        known = "which no batch holds here" if decoder else f"the model has {shape.type_vocab_size}"
+        raise UserError(f"{source}: its tokenizer gives the token type {max(given)}, {known}")
     tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names
 
 
 def lowers_a_cased_vocabulary(tokenizer: PreTrainedTokenizerFast) -> bool:
     """Whether the tokenizer makes text lower case although over 1 % of its own tokens hold capitals."""
     normalizer = tokenizer.backend_tokenizer.normalizer
-    if normalizer is None or normalizer.normalize_str("A") == "A":
+    if normalizer is None or normalizer.normalize_str("A") != normalizer.normalize_str("a"):
         return False
-    tokens = tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys() - set(tokenizer.all_special_tokens)
+    tokens = [token for token in tokenizer.get_vocab() if not re.fullmatch(r"\[.+\]|<.+>", token)]  # no special ones
     return sum(token != token.lower() for token in tokens) > len(tokens) / 100
 
 

@@ -13,7 +13,7 @@ from common.checkpoint import UserError
 from common.checkpoint.environment import autocast_dtype, pick_device
 from common.checkpoint.pretrained import quiet_transformers
 
-TOKENS = 64  # of the copy's vocabulary
+LONG = 1024  # tokens, beyond which a limit that the config denies is not looked for
 
 
 def check_architecture(model: str, shape: PreTrainedConfig, max_length: int, amp: str = "off") -> None:
@@ -22,15 +22,18 @@ def check_architecture(model: str, shape: PreTrainedConfig, max_length: int, amp
     Where positions have no end (rotary, relative), one beyond those of training is said once. None of the run's random
     numbers is used. Raises UserError.
     """
+    trained = getattr(shape, "max_position_embeddings", None)
+    trained = trained if isinstance(trained, int) and trained > 0 else max_length
     with torch.random.fork_rng(devices=[]), quiet_transformers():
         torch.manual_seed(0)
         copy = one_layer_copy(model, shape)
-        ids = torch.randint(padding_id(shape) + 1, TOKENS, (max_length,))
+        first = max(padding_id(shape), 1) + 1  # MPNet counts positions from token 1, whatever its config says
+        length = min(max_length, LONG) if max_length + first <= trained else max_length
+        ids = torch.randint(first, copy.config.vocab_size, (length,))
         check_positions(model, copy, ids)
-        check_padding(model, copy, [ids[:3], ids])  # from some length on BigBird attends in another way
+        check_padding(model, copy, [ids[:3], ids[:LONG]])  # from some length on BigBird attends in another way
         check_autocast(model, copy, ids[:3], autocast_dtype(amp, pick_device()))
-    trained = getattr(shape, "max_position_embeddings", None)
-    if isinstance(trained, int) and 0 < trained < max_length and getattr(shape, "position_biased_input", True):
+    if trained < max_length and getattr(shape, "position_biased_input", True):
         say_once(f"max_length {max_length} is beyond the {trained} positions that {model} was made for")
 
 
@@ -94,7 +97,9 @@ def one_layer_config(shape: PreTrainedConfig) -> PreTrainedConfig:
     for name, value in vars(shape).items():  # what is said of each layer: layer_types, attention_window
         if isinstance(value, list) and len(value) == shape.num_hidden_layers:
             setattr(small, name, value[:1])
-    small.num_hidden_layers, small.vocab_size, small.pad_token_id = 1, TOKENS, padding_id(shape)
+    small.num_hidden_layers, small.vocab_size = 1, padding_id(shape) + 64
+    if getattr(shape, "pad_token_id", None) is not None:
+        small.pad_token_id = padding_id(shape)
     small.use_cache = False  # LFM2's first layer alone has none that could be asked for its length
     if hasattr(shape, "intermediate_size"):
         small.intermediate_size = 64
@@ -102,9 +107,9 @@ def one_layer_config(shape: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def padding_id(shape: PreTrainedConfig) -> int:
-    """The padding's id, from which RoBERTa counts its positions, where the copy has a token of that number."""
+    """The padding's id, from which RoBERTa counts its positions; 0 where the copy's vocabulary would be large."""
     number = getattr(shape, "pad_token_id", None) or 0
-    return number if 0 < number < TOKENS // 2 else 0
+    return number if 0 < number < 4096 else 0
 
 
 def hidden_states(copy: nn.Module, rows: list[Tensor], dtype: torch.dtype | None = None) -> Tensor:

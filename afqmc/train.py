@@ -17,7 +17,7 @@ if not __package__:  # run as a script: import from the repository root, not fro
 import torch
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from tqdm import tqdm
 
 from afqmc.cli import displayed, run_path, run_script, run_settings
@@ -36,14 +36,18 @@ from common.seed import seed_everything, seed_micro_batch
 
 def make_optimizer(model: PairClassifier, total_steps: int, config: Config) -> tuple[Optimizer, LRScheduler]:
     """AdamW without decay on biases and norms; linear warm-up, then linear decay."""
-    from transformers import get_linear_schedule_with_warmup
-
     decayed = [p for p in model.parameters() if p.ndim >= 2]  # biases and norm weights are vectors
     others = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
     warmup_steps = round(config.warmup_ratio * total_steps)
-    return optimizer, get_linear_schedule_with_warmup(optimizer, warmup_steps, total_steps)
+
+    def share_of_peak(step: int) -> float:  # not 0 at the first step, which would train nothing
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        return (total_steps - step) / max(1, total_steps - warmup_steps)
+
+    return optimizer, LambdaLR(optimizer, share_of_peak)
 
 
 def update(optimizer: Optimizer, scheduler: LRScheduler, scaler: torch.amp.GradScaler) -> bool:
@@ -140,7 +144,7 @@ def main(config: Config, check: bool = False) -> int | None:
                     # Summed, and divided by the pairs of the whole step: k batches of b are one of k * b
                     with autocast():
                         embeddings = model.embed(input_ids)
-                        logits = model(embeddings, **batch)
+                        logits = model(input_ids, **batch, embeddings=embeddings)
                     if config.fgm_epsilon:
                         embeddings.retain_grad()
                     loss = pair_loss(logits, labels, weights, config).sum()
@@ -150,7 +154,7 @@ def main(config: Config, check: bool = False) -> int | None:
                     # FGM adds the gradient of the loss a step of length epsilon up the hill
                     if config.fgm_epsilon and (r := fgm_perturbation(embeddings.grad, config.fgm_epsilon)) is not None:
                         with autocast():
-                            logits = model(model.embed(input_ids) + r, **batch)
+                            logits = model(input_ids, **batch, embeddings=model.embed(input_ids) + r)
                         scaler.scale(pair_loss(logits, labels, weights, config).sum() / pairs).backward()
 
                 # Clip the true gradient and step; where losses are scaled, the scaler skips a step that overflows

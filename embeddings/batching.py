@@ -52,11 +52,11 @@ class Rows(NamedTuple):
 
 
 class Epoch(NamedTuple):
-    """An epoch's batches of rows, the rows that it leaves out, and whether some of these because texts repeat."""
+    """An epoch's batches of rows, the rows that it leaves out, and whether these come first in the next one."""
 
     batches: list[np.ndarray]
     left_out: list[int]
-    repeating: bool
+    first_in_next: bool = False
 
 
 def tokenize(
@@ -146,19 +146,22 @@ def chunk_texts(tokens: Tokens, texts: np.ndarray, budget: int) -> tuple[list[np
 def draw_epochs(rows: Rows, batch_size: int, seed: int) -> Iterator[Epoch]:
     """One epoch after another from the first on, each a pure function of (seed, epoch): every process draws them alike.
 
-    What an epoch leaves out because its texts repeat comes first in the next one, the longest out at the front. Raises
+    Where texts repeat, what an epoch leaves out comes first in the next one, the longest out at the front. Raises
     UserError where there is no batch.
     """
+    if (size := len(rows.texts)) < batch_size:
+        raise UserError(f"train.jsonl holds {size} rows, fewer than a batch: lower batch_size {batch_size}")
+    repeat = len(np.unique(rows.identities)) < rows.identities.size
     identities, first = rows.identities.tolist(), []
     for number in count():
         epoch = draw_epoch(rows, identities, batch_size, seed, number, first)
         if not epoch.batches and first:  # an order that fills none: in another one some may be full
             epoch = draw_epoch(rows, identities, batch_size, seed, number, [])
         if not epoch.batches:
-            what = f"no batch of {batch_size} rows without a repeated text can be made of the {len(rows.texts)} rows"
+            what = f"no batch of {batch_size} rows without a repeated text was found among the {size} rows"
             raise UserError(f"{what} of train.jsonl in epoch {number + 1}: lower batch_size")
-        yield epoch
-        first = epoch.left_out if epoch.repeating else []
+        yield epoch._replace(first_in_next=repeat)
+        first = epoch.left_out if repeat else []
 
 
 def draw_epoch(
@@ -184,7 +187,7 @@ def draw_epoch(
     shuffled = torch.randperm(len(batches), generator=generator).tolist()
     # The first of each rest was out for longest; the others that filled no batch with it are not to meet it again
     left_out = [rest[0] for rest in rests] + [*chain(*waiting.values(), *(rest[1:] for rest in rests))]
-    return Epoch([np.array(batches[place]) for place in shuffled], left_out, len(rests) > 1 or len(waiting) > 0)
+    return Epoch([np.array(batches[place]) for place in shuffled], left_out)
 
 
 def fill_batch(new: Iterator[int], waiting: Waiting, identities: list[list[int]], size: int) -> list[int]:

@@ -60,15 +60,19 @@ def print_summary(splits: Splits, lengths: np.ndarray, anchors: np.ndarray, miss
     if splits.unread:
         print(unread_line(splits.unread))
     print(f"{missed} training rows are in no batch of the {config.max_steps} steps")
-    if config.max_steps <= config.warmup_steps:
-        print(f"warning: the learning rate never reaches its peak: warmup_steps {config.warmup_steps} are all steps")
+    if config.max_steps < config.warmup_steps:
+        steps = f"{config.max_steps} of {config.warmup_steps} warmup_steps"
+        print(f"warning: the learning rate never reaches its peak: the run ends after {steps}")
 
 
-def epoch_line(number: int, epoch: Epoch) -> str:
-    """What an epoch takes and what it leaves out."""
-    taken = sum(map(len, epoch.batches))
-    later = f", which come first in epoch {number + 1}: texts repeat" if epoch.repeating else ""
-    return f"epoch {number} | {taken} rows in {len(epoch.batches)} batches | {len(epoch.left_out)} left out{later}"
+def epoch_line(number: int, epoch: Epoch, steps: int) -> str:
+    """What an epoch takes and what it leaves out; steps: from its first batch to the end of the run."""
+    batches = len(epoch.batches)
+    line = f"epoch {number} | {sum(map(len, epoch.batches[:steps]))} rows in {min(steps, batches)} batches"
+    if steps < batches:
+        return f"{line} of {batches}, then the run ends"
+    next_epoch = f", which come first in epoch {number + 1}: texts repeat" if epoch.first_in_next else ""
+    return f"{line} | {len(epoch.left_out)} left out{next_epoch if steps > batches else ''}"
 
 
 def evaluation_line(step: int, scores: dict, better: bool) -> str:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from tqdm import tqdm
 
 from common.checkpoint import UserError
@@ -45,12 +45,16 @@ from embeddings.report import epoch_line, evaluation_line, last_line, print_summ
 
 def make_optimizer(model: Embedder, config: Config) -> tuple[Optimizer, LRScheduler]:
     """AdamW on the low-rank matrices alone; warm-up, then decay."""
-    from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
-
     adamw = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "fused": True}
     optimizer = torch.optim.AdamW(model.trained_parameters(), **adamw)
-    schedules = {"linear": get_linear_schedule_with_warmup, "cosine": get_cosine_schedule_with_warmup}
-    return optimizer, schedules[config.schedule](optimizer, config.warmup_steps, config.max_steps)
+
+    def share_of_peak(step: int) -> float:  # not 0 at the first step, which would train nothing
+        if step < config.warmup_steps:
+            return (step + 1) / config.warmup_steps
+        progress = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
+        return 1 - progress if config.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
+
+    return optimizer, LambdaLR(optimizer, share_of_peak)
 
 
 def update(optimizer: Optimizer, scheduler: LRScheduler, scaler: torch.amp.GradScaler) -> bool:
@@ -161,7 +165,7 @@ def main(config: Config, check: bool = False) -> int | None:
         while progress.step < total_steps and not best.exhausted:
             epoch, drawn = progress.epoch, next(epochs)
             batches = drawn.batches
-            bar.write(epoch_line(epoch + 1, drawn))
+            bar.write(epoch_line(epoch + 1, drawn, total_steps - progress.step + progress.step_in_epoch))
             for batch in batches[progress.step_in_epoch :][: total_steps - progress.step]:
                 # Anchors, positives and negatives of this process's rows, in chunks of like length
                 model.train()

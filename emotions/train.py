@@ -20,7 +20,7 @@ if not __package__:  # run as a script: import from the repository root, not fro
 import torch
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from tqdm import tqdm
 
 from common.checkpoint import UserError
@@ -53,8 +53,6 @@ from emotions.sampling import draw_weights, epoch_steps
 
 def make_optimizer(model: EmotionClassifier, total_steps: int, config: Config) -> tuple[Optimizer, LRScheduler]:
     """AdamW without decay on biases and norms, the head at its own rate; warm-up, then decay."""
-    from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
-
     groups = []
     for is_head, factor in ((False, 1.0), (True, config.head_lr_factor)):
         part = [p for name, p in model.named_parameters() if (parameter_group(model, name) == "head") == is_head]
@@ -62,8 +60,15 @@ def make_optimizer(model: EmotionClassifier, total_steps: int, config: Config) -
         groups.append({"params": [p for p in part if p.ndim >= 2], "weight_decay": config.weight_decay, "lr": rate})
         groups.append({"params": [p for p in part if p.ndim < 2], "weight_decay": 0.0, "lr": rate})  # biases, norms
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
-    schedules = {"linear": get_linear_schedule_with_warmup, "cosine": get_cosine_schedule_with_warmup}
-    return optimizer, schedules[config.schedule](optimizer, round(config.warmup_ratio * total_steps), total_steps)
+    warmup_steps = round(config.warmup_ratio * total_steps)
+
+    def share_of_peak(step: int) -> float:  # not 0 at the first step, which would train nothing
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+        return 1 - progress if config.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
+
+    return optimizer, LambdaLR(optimizer, share_of_peak)
 
 
 def update(optimizer: Optimizer, scheduler: LRScheduler, scaler: torch.amp.GradScaler) -> bool:

@@ -17,7 +17,7 @@ if not __package__:  # run as a script: import from the repository root, not fro
 import torch
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from tqdm import tqdm
 
 from common.checkpoint.environment import autocast_dtype, environment, pick_device
@@ -58,14 +58,18 @@ def evaluation_steps(bounds: list[int], total_steps: int, config: Config) -> set
 
 def make_optimizer(model: SpanModel, total_steps: int, config: Config) -> tuple[Optimizer, LRScheduler]:
     """AdamW without decay on biases and norms; linear warm-up, then linear decay."""
-    from transformers import get_linear_schedule_with_warmup
-
     decayed = [p for p in model.parameters() if p.ndim >= 2]  # biases and norm weights are vectors
     others = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
     warmup_steps = round(config.warmup_ratio * total_steps)
-    return optimizer, get_linear_schedule_with_warmup(optimizer, warmup_steps, total_steps)
+
+    def share_of_peak(step: int) -> float:  # not 0 at the first step, which would train nothing
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        return (total_steps - step) / max(1, total_steps - warmup_steps)
+
+    return optimizer, LambdaLR(optimizer, share_of_peak)
 
 
 def update(optimizer: Optimizer, scheduler: LRScheduler, scaler: torch.amp.GradScaler) -> bool:

@@ -17,7 +17,7 @@ if not __package__:  # run as a script: import from the repository root, not fro
 import torch
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from tqdm import tqdm
 
 from common.checkpoint import UserError
@@ -37,14 +37,18 @@ from redsm5_nli.report import evaluation_line, last_line, print_summary
 
 def make_optimizer(model: Matcher, total_steps: int, config: Config) -> tuple[Optimizer, LRScheduler]:
     """AdamW on what trains, without decay on biases and magnitudes; linear warm-up, then linear decay."""
-    from transformers import get_linear_schedule_with_warmup
-
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices, vectors = [p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
     warmup_steps = round(config.warmup_ratio * total_steps)
-    return optimizer, get_linear_schedule_with_warmup(optimizer, warmup_steps, total_steps)
+
+    def share_of_peak(step: int) -> float:  # not 0 at the first step, which would train nothing
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        return (total_steps - step) / max(1, total_steps - warmup_steps)
+
+    return optimizer, LambdaLR(optimizer, share_of_peak)
 
 
 def update(optimizer: Optimizer, scheduler: LRScheduler) -> None:

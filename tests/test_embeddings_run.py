@@ -138,6 +138,7 @@ def test_an_unfinished_run_is_used_with_its_best_adapter_and_then_finished(short
     assert np.abs(embed_texts(*load_embedder(config), TEXTS, config) - early).max() < 1e-6
 
 
+@pytest.mark.slow
 def test_a_bf16_base_stays_bf16_and_gives_the_same_vectors_elsewhere_where_it_is_loaded_in_fp32(short, tmp_path):
     shutil.copytree(ROOT / "embeddings/sample/model", tmp_path / "base")
     AutoModel.from_pretrained(tmp_path / "base", dtype=torch.bfloat16).save_pretrained(tmp_path / "base")

@@ -139,6 +139,7 @@ def test_predict_refuses_what_it_would_misread_by_line_and_counts_other_keys(sho
     assert [answer.get("line") for answer in answers] == [1, 2, 3, 4, 5, *[None] * 10]
 
 
+@pytest.mark.slow
 def test_the_search_leaves_out_and_says_what_cannot_be(few_rows, tmp_path, monkeypatch):
     """Windows of 7 tokens, and a stride that no question leaves room for; and goes on after a stop."""
     data, started = few_rows("evidence_spans"), []

@@ -156,10 +156,10 @@ def test_the_schedule_counts_optimizer_steps_and_waits_for_a_skipped_one(project
         rates.append(scheduler.get_last_lr()[0] / 1e-3)
         moved = module(project, "train").update(*step.update)
         assert moved in (None, number != skipped)
-        assert (number not in (0, skipped)) != all(map(torch.equal, before, trained))  # at step 0 the rate is 0
+        assert (number != skipped) != all(map(torch.equal, before, trained))  # the first step trains as well
         assert all(p.grad is None for p in trained)
     done = [number - (skipped is not None and number > skipped) for number in range(8)]
-    assert rates == pytest.approx([n / 2 if n < 2 else decay(shape, (n - 2) / 6) for n in done])
+    assert rates == pytest.approx([(n + 1) / 2 if n < 2 else decay(shape, (n - 2) / 6) for n in done])
 
 
 @every_project
@@ -170,7 +170,7 @@ def test_a_run_logs_its_loss_its_rate_and_the_norm_before_clipping_at_each_step(
     lines = [line for line in lines if line["event"] == "step"]
     warmup = config["warmup_steps"] if "warmup_steps" in config else round(config["warmup_ratio"] * 6)
     shape = config.get("schedule", "linear")
-    shares = [n / warmup if n < warmup else decay(shape, (n - warmup) / (6 - warmup)) for n in range(6)]
+    shares = [(n + 1) / warmup if n < warmup else decay(shape, (n - warmup) / (6 - warmup)) for n in range(6)]
     assert [line["step"] for line in lines] == list(range(1, 7))
     assert [line["learning_rate"] for line in lines] == pytest.approx([config["learning_rate"] * s for s in shares])
     assert max(line["grad_norm"] for line in lines) > config["max_grad_norm"] > 0

@@ -255,6 +255,7 @@ def test_an_architecture_that_mixes_padding_in_is_refused_by_name():
     check_architecture("m", AutoConfig.for_model("bert", **TINY), 64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("project", PROJECTS)
 def test_a_token_without_an_embedding_is_refused_only_where_it_occurs(project, short_run, tmp_path):
     run = Path(shutil.copytree(short_run(project), tmp_path / "run"))

@@ -473,6 +473,7 @@ def test_predict_answers_for_a_text_and_for_a_file(short_run, few_rows, tmp_path
     refused(run_here(*flags, "--text", " "), "text is empty")
 
 
+@pytest.mark.slow
 def test_cross_validation_tests_every_post_once_and_results_lists_the_folds(few_rows, tmp_path):
     own, data = tmp_path / "own.json", few_rows("redsm5_nli")
     own.write_text(json.dumps([criterion._asdict() for criterion in CRITERIA[4:6]]), encoding="utf-8")

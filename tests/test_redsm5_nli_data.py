@@ -420,7 +420,7 @@ def test_labels_that_do_not_occur_and_a_validation_split_too_small_to_choose_by_
 
 
 @pytest.mark.parametrize("script", ["predict", "evaluate"])
-@pytest.mark.parametrize("moment", ["before", "after"])
+@pytest.mark.parametrize("moment", ["before", pytest.param("after", marks=pytest.mark.slow)])
 def test_weights_and_thresholds_are_of_one_epoch_while_training_swaps_best(script, moment, short_run, tmp_path):
     """A first reading is overtaken by a new best model, before or after its weights are read."""
     run = shutil.copytree(short_run("redsm5_nli"), tmp_path / "run")

@@ -31,7 +31,7 @@ except ImportError:  # Windows
     fcntl = None
     import msvcrt
 
-FORMAT = 1  # of a run; raised by any change that moves a number or a name. Runs older than this number have none
+FORMAT = 2  # of a run; raised by any change that moves a number or a name. Runs older than this number have none
 
 T = TypeVar("T")
 
@@ -94,7 +94,7 @@ def read_best(path: Path, load: Callable[[Path], T]) -> T:
         before = identify_best(path)
         try:
             loaded = load(before[0])
-        except UserError:
+        except (OSError, UserError):
             if identify_best(path) == before:
                 raise
             continue

@@ -106,6 +106,8 @@ def load_backbone(config: Config, dtype: torch.dtype | None, folder: Path | None
         raise UserError(f"{config.model} is a {shape.model_type} model: a text decoder or encoder is needed")
     if too_many := [size for size in parse_dims(config.matryoshka_dims) if size >= shape.hidden_size]:
         raise UserError(f"matryoshka_dims {too_many[0]}: {config.model} has vectors of {shape.hidden_size} dimensions")
+    if config.bidirectional:
+        shape.is_causal = False  # as best/ will say; StableLM's layers do not obey where nothing is padded
     check_architecture(config.model, shape, config.max_length, config.amp)
 
     if folder is None and config.init == "random":

@@ -39,6 +39,8 @@ class EmotionClassifier(nn.Module):
     def __init__(self, encoder: nn.Module, dropout: float):
         super().__init__()
         self.config, self.prefix = encoder.config, encoder.base_model_prefix
+        if hasattr(self.config, "use_cache"):
+            self.config.use_cache = False  # of keys and values, for generation
         if hasattr(encoder, "pooler") and not isinstance(self, PooledClassifier):
             encoder.pooler = nn.Identity()  # its own is unused and would get no gradient; None, some would call
         self.add_module(self.prefix, encoder)

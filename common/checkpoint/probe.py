@@ -81,9 +81,9 @@ def check_positions(model: str, copy: nn.Module, ids: Tensor) -> None:
 def one_layer_copy(model: str, shape: PreTrainedConfig) -> nn.Module:
     """The architecture with one narrow layer and few tokens, or whole where that cannot be, in evaluation mode."""
     cause = None
-    for build in (one_layer_config, deepcopy):
+    for whole in (False, True):
         try:
-            copy = AutoModel.from_config(build(shape), dtype=torch.float32).eval()
+            copy = AutoModel.from_config(small_config(shape, whole), dtype=torch.float32).eval()
             embeddings = copy.get_input_embeddings().weight.data
             embeddings[padding_id(shape)] = embeddings[-1]  # the padding's is zero when new, but not when trained
             return copy
@@ -92,14 +92,17 @@ def one_layer_copy(model: str, shape: PreTrainedConfig) -> nn.Module:
     raise UserError(f"the shape of {model} does not load: {type(cause).__name__}: {cause}") from cause
 
 
-def one_layer_config(shape: PreTrainedConfig) -> PreTrainedConfig:
+def small_config(shape: PreTrainedConfig, whole: bool) -> PreTrainedConfig:
     small = deepcopy(shape)
+    small.vocab_size = padding_id(shape) + 64
+    if getattr(shape, "pad_token_id", None) is not None:
+        small.pad_token_id = padding_id(shape)
+    if whole:
+        return small
     for name, value in vars(shape).items():  # what is said of each layer: layer_types, attention_window
         if isinstance(value, list) and len(value) == shape.num_hidden_layers:
             setattr(small, name, value[:1])
-    small.num_hidden_layers, small.vocab_size = 1, padding_id(shape) + 64
-    if getattr(shape, "pad_token_id", None) is not None:
-        small.pad_token_id = padding_id(shape)
+    small.num_hidden_layers = 1
     small.use_cache = False  # LFM2's first layer alone has none that could be asked for its length
     if hasattr(shape, "intermediate_size"):
         small.intermediate_size = 64

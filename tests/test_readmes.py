@@ -191,7 +191,7 @@ def test_every_maker_of_a_sample_runs(script, tmp_path, monkeypatch):
     sample, copy = ROOT / project / "sample", tmp_path / project / "sample"
     before = listing(sample)
     shutil.copytree(sample, copy)
-    made = [path for path in copy.rglob("*") if path.is_file() and path.suffix != ".py"]
+    made = [path for path in copy.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")]
     if (copy / "make_model.py").exists():
         made = [path for path in made if ("model" in path.parts) == (name == "make_model.py")]
     if (copy / "raw").exists() and name == "make_sample.py":  # from which prepare.py makes the rest

@@ -132,7 +132,7 @@ def build_model(config: Config, device: torch.device, dtype: torch.dtype | None)
     encoder = load_backbone(config, dtype or torch.float32).to(device)
     seed_everything(config.seed, config.deterministic)
     add_adapters(encoder, config.targets, config.rank, config.alpha, config.adapter_dropout)
-    two = torch.tensor([[0, 1], [0, 2]], device=device)
+    two = torch.tensor([[0, 1], [0, 2]], device=device)  # also to meet a layer that takes no adapter before training
     with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype is not None):
         states = encoder(input_ids=two, attention_mask=torch.ones_like(two)).last_hidden_state
     if config.pooling == "cls" and torch.equal(states[0, 0], states[1, 0]):

@@ -51,7 +51,7 @@ class Source(NamedTuple):
     counts: Counter
     not_found: list[dict]
     questions: dict[str, str]
-    unread: Counter = Counter()  # noqa: RUF012 - a reader gives its own
+    unread: Counter
 
 
 def merge_questions(examples: list[Example]) -> list[Example]:

@@ -62,7 +62,7 @@ def read_table(
             raise UserError(f"{path}, line 1: no column {missing[0]} between commas, found {present}")
         if twice := first_repeated([name for name in header if name]):
             raise UserError(f"{path}, line 1: the column {twice} stands there twice")
-        others = [name or "(no name)" for name in unread_keys(header, (*columns, *unused))]
+        others = [name or "(no name)" for name in unread_keys(header, (*columns, *unused), OTHER_NAMES)]
         line = reader.line_num + 1
         for row in reader:
             if row and len(row) != len(header):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 import pytest
-from launch import PROJECTS, ROOT, config_of, listing, module, refused, run_here, settings_of
+from launch import PROJECTS, ROOT, answering, call, config_of, listing, module, refused, run_here, settings_of
 from pydantic import ValidationError
 
 from common.checkpoint import UserError
@@ -206,6 +206,16 @@ def test_a_path_that_is_not_utf_8_is_refused_in_one_line(project, flag, tmp_path
     path = os.fsdecode(os.fsencode(tmp_path) + b"/\xff")
     Path(path).mkdir()
     refused(run_here(f"{project}/train.py", "--sample", f"--{flag}", path), f"--{flag}", "\\udcff", code=2)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such names")
+@every_project
+def test_an_error_about_a_path_that_is_not_utf_8_can_be_printed(project, short_run, tmp_path):
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/\xff")
+    Path(path).write_bytes(b"\xff\n")
+    _, said = call(answering(project), "--run_dir", short_run(project), "--input", path, code=1)
+    assert "\\udcff" in said and said.count("\n") == 1
 
 
 LACKING = [  # what is asked for, and what must be said of it

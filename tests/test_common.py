@@ -456,8 +456,8 @@ def test_best_is_read_whole_where_training_swaps_it_meanwhile(run):
             loads.append(threshold)
             if len(loads) < 3:
                 write(str(len(loads)))
-            if len(loads) < 3:
-                raise FileNotFoundError("weights") if len(loads) == 1 else UserError("threshold")
+            if len(loads) == 1:
+                raise FileNotFoundError("weights")
             return [threshold, (folder / "weights").read_text(encoding="utf-8")]
         except FileNotFoundError as error:
             raise OSError("what transformers makes of it") from error

@@ -222,6 +222,7 @@ def test_a_key_twice_is_refused_and_others_are_counted_and_said_once(tmp_path):
         (ANNOTATIONS, HEADER.replace("explanation", "status"), "line 1: the column status stands there twice"),
         (ANNOTATIONS, HEADER.replace("explanation", "symptom_label"), "line 1: the column DSM5_symptom stands"),
         (ANNOTATIONS, HEADER.replace("explanation", "sentence_texts"), "line 1: .*'sentence_texts'; known are"),
+        (ANNOTATIONS, HEADER.replace("explanation", "Symptom_Labels"), "line 1: .*'Symptom_Labels'; known are"),
         (ANNOTATIONS, HEADER.replace("sentence_id", "rater"), None),
     ],
 )
@@ -269,7 +270,7 @@ def test_posts_of_one_author_or_text_share_a_split_that_a_hash_chooses():
     for post, text in zip(posts, texts):
         context = generator.choice([f"Straße {text} of it", f" STRASSE  {text} OF\nIT "])
         examples += [Example(f"{post}:{name}", post, name, context, ((0, 4),), "answered", True) for name in "AB"]
-    source = Source(examples, [], Counter(), [], {})
+    source = Source(examples, [], Counter(), [], {}, Counter())
     splits = split_examples(source, sample(split_seed=7, validation_fraction=0.2, test_fraction=0.3))
     found = [(e.id, name) for name, some in splits.items() for e in some]
 

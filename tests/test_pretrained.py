@@ -81,7 +81,7 @@ def test_types_that_a_tokenizer_cannot_tell_end_the_run_where_the_model_has_two(
 
 @pytest.mark.parametrize("project", ["afqmc", "emotions"])
 def test_a_roberta_with_berts_tokenizer_works_in_the_readmes_snippet(project, tmp_path):
-    shape = {"model_type": "roberta", "type_vocab_size": 1, "max_position_embeddings": 80}
+    shape = {"model_type": "roberta", "type_vocab_size": 1, "max_position_embeddings": 80, "pad_token_id": 1}
     folder = model_folder(tmp_path / "model", shape, {})
     parts, config = module(project, "model"), config_of(project, model=str(folder), init="random", max_length=64)
     tokenizer = parts.find_tokenizer(config)
@@ -143,6 +143,22 @@ def test_capitals_behind_a_mark_of_a_words_start_are_no_lower_case(tmp_path):
     )
     backend.save(str(folder / "tokenizer.json"))
     assert load_tokenizer(folder, load_shape(folder), 64, decoder=True).tokenize("A") != ["▁", "a"]
+
+
+def test_a_decoders_padding_without_an_embedding_gives_way_to_its_end_of_text(tmp_path):
+    sample = ROOT / "embeddings" / "sample" / "model"
+    folder = Path(shutil.copytree(sample, tmp_path / "model"))
+    size = load_shape(sample).vocab_size
+    backend = Tokenizer.from_file(str(sample / "tokenizer.json"))
+    backend.add_special_tokens([f"<new{number}>" for number in range(size - backend.get_vocab_size() + 1)])
+    backend.save(str(folder / "tokenizer.json"))
+    settings = json.loads((sample / "tokenizer_config.json").read_text(encoding="utf-8"))
+    settings["pad_token"] = backend.id_to_token(size)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    tokenizer = load_tokenizer(folder, load_shape(folder), 64, decoder=True)
+    assert tokenizer.pad_token == tokenizer.eos_token
+    with pytest.raises(UserError, match="the padding"):
+        load_tokenizer(folder, load_shape(folder), 64)
 
 
 @pytest.mark.parametrize("project", ["afqmc", "emotions"])

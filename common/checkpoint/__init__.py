@@ -1,4 +1,4 @@
-"""Runs (run.py, progress.py, environment.py) and pretrained models (pretrained.py, probe.py, spm.py); files.py."""
+"""Runs (run.py, progress.py, environment.py), pretrained models (pretrained.py, probe.py, spm.py), files (files.py)."""
 
 from pathlib import Path
 

@@ -14,11 +14,16 @@ COLUMNS = ("accuracy", "f1_macro", "f1_positive")
 
 
 def table(header: list[str], rows: list[list]) -> list[str]:
-    """A Markdown table, floats with four decimals, "-" for what is undefined."""
+    """A Markdown table, floats with four decimals, "-" for what is undefined; a text stays in its cell."""
     cells = [header, ["---"] * len(header)]
     for row in rows:
-        cells.append([f"{c:.4f}" if isinstance(c, float) else "-" if c is None else str(c) for c in row])
+        cells.append([f"{c:.4f}" if isinstance(c, float) else "-" if c is None else cell(str(c)) for c in row])
     return ["| " + " | ".join(row) + " |" for row in cells] + [""]
+
+
+def cell(text: str) -> str:
+    """On one line, and nothing in it that ends a cell or that Markdown takes for HTML, a link or an image."""
+    return " ".join(text.split()).translate({ord(mark): f"&#{ord(mark)};" for mark in "|<&["})
 
 
 def print_summary(

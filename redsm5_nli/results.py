@@ -1,11 +1,12 @@
-"""Runs side by side: in what their configs differ, and what they scored. Reads their folders, writes nothing.
+"""Runs side by side, the newest first: settings that differ, scores, when, how long, the command. Writes nothing.
 
     python redsm5_nli/results.py                                   # all of redsm5_nli/runs
     python redsm5_nli/results.py --runs runs/a runs/b --sort f1_positive
 """
 
 import sys
-from itertools import product
+from datetime import timedelta
+from functools import reduce
 from pathlib import Path
 
 if not __package__:  # run as a script: import from the repository root, not from this folder
@@ -18,44 +19,42 @@ from redsm5_nli.cli import PROJECT, displayed, run_script
 from redsm5_nli.config import Config
 from redsm5_nli.report import cautions, table
 
-SCORES = ("f1_macro", "f1_positive", "auprc")
+# Name -> place in what results.json has of validation and of test; of three thresholds the scores at .5
+SCORES = {"f1_macro": "at_half.f1_macro", "f1_positive": "at_half.f1_positive", "auprc": "auprc"}
 
 
 def read_row(path: Path) -> tuple[dict, dict]:
-    """Settings of a run, and its scores at .5 with what is to be said of them: dashes where it is not finished.
-
-    Raises UserError.
-    """
-    settings, scores = read_run(path)["config"], {}
-    finished = (path / "results.json").exists()
-    results = read_json(path / "results.json") if finished else {}
+    """A run's settings, and the other cells of its row: None where there is none (yet). Raises UserError."""
+    run, cells = read_run(path), {}
+    results = read_json(path / "results.json") if (path / "results.json").exists() else {}
+    for split in ("validation", "test"):
+        for name, place in SCORES.items():
+            keys = [split, *place.split(".")]
+            cells[f"{split} {name}"] = reduce(lambda found, key: (found or {}).get(key), keys, results)
     try:
-        for split, name in product(("validation", "test"), SCORES):
-            scores[f"{split} {name}"] = (results[split]["at_half"] | results[split])[name] if finished else None
-        scores["epoch"] = results["epoch"] if finished else "unfinished"
-        return settings, scores | {"caution": "; ".join(cautions(results)) or None if finished else None}
+        cells["caution"] = "; ".join(cautions(results)) or None if results else "unfinished"
     except KeyError as error:
         raise UserError(f"{path / 'results.json'} has no {error}: not a run of this project") from error
+    cells["started"] = run["started"][:19].replace("T", " ") if "started" in run else None
+    cells["time"] = timedelta(seconds=round(results["seconds"])) if results else None
+    return run["config"], cells | {"epoch": results.get("epoch"), "command": run.get("command")}
 
 
-def main(config: Config, runs: list[str], sort: str) -> None:
-    folders = [Path(run) for run in runs]
-    folders = folders or sorted(path.parent for path in (PROJECT / "runs").glob("**/config.json"))  # folds too
-    if not folders:
-        raise UserError("redsm5_nli/runs holds no run: train first, or name run folders with --runs")
-    rows = [(displayed(path.resolve()), *read_row(path)) for path in folders]
-    column = f"validation {sort}"
-    rows.sort(key=lambda row: row[2][column] or -1.0, reverse=True)
-    fields = dict.fromkeys(name for _, settings, _ in rows for name in settings)
-    differing = [name for name in fields if len({str(settings.get(name)) for _, settings, _ in rows}) > 1]
-    cells = [[run, *(str(settings.get(n, "-")) for n in differing), *scores.values()] for run, settings, scores in rows]
-    print("\n".join(table(["run", *differing, *rows[0][2]], cells)[:-1]))
-    print(f"sorted by {column}; all scores at the threshold .5")
+def main(config: Config, runs: list[str], sort: str | None) -> None:
+    paths = [Path(run).resolve() for run in runs]
+    paths = paths or sorted(path.parent for path in (PROJECT / "runs").glob("**/metrics.jsonl"))  # folds too
+    if not paths:
+        raise UserError(f"{PROJECT / 'runs'} holds no run: train first, or name run folders with --runs")
+    rows, column = [(displayed(path), *read_row(path)) for path in paths], f"validation {sort}" if sort else "started"
+    rows.sort(key=lambda row: (row[2][column] is not None, row[2][column]), reverse=True)
+    names = dict.fromkeys(name for _, settings, _ in rows for name in settings)
+    differing = [name for name in names if len({str(settings.get(name)) for _, settings, _ in rows}) > 1]
+    lines = [[run, *(str(settings.get(n, "-")) for n in differing), *cells.values()] for run, settings, cells in rows]
+    print("\n".join(table(["run", *differing, *rows[0][2]], lines)[:-1]))
+    print(f"sorted by {column}; {', '.join(SCORES.values())} of results.json")
 
 
 if __name__ == "__main__":
-    flags = {
-        "runs": {"nargs": "+", "default": [], "help": "run folders; none: all of redsm5_nli/runs"},
-        "sort": {"choices": SCORES, "default": "f1_macro", "help": "the validation score to sort by"},
-    }
-    sys.exit(run_script(main, __doc__, **flags))
+    own = {"runs": {"nargs": "+", "default": [], "help": "run folders; none: all of redsm5_nli/runs"}}
+    own["sort"] = {"choices": SCORES, "help": "the validation score to sort by; none: the newest run first"}
+    sys.exit(run_script(main, __doc__, **own))

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import get_args
 
@@ -15,13 +15,13 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from common.checkpoint import ROOT, UserError
-from common.checkpoint.run import FORMAT, read_run
+from common.checkpoint.run import FORMAT, PLACES, read_run
 from embeddings.config import PRESETS, Config
 
 PROJECT = Path(__file__).resolve().parent
-PATHS = ("model", "data_dir", "run_dir")
+PATHS = [name for name in (*PLACES, "run_dir") if name in Config.model_fields]
 NOT_OF_A_RUN = {"run_dir"}  # settings that do not define a run
-FREE = {*NOT_OF_A_RUN, "data_dir", "eval_tokens", "amp", "query_prompt", "document_prompt"}  # may be others when used
+FREE = {*NOT_OF_A_RUN, *PLACES, "eval_tokens", "amp"}  # may be others when a run is used
 MEMORY = "chunk_tokens (batch_size can stay), eval_tokens or max_length"  # what takes GPU memory
 LIMITS = {"Ge": "at least", "Gt": "above", "Le": "at most", "Lt": "below"}
 
@@ -88,14 +88,39 @@ def run_path(config: Config) -> Path:
         return ROOT / config.run_dir
     digest = hashlib.sha256(json.dumps(run_settings(config), sort_keys=True).encode()).hexdigest()[:8]
     model = Path(config.model).as_posix().removesuffix("/model").rsplit("/", 1)[-1]
-    return PROJECT / "runs" / f"{model}-{digest}"
+    return PROJECT / "runs" / "-".join(dict.fromkeys((model, Path(config.data_dir).name, digest)))
 
 
-def parse(argv: list[str] | None, description: str = "", trained: bool = False, **flags: dict) -> tuple[Config, dict]:
+def read_settings(path: Path) -> dict:
+    """The settings in a run's config.json; those of another version that are none here are left out. UserError."""
+    run = read_run(path)
+    if run["format"] == FORMAT and (other := run["config"].keys() ^ Config.model_fields.keys() - NOT_OF_A_RUN):
+        raise UserError(f"{path / 'config.json'}: {min(other)} is missing, or not a setting: not how the run was saved")
+    return {name: value for name, value in run["config"].items() if name in Config.model_fields}
+
+
+def run_config(run_dir: str | Path) -> Config:
+    """The settings of a trained run. Raises UserError."""
+    path = ROOT / repository_path(str(run_dir))
+    try:
+        return Config(**read_settings(path) | {"run_dir": repository_path(str(run_dir))})
+    except ValidationError as error:
+        raise UserError(first_error(error, {}, path / "config.json")) from error
+
+
+def parse(
+    argv: list[str] | None,
+    description: str = "",
+    trained: bool = False,
+    resumes: bool = False,
+    shown: Collection[str] | None = None,
+    **flags: dict,
+) -> tuple[Config, dict]:
     """The config of a command line, and the values of the script's own flags (name -> what add_argument takes).
 
-    trained: where --run_dir names a run, its settings are the defaults, and only FREE ones may be others; those of
-    another version that are none here are left out. Exits with status 2 on a wrong flag or value.
+    trained: --run_dir names a run, whose settings are the defaults, and only FREE ones may be others. resumes: the same
+    where that run has been begun, and only PATHS may be others. shown: the settings that --help shows; None: all, or
+    where trained the FREE ones. Exits with status 2 on a wrong flag or value.
     """
     parser = Parser(usage="%(prog)s [--flag value ...]", description=description, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -103,23 +128,22 @@ def parse(argv: list[str] | None, description: str = "", trained: bool = False, 
     parser.add_argument("--sample", dest="preset", action="store_const", const="sample", help="--preset sample")
     for name, settings in flags.items():
         parser.add_argument(f"--{name}", **settings)
-    group = parser.add_argument_group("settings, whose defaults are those of config.py")
+    group = parser.add_argument_group(f"settings, whose defaults are those of {'the run' if trained else 'config.py'}")
     for name, field in Config.model_fields.items():
-        group.add_argument(f"--{name}", **flag(field))
+        hidden = name not in shown if shown is not None else trained and name not in FREE
+        group.add_argument(f"--{name}", **flag(field) | ({"help": argparse.SUPPRESS} if hidden else {}))
     given = vars(parser.parse_args(argv))
     preset, own = given.pop("preset"), {name: given.pop(name) for name in flags}
 
     defaults, origin = PRESETS[preset] if preset else {}, PROJECT / "config.py"
-    if is_run := trained and bool(given.get("run_dir")):
-        origin = ROOT / repository_path(given["run_dir"]) / "config.json"
-        if not origin.exists():
-            raise UserError(f"{origin.parent} is not a run: --run_dir names what train.py's last line calls results in")
-        run = read_run(origin.parent)
-        if run["format"] == FORMAT and (other := run["config"].keys() ^ Config.model_fields.keys() - NOT_OF_A_RUN):
-            raise UserError(f"{origin}: {min(other)} is missing, or not a setting: this is not how the run was saved")
-        defaults = {name: value for name, value in run["config"].items() if name in Config.model_fields}
+    folder = ROOT / repository_path(given["run_dir"]) if given.get("run_dir") else None
+    is_run = folder is not None and (trained or resumes) and (folder / "config.json").exists()
+    if folder is not None and trained and not is_run:
+        raise UserError(f"{folder} is not a run: --run_dir names what train.py's last line calls results in")
+    if is_run:
+        saved, origin = read_settings(folder), folder / "config.json"
     try:
-        config = Config(**defaults | given)
+        config = Config(**(saved if is_run else defaults) | given)
     except ValidationError as error:
         parser.error(first_error(error, given, origin))
     for name in PATHS:
@@ -127,21 +151,34 @@ def parse(argv: list[str] | None, description: str = "", trained: bool = False, 
             config = config.model_copy(update={name: repository_path(text, or_as_it_is=name == "model")})
         if re.search("[\ud800-\udfff]", path := getattr(config, name)):  # config.json could not hold it
             parser.error(f"argument --{name}: {path!a} is not UTF-8")
-    for name in given.keys() - FREE if is_run else ():
-        if (value := defaults.get(name, Config.model_fields[name].default)) != getattr(config, name):
-            parser.error(f"argument --{name}: {given['run_dir']} was trained with {value!r}, which is fixed")
+
+    if is_run:  # its settings are fixed
+        here = Config(**PRESETS[preset] if preset else {}) if resumes else config
+        for name in given.keys() - (FREE if trained else {*PATHS, *NOT_OF_A_RUN}):
+            if (value := saved.get(name, Config.model_fields[name].default)) != getattr(config, name):
+                parser.error(f"argument --{name}: {given['run_dir']} was trained with {value!r}, which is fixed")
+        others = {n: value for n, value in saved.items() if value != getattr(here, n) and n not in {*given, *PATHS}}
+        if others and preset and (fixed := others.keys() & PRESETS[preset]):
+            name = min(fixed)
+            reason = f"{given['run_dir']} was trained with {name} {saved[name]!r}, which is fixed"
+            parser.error(f"argument --preset {preset}: {reason}")
+        if others and resumes:
+            listed = ", ".join(f"{name} {getattr(here, name)!r} (there {value!r})" for name, value in others.items())
+            print(f"going by {displayed(origin)}; config.py has otherwise: {listed}")
     return config, own
 
 
-def run_script(main: Callable, description: str, trained: bool = False, **flags: dict) -> int:
+def run_script(main: Callable, description: str, **settings) -> int:
     """Parse the command line, call main(config, **flags) and turn what the user can mend into one line on stderr.
+
+    settings: those of parse, the script's flags among them.
 
     Returns the exit status: main's own, 0 for None, 1 after an error, 130 after Ctrl-C.
     """
     for stream in (sys.stdout, sys.stderr):  # a log file gets each line when it is printed, in any locale
         stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
     try:
-        config, own = parse(None, description, trained, **flags)
+        config, own = parse(None, description, **settings)
         return main(config, **own) or 0
     except BrokenPipeError:  # the reader of stdout, such as head, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECTS = sorted(path.parent.name for path in ROOT.glob("*/config.py"))
@@ -222,8 +223,8 @@ def train_short(project: str, data: Path, folder: Path) -> Path:
     return folder / f"run_{project}"
 
 
-def final_weights(run: Path) -> dict[str, torch.Tensor]:
-    return torch.load(run / "last.pt", weights_only=True)["state"]["model"]
+def best_weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(next((run / "best").rglob("*.safetensors")))
 
 
 def read_lines(path: Path) -> list[dict]:

@@ -8,7 +8,7 @@ from itertools import combinations, islice
 import numpy as np
 import pytest
 import torch
-from launch import config_of, final_weights
+from launch import config_of, best_weights
 
 from common.checkpoint import UserError
 from common.checkpoint.run import Run
@@ -197,7 +197,7 @@ def test_a_run_with_rows_left_out_goes_on_as_if_it_had_never_stopped(hub, batche
     train.main(hub("stopped"))
     assert "resuming from step 3" in capsys.readouterr().out
     assert np.array_equal(batches, whole[:4] + whole[3:])
-    one, two = (final_weights(run_path(hub(name))) for name in ("whole", "stopped"))
+    one, two = (best_weights(run_path(hub(name))) for name in ("whole", "stopped"))
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from launch import ROOT, STOP, TORCHRUN, call, config_of, final_weights, ran, read_lines, refused, run_here, short_flags
+from launch import ROOT, STOP, TORCHRUN, call, config_of, best_weights, ran, read_lines, refused, run_here, short_flags
 from safetensors.torch import load_file, save_file
 from scipy.stats import pearsonr, spearmanr
 from sentence_transformers import SentenceTransformer
@@ -225,7 +225,7 @@ def test_two_processes_of_torchrun_stop_together_and_end_as_one_of_the_same_batc
     out, _ = call(*TORCHRUN, *flags, tmp_path / "two")
     assert "resuming from step 4 of 6" in out and out.count("done | validation") == 1  # only one process speaks
     ran(*flags, tmp_path / "one")
-    one, two = (final_weights(tmp_path / name) for name in ("one", "two"))
+    one, two = (best_weights(tmp_path / name) for name in ("one", "two"))
     torch.testing.assert_close(two, one, atol=1e-6, rtol=0)
     best = [read_json(tmp_path / name / "results.json")["best"] for name in ("one", "two")]
     assert best[1] == pytest.approx(best[0], abs=1e-3)

@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from launch import ROOT, STOP, TORCHRUN, call, config_of, final_weights, first_step, ran, read_lines, run_here
+from launch import ROOT, STOP, TORCHRUN, call, config_of, best_weights, first_step, ran, read_lines, run_here
 from sklearn.metrics import average_precision_score
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -572,7 +572,7 @@ def test_two_processes_one_of_which_stops_and_dies_once_and_two_sharded_ones_equ
         said[name] = call(*torchrun, *words, *flags, f"--run_dir={tmp_path / name}")
     assert all(f"resuming from step {step} of 6" in said["two"][0] for step in (2, 3))
 
-    whole, *runs = (final_weights(tmp_path / name) for name in ("one", *starts))
+    whole, *runs = (best_weights(tmp_path / name) for name in ("one", *starts))
     losses = [line["loss"] for line in read_lines(tmp_path / "one/metrics.jsonl")]
     for name, found in zip(starts, runs):
         assert said[name][0].count("done | validation") == 1 and found.keys() == whole.keys()

@@ -20,7 +20,7 @@ from launch import (
     STOP,
     answering,
     call,
-    final_weights,
+    best_weights,
     module,
     ran,
     refused,
@@ -110,7 +110,7 @@ def goes_on(train, stopped_runs, whole):
 
 
 def assert_same_run(run: Path, other: Path) -> None:
-    weights, expected = final_weights(run), final_weights(other)
+    weights, expected = best_weights(run), best_weights(other)
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
     names = [path for path in other.rglob("*") if {path.parent.name, path.name} & {"best", "predictions", "report.md"}]

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import numpy as np
 import pytest
 import torch
-from launch import PROJECTS, config_of, final_weights, first_step, module, read_lines, settings_of
+from launch import PROJECTS, config_of, best_weights, first_step, module, read_lines, settings_of
 from torch import nn
 
 every_project = pytest.mark.parametrize("project", PROJECTS)
@@ -202,7 +202,7 @@ def test_loader_processes_change_no_number(project, few_rows, tmp_path):
     for workers in (0, 2):
         paths = {"data_dir": str(few_rows(project)), "run_dir": str(tmp_path / str(workers))}
         module(project, "train").main(config_of(project, **paths, num_workers=workers, batch_size=8, max_steps=2))
-        weights.append(final_weights(tmp_path / str(workers)))
+        weights.append(best_weights(tmp_path / str(workers)))
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 

@@ -27,6 +27,8 @@ from launch import (
     short_flags,
 )
 
+from common.checkpoint.run import Run
+
 every_project = pytest.mark.parametrize("project", PROJECTS)
 RESULTS = {"metric", "best", "split", "epoch", "step", "seconds", "tokens_per_second", "peak_memory_bytes", "test"}
 
@@ -34,8 +36,12 @@ RESULTS = {"metric", "best", "split", "epoch", "step", "seconds", "tokens_per_se
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script_says_what_it_does_in_any_folder_and_names_its_settings(script, tmp_path):
     out = ran(script, "--help", cwd=tmp_path)
-    settings = module(script.split("/")[0], "config").Config.model_fields
-    assert all(f"--{name}" in out for name in settings) or ("SRC DST" in out and script.endswith("/minicpm.py"))
+    settings = {*module(script.split("/")[0], "config").Config.model_fields}
+    name, named = script.split("/")[1], {name for name in settings if f"--{name} " in out}
+    if name in ("evaluate.py", "predict.py", "encode.py", "results.py"):  # what can be given there, no more
+        assert named <= {*module(script.split("/")[0], "cli").FREE} and (name == "results.py" or "run_dir" in named)
+    else:
+        assert named == settings or "--run_dir" in out or ("SRC DST" in out and name == "minicpm.py")
     assert not list(tmp_path.iterdir())
 
 
@@ -51,7 +57,7 @@ def test_check_reads_all_rows_runs_a_batch_and_writes_nothing(project, few_rows,
 def test_a_run_is_one_folder_that_holds_all_of_it(project, short_run):
     run = short_run(project)
     names = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
-    assert names >= {"config.json", "metrics.jsonl", "last.pt", "results.json", "report.md"}
+    assert names >= {"config.json", "metrics.jsonl", "results.json", "report.md"} and "last.pt" not in names
     assert {Path(name).stem for name in names} >= {"validation_predictions", "test_predictions"}
     assert {Path(name).suffix for name in names if name.startswith("best/")} >= {".safetensors", ".json"}
     assert not {Path(name).suffix for name in names} & {".bin", ".pkl", ".pickle"}
@@ -91,8 +97,8 @@ def metrics(run: Path) -> list[dict]:
 
 
 def outcome(run: Path) -> dict:
-    """All that a run leaves but its times: last.pt, metrics.jsonl and the bytes of the other files."""
-    state = torch.load(run / "last.pt", weights_only=True)["state"]
+    """All that a run leaves but its times, and the last.pt that it had at its end, kept as final.pt."""
+    state = torch.load(run / "final.pt", weights_only=True)["state"]
     for name in ("seconds", "train_seconds", "peak_memory_bytes"):
         state["progress"].pop(name, None)
     names = [path for folder in ("best", "predictions") for path in (run / folder).rglob("*") if path.is_file()]
@@ -112,7 +118,13 @@ def same(first, second) -> bool:
 def test_killed_and_started_again_a_run_ends_bit_for_bit_as_one_never_stopped(
     project, few_rows, tmp_path, monkeypatch, capsys
 ):
-    train, begun = module(project, "train"), []
+    train, begun, finish = module(project, "train"), [], Run.finish
+
+    def keep_last(run: Run, *given, **more) -> dict:
+        shutil.copy(run.path / "last.pt", run.path / "final.pt")
+        return finish(run, *given, **more)
+
+    monkeypatch.setattr(Run, "finish", keep_last)
     settings = {"max_steps": 6, "logging_steps": 1, "save_steps": 2, "data_dir": str(few_rows(project))}
     config = config_of(project, run_dir=str(tmp_path / "whole"), **settings | DRAWN.get(project, {}))
     assert train.main(config) is None

@@ -4,6 +4,7 @@ import math
 import signal
 import time
 from dataclasses import asdict, dataclass
+from threading import current_thread, main_thread
 from typing import Literal
 
 import torch
@@ -124,7 +125,8 @@ class StopSignal:
 
     def __enter__(self):
         self.number = 0
-        self.previous = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = (signal.SIGINT, signal.SIGTERM) if current_thread() is main_thread() else ()  # others get none
+        self.previous = {number: signal.signal(number, self.note) for number in numbers}
         return self
 
     def note(self, number, frame):

@@ -2,7 +2,7 @@
 
     config.json    the settings, package versions, device, git commit
     metrics.jsonl  one line per logged step and per evaluation
-    last.pt        everything needed to go on
+    last.pt        everything needed to go on; gone when the run is finished
     best/          the best model so far, in the format its users load
     results.json   written last: its presence means that the run is finished
 """
@@ -11,18 +11,21 @@ import errno
 import json
 import math
 import os
+import shlex
 import shutil
 import sys
 import zipfile
 from collections.abc import Callable
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
 
-from common.checkpoint import UserError
+from common.checkpoint import ROOT, UserError
 from common.checkpoint.files import flush, read_json, write_atomically, write_json
+from common.checkpoint.identity import differences, identify_model, model_folder
 from common.checkpoint.progress import Best, Progress
 
 try:
@@ -31,7 +34,10 @@ except ImportError:  # Windows
     fcntl = None
     import msvcrt
 
-FORMAT = 2  # of a run; raised by any change that moves a number or a name. Runs older than this number have none
+FORMAT = 3  # of a run; raised by any change that moves a number or a name. Runs older than this number have none
+
+# Settings that say where something lies: a run may move, so the content is compared instead
+PLACES = ("model", "data_dir", "criteria_file", "dev_beir")
 
 T = TypeVar("T")
 
@@ -45,10 +51,16 @@ def read_run(path: Path) -> dict:
     return content
 
 
-def read_results(path: Path, settings: dict) -> dict | None:
+def identity(settings: dict) -> dict:
+    """The settings that have to be the same where a run goes on."""
+    return {name: value for name, value in settings.items() if name not in PLACES}
+
+
+def read_results(path: Path, settings: dict, data: dict[str, str] | None = None) -> dict | None:
     """The results of a finished run, None where there is no run yet or an unfinished one; writes nothing.
 
-    Raises UserError where path holds a run with other settings, naming those that differ, or something that is no run.
+    data: the SHA-256 of each file that is read. Raises UserError where path holds a run with other settings (PLACES
+    aside), other data or another pretrained model, naming what differs, or something that is no run.
     Of another version's run only the settings that both versions have are compared.
     """
     if path.exists() and not path.is_dir():
@@ -63,12 +75,33 @@ def read_results(path: Path, settings: dict) -> dict | None:
     names = saved.keys() | settings.keys() if run["format"] == FORMAT else saved.keys() & settings.keys()
     differing = [
         f"{name} {saved.get(name, 'absent')!r} there, {settings.get(name, 'absent')!r} here"
-        for name in sorted(names)
+        for name in sorted(names - {*PLACES})
         if saved.get(name, "absent") != settings.get(name, "absent")
     ]
     if differing:
         raise UserError(f"{path} holds a run with another config: {'; '.join(differing)}. Give another --run_dir")
+    if run["format"] == FORMAT:
+        compare_data(path, data)
+        compare_model(path, settings.get("model"))
     return read_json(path / "results.json") if (path / "results.json").exists() else None
+
+
+def compare_data(path: Path, data: dict[str, str] | None) -> None:
+    """Raise UserError where the data files are not those that a run was begun with."""
+    if data is not None and (changes := differences(read_run(path)["environment"].get("data", {}), data)):
+        raise UserError(f"{path} was begun with other data: {changes}. Bring it back, or give another --run_dir")
+
+
+def compare_model(path: Path, model: str | None) -> None:
+    """Raise UserError where a pretrained model that is on this machine is not the one that a run was begun with.
+
+    Its config, tokenizer and weights are compared, not its place.
+    """
+    recorded = read_run(path)["environment"].get("model")
+    if recorded and model and (folder := model_folder(model)):
+        there, here = ({n: f[0] for n, f in m["files"].items()} for m in (recorded, identify_model(folder, recorded)))
+        if changes := differences(there, here):
+            raise UserError(f"{path} was begun with another model than {model}: {changes}. Give the same --model")
 
 
 def warn_of_precision(path: Path, dtype: torch.dtype | None, name: str = "autocast") -> None:
@@ -116,28 +149,39 @@ def identify_best(path: Path) -> tuple[Path, int, int]:
 class Run:
     """A run folder held by this process: created or reopened, locked until close or the end of the process.
 
-    settings: what defines the run, as JSON has it; None: as they are there. same: what else must be as it was when the
-    run was begun (the rows' SHA-256, the autocast type, the processes). info: what is only written down. writes: false
-    in all but one of several processes: they hold no lock, and what they are asked to write is left to that one.
+    settings: what defines the run, as JSON has it; None: as they are there. data: the SHA-256 of each file that is
+    read. same: what else must be as it was when the run was begun (the autocast type, the processes). info: what is
+    only written down. writes: false in all but one of several processes: they hold no lock, and what they are asked to
+    write is left to that one.
 
     Raises UserError as read_results does, where another process holds the lock, where same differs, where the run is
     another version's and unfinished, or finished meanwhile.
     """
 
     def __init__(
-        self, path: Path, settings: dict | None, same: dict, info: dict | None = None, writes: bool = True
+        self,
+        path: Path,
+        settings: dict | None,
+        same: dict,
+        info: dict | None = None,
+        writes: bool = True,
+        data: dict[str, str] | None = None,
     ) -> None:
         self.path, self.writes = path, writes
         self.settings = read_run(path)["config"] if settings is None else settings
         if not writes:
             return
-        read_results(path, self.settings)  # before anything is written
+        if settings is not None:
+            read_results(path, settings, data)  # before anything is written
+        compare_data(path, data)
         path.mkdir(parents=True, exist_ok=True)
         self.lock()
-        self.results = read_results(path, self.settings)  # again: another process may have been here before the lock
+        if settings is not None:
+            read_results(path, settings, data)  # again: another process may have been here before the lock
         if not (path / "config.json").exists():
-            content = {"format": FORMAT, "config": self.settings, "environment": {**(info or {}), **same}}
-            write_json(path / "config.json", content)
+            self.describe({**(info or {}), **same, "data": data})
+        finished = path / "results.json"
+        self.results = read_json(finished) if finished.exists() else None
         try:
             self.compare(same, resumes=settings is not None)
         except UserError:
@@ -148,6 +192,15 @@ class Run:
             old.rename(best)
         for leftover in (old, path / "best.tmp"):
             shutil.rmtree(leftover, ignore_errors=True)
+
+    def describe(self, environment: dict) -> None:
+        """Write config.json: the settings, what they met on this machine, when and by which command."""
+        if folder := model_folder(self.settings.get("model", "")):
+            environment["model"] = identify_model(folder)
+        started, script = datetime.now().astimezone().isoformat(timespec="seconds"), Path(sys.argv[0]).resolve()
+        words = ["python", str(script.relative_to(ROOT) if script.is_relative_to(ROOT) else script), *sys.argv[1:]]
+        content = {"format": FORMAT, "started": started, "command": shlex.join(words)}
+        write_json(self.path / "config.json", {**content, "config": self.settings, "environment": environment})
 
     def lock(self) -> None:
         """A POSIX record lock: the kernel drops it with this process, and forked loader workers do not inherit it."""
@@ -178,7 +231,7 @@ class Run:
         ]
         if differing:
             raise UserError(
-                f"{self.path} was begun with other rows, another precision or other processes: {'; '.join(differing)}. "
+                f"{self.path} was begun with another precision or other processes: {'; '.join(differing)}. "
                 "Bring them back, or give another --run_dir"
             )
 
@@ -219,13 +272,14 @@ class Run:
             message = f"{path} is damaged or no checkpoint ({type(error).__name__}); delete it to train from the start"
             raise UserError(message) from error
         keys = {"config", "metrics_bytes", "state"}
-        if not isinstance(saved, dict) or saved.keys() != keys or saved["config"] != self.settings:
+        if not isinstance(saved, dict) or saved.keys() != keys or saved["config"] != identity(self.settings):
             raise UserError(f"{path} is not a checkpoint of this run; delete it to train from the start")
         return saved
 
     def save_last(self, state: dict[str, Any]) -> None:
         """Write last.pt: tensors and plain values only, so that it loads with weights_only."""
-        content = {"config": self.settings, "state": {name: part.state_dict() for name, part in state.items()}}
+        states = {name: part.state_dict() for name, part in state.items()}
+        content = {"config": identity(self.settings), "state": states}
         if not self.writes:  # but all processes have to form the state of a model that they share
             return
         metrics = self.path / "metrics.jsonl"
@@ -243,6 +297,8 @@ class Run:
         try:
             write(temporary)
             for file in (*temporary.rglob("*"), temporary):
+                if file.is_file():  # safetensors lets its owner alone read it
+                    shutil.copymode(self.path / "config.json", file)
                 flush(file)
         except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -286,9 +342,10 @@ class Run:
             figures["skipped_steps"] = progress.skipped_steps
             progress.skipped_steps = 0
         self.log({"event": "step", "step": progress.step, "epoch": round(epoch, 4), **figures, **more})
+        left = timedelta(seconds=round(progress.seconds / progress.step * (total_steps - progress.step)))
         return (
             f"step {progress.step}/{total_steps} | epoch {epoch:.2f} | loss {loss:.4f} | lr {learning_rate:.2e} | "
-            f"grad norm {grad_norm:.2f} | {progress.tokens_per_second:.0f} tokens/s"
+            f"grad norm {grad_norm:.2f} | {progress.tokens_per_second:.0f} tokens/s | {left} left"
         )
 
     def evaluations(self) -> list[dict]:
@@ -309,6 +366,7 @@ class Run:
         results |= {"seconds": progress.seconds, "tokens_per_second": progress.tokens_per_second}
         results |= {"peak_memory_bytes": progress.peak_memory_bytes} | more
         write_json(self.path / "results.json", results)
+        (self.path / "last.pt").unlink(missing_ok=True)
         self.close()
         return results
 

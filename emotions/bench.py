@@ -177,11 +177,13 @@ def bench_attention(given: SimpleNamespace) -> None:
         print("\n".join(["", *table([title, *header][:columns], rows)]), flush=True)
 
 
-def run_ours(side: str, config: Config, rows: list[Row], scored: list[Row], seed: int) -> float:
+def run_ours(side: str, config: Config, names: tuple, rows: list[Row], scored: list[Row], seed: int) -> float:
     """One epoch of train.py: the seconds of its optimizer steps."""
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w", encoding="utf-8") as silent:
         for name, part in (("train", rows), ("validation", scored)):
-            Path(folder, f"{name}.jsonl").write_text("".join(map(json_line, part)), encoding="utf-8")
+            lines = "".join(json_line(row, names) for row in part)
+            Path(folder, f"{name}.jsonl").write_text(lines, encoding="utf-8")
+        Path(folder, "labels.txt").write_text("\n".join(names), encoding="utf-8")
         attention = "fast" if side == "ours" else "library"
         changes = {"run_dir": f"{folder}/run", "data_dir": folder, "attention": attention, "seed": seed}
         with redirect_stdout(silent):
@@ -190,13 +192,13 @@ def run_ours(side: str, config: Config, rows: list[Row], scored: list[Row], seed
     return state["progress"]["train_seconds"]
 
 
-def run_trainer(side: str, config: Config, rows: list[Row], scored: list[Row], seed: int) -> float:
+def run_trainer(side: str, config: Config, names: tuple, rows: list[Row], scored: list[Row], seed: int) -> float:
     """One epoch of transformers.Trainer over the same rows in batches of the same size: its seconds."""
     torch.manual_seed(0)
     tokenizer = find_tokenizer(config)
     model = AutoModelForSequenceClassification.from_config(load_shape(find_model(config)))
     data = tokenizer([row.text for row in rows], truncation=True, max_length=config.max_length)
-    data["labels"] = multi_hot([row.labels for row in rows]).astype(float).tolist()
+    data["labels"] = multi_hot([row.labels for row in rows], len(names)).astype(float).tolist()
     data = [dict(zip(data, cells)) for cells in zip(*data.values())]
     padding = {"padding": "max_length", "max_length": config.max_length} if "padded" in side else {}
     dtype = autocast_dtype(config.amp, pick_device())
@@ -225,11 +227,12 @@ def bench_epoch(config: Config, shape: str, given: SimpleNamespace) -> None:
     """A Markdown table of texts a second, sides in turn, with the ratio of ours to each."""
     tokenizer = find_tokenizer(config)
     splits = load_splits(config, tokenizer)
-    texts, scored = splits["train"].rows, sorted(splits["validation"].rows, key=lambda row: not row.labels)[:5]
+    texts, names = splits["train"].rows, splits["train"].names
+    scored = sorted(splits["validation"].rows, key=lambda row: not row.labels)[:5]
     rows = [texts[place] for place in np.random.default_rng(0).permutation(len(texts))[: given.rows]]
     with tempfile.TemporaryDirectory() as folder:
         model = deberta_shape(shape, given.layers, len(tokenizer)) if shape else load_shape(find_model(config))
-        model.num_labels, model.problem_type = len(EMOTIONS), "multi_label_classification"
+        model.num_labels, model.problem_type = len(names), "multi_label_classification"
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         changes = {"model": folder, "init": "random", "pooling": "head", "epochs": 1, "max_steps": 0}
@@ -237,7 +240,7 @@ def bench_epoch(config: Config, shape: str, given: SimpleNamespace) -> None:
 
         def turn(side: str, number: int) -> float:
             run = run_ours if side.startswith("ours") else run_trainer
-            seconds = run(side, changed, rows if number else rows[: 2 * config.batch_size], scored, number)
+            seconds = run(side, changed, names, rows if number else rows[: 2 * config.batch_size], scored, number)
             print(f"{side}, round {number}: {seconds:.1f} s", flush=True)
             return seconds
 

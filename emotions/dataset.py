@@ -1,8 +1,8 @@
 """Texts and their emotions: JSON lines -> rows -> splits with labels and lengths -> batches of token ids.
 
 A line: {"text": "...", "labels": ["joy", "love"], "known": [...], "source": "goemotions", "id": "..."}. known names the
-emotions that the row's source can express: the others are neither present nor absent and count nowhere. Without it
-all 28 are known. prepare.py writes these files. sampling.py chooses the rows of an epoch.
+labels that the row's source can express: the others are neither present nor absent and count nowhere. Without it all
+are known. labels.txt names all there are. prepare.py writes these files. sampling.py chooses the rows of an epoch.
 
 N rows, B draws in a batch, M of them with a partner, T tokens, L labels
 """
@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import regex
 import torch
-from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, StringConstraints, ValidationError
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -31,10 +31,18 @@ from common.checkpoint.files import parse_object, unread_keys
 from common.checkpoint.pretrained import check_ids, check_texts
 from common.seed import epoch_generator
 from emotions.config import Config
-from emotions.labels import ALL, EMOTIONS, NUMBERS
+from emotions.labels import clean_name, label_numbers, load_labels
 
 FOLDS = 5  # that validation is cut into to cross-fit the thresholds
 BUCKET = 100  # batches among which lengths are sorted
+
+
+def split_names(value: object) -> object:
+    """The list of names of one text, as a table's cell has them: "joy|love". What is no text stays."""
+    return [name for name in value.split("|") if name.strip()] if isinstance(value, str) else value
+
+
+Names = Annotated[list[Annotated[str, AfterValidator(clean_name)]], BeforeValidator(split_names)]
 
 
 class JsonRow(BaseModel):
@@ -42,14 +50,14 @@ class JsonRow(BaseModel):
 
     model_config = ConfigDict(strict=True)
     text: Annotated[str, StringConstraints(strip_whitespace=True)]
-    labels: list[Literal[EMOTIONS]]
-    known: list[Literal[EMOTIONS]] | None = None
+    labels: Names
+    known: Names | None = None
     source: str = ""
     id: int | str | None = None
 
 
 class Row(NamedTuple):
-    """One text, the numbers of its emotions and of those its source can express, and where it stands."""
+    """One text, the numbers of its labels and of those its source can express, and where it stands."""
 
     text: str
     labels: tuple[int, ...]
@@ -65,6 +73,7 @@ class Split:
     """The rows of one file, and what is counted of them once."""
 
     rows: list[Row]
+    names: tuple[str, ...]  # (L,) of the labels
     labels: np.ndarray  # (N, L) bool
     known: np.ndarray  # (N, L) bool
     lengths: np.ndarray  # (N,) tokens with the special ones, before truncation
@@ -100,7 +109,7 @@ def first_error(error: ValidationError) -> str:
     return f"{name} {verb} {first['input']!r:.80}, {first['msg'].replace('Input should be', 'expected')}"
 
 
-def parse_row(line: bytes, number: int) -> Row:
+def parse_row(line: bytes, number: int, names: tuple[str, ...]) -> Row:
     """One JSON line as a Row. Raises ValueError saying what is wrong with it."""
     fields = parse_object(decode(line).strip())
     unread = unread_keys(fields, JsonRow.model_fields)
@@ -111,8 +120,13 @@ def parse_row(line: bytes, number: int) -> Row:
 
     if is_empty(row.text):
         raise ValueError(f"text is {row.text!a:.80}, expected something that can be seen")
-    labels = tuple(sorted({NUMBERS[name] for name in row.labels}))
-    known = ALL if row.known is None else tuple(sorted({NUMBERS[name] for name in row.known}))
+    numbers = {}
+    for field, given in (("labels", row.labels), ("known", names if row.known is None else row.known)):
+        try:
+            numbers[field] = label_numbers(given, names)
+        except ValueError as error:
+            raise ValueError(f"{field} holds {error}") from error
+    labels, known = numbers.values()
     if not known:
         raise ValueError("known is empty: nothing could be learned from the row")
     if not set(labels) <= set(known):
@@ -120,7 +134,7 @@ def parse_row(line: bytes, number: int) -> Row:
     return Row(row.text, labels, known, row.source, number, row.id, tuple(unread))
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_rows(path: Path, names: tuple[str, ...]) -> list[Row]:
     """All rows of a JSON-lines file; blank lines are skipped. Raises UserError naming file and line."""
     if not path.is_file():
         ways = "`python emotions/prepare.py` makes it, --data_dir names your folder, --sample needs neither"
@@ -130,7 +144,7 @@ def read_rows(path: Path) -> list[Row]:
         for number, line in enumerate(file, 1):
             if line.strip():
                 try:
-                    rows.append(parse_row(line, number))
+                    rows.append(parse_row(line, number, names))
                 except ValueError as error:
                     raise UserError(f"{path}, line {number}: {error}") from error
     if not rows:
@@ -138,15 +152,15 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
-def multi_hot(labels: Sequence[tuple[int, ...]]) -> np.ndarray:
-    """(N, L) bool: true in row n where labels[n] holds the column's number."""
-    matrix = np.zeros((len(labels), len(EMOTIONS)), dtype=bool)
+def multi_hot(labels: Sequence[tuple[int, ...]], count: int) -> np.ndarray:
+    """(N, L) bool for L = count labels: true in row n where labels[n] holds the column's number."""
+    matrix = np.zeros((len(labels), count), dtype=bool)
     for row, numbers in zip(matrix, labels):
         row[list(numbers)] = True
     return matrix
 
 
-def make_split(rows: list[Row], tokenizer: PreTrainedTokenizerFast) -> Split:
+def make_split(rows: list[Row], names: tuple[str, ...], tokenizer: PreTrainedTokenizerFast) -> Split:
     """The rows, tokenised 1,000 at a time for their lengths. Raises UserError for a token without an embedding."""
     check_texts(tokenizer, [row.text for row in rows])
     lengths = []
@@ -155,8 +169,8 @@ def make_split(rows: list[Row], tokenizer: PreTrainedTokenizerFast) -> Split:
         ids = tokenizer([row.text for row in part], verbose=False)["input_ids"]  # verbose warns of what will be cut
         check_ids(ids, tokenizer, lambda row, part=part: f"line {part[row].line}")
         lengths += map(len, ids)
-    labels, known = (multi_hot([getattr(row, field) for row in rows]) for field in ("labels", "known"))
-    return Split(rows, labels, known, np.array(lengths, dtype=np.int64))
+    labels, known = (multi_hot([getattr(row, field) for row in rows], len(names)) for field in ("labels", "known"))
+    return Split(rows, names, labels, known, np.array(lengths, dtype=np.int64))
 
 
 # Characters that nobody sees, those that tell no texts apart, and those that somebody sees
@@ -179,11 +193,17 @@ def is_empty(text: str) -> bool:
     return not SEEN.search(text)
 
 
-def load_splits(config: Config, tokenizer: PreTrainedTokenizerFast) -> dict[str, Split]:
-    """train and validation, and test where test.jsonl is. Raises UserError, also for a text on two sides."""
+def load_splits(
+    config: Config, tokenizer: PreTrainedTokenizerFast, labels: tuple[str, ...] | None = None
+) -> dict[str, Split]:
+    """train and validation, and test where test.jsonl is. Raises UserError, also for a text on two sides.
+
+    labels: a trained model's, where there is one; else they are the folder's.
+    """
     folder = ROOT / config.data_dir
     names = ["train", "validation"] + ["test"] * (folder / "test.jsonl").exists()
-    rows = {name: read_rows(folder / f"{name}.jsonl") for name in names}
+    labels = labels or load_labels(folder)
+    rows = {name: read_rows(folder / f"{name}.jsonl", labels) for name in names}
 
     # Validation chooses the epoch and the thresholds.
     if not any(row.labels for row in rows["validation"]):
@@ -200,7 +220,7 @@ def load_splits(config: Config, tokenizer: PreTrainedTokenizerFast) -> dict[str,
                     f"{folder / name}.jsonl, line {row.line}: its text is also in train.jsonl, line {line}; "
                     "a text that is scored must not be trained on: remove one"
                 )
-    return {name: make_split(rows[name], tokenizer) for name in names}
+    return {name: make_split(rows[name], labels, tokenizer) for name in names}
 
 
 def repeated_in_test(splits: dict[str, Split]) -> int:
@@ -210,19 +230,19 @@ def repeated_in_test(splits: dict[str, Split]) -> int:
 
 
 def positives(split: Split) -> dict[str, int]:
-    """The rows with each emotion that some row knows."""
+    """The rows with each label that some row knows."""
     counts, known = split.labels.sum(axis=0).tolist(), split.known.any(axis=0)
-    return {name: count for name, count, knows in zip(EMOTIONS, counts, known) if knows}
+    return {name: count for name, count, knows in zip(split.names, counts, known) if knows}
 
 
 def absent(split: Split) -> list[str]:
-    """The emotions that some row knows and none has."""
+    """The labels that some row knows and none has."""
     return [name for name, count in positives(split).items() if count == 0]
 
 
 def fingerprint(splits: dict[str, Split]) -> str:
-    """SHA-256 of all rows and where they are: equal only for the same rows in the same splits."""
-    rows = {name: [row[:4] for row in split.rows] for name, split in splits.items()}
+    """SHA-256 of all rows, labels and where they are: equal only for the same rows in the same splits."""
+    rows = {name: [split.names, *(row[:4] for row in split.rows)] for name, split in splits.items()}
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 

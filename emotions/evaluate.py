@@ -5,7 +5,6 @@
 
 import json
 import sys
-from functools import partial
 from pathlib import Path
 
 if not __package__:  # run as a script: import from the repository root, not from this folder
@@ -20,13 +19,14 @@ from transformers import PreTrainedTokenizerFast
 from common.checkpoint import UserError
 from common.checkpoint.environment import autocast_dtype, pick_device
 from common.checkpoint.files import write_text
+from common.checkpoint.pretrained import load_shape
 from common.checkpoint.run import Run, read_best, warn_of_precision
 from emotions.cli import run_path, run_script
 from emotions.config import Config
 from emotions.dataset import Draw, Split, absent, fingerprint, load_splits, make_loader, positives, sorted_batches
-from emotions.labels import EMOTIONS, GROUPINGS, NUMBERS
+from emotions.labels import groupings, label_numbers
 from emotions.loss import class_weights, emotion_loss
-from emotions.model import EmotionClassifier, find_tokenizer, load_model
+from emotions.model import EmotionClassifier, find_tokenizer, label_names, load_model
 from emotions.parallel import Processes, all_reduce, watchdog
 from emotions.report import report
 from emotions.sampling import draw_weights, rank_batches
@@ -50,7 +50,7 @@ def predict_logits(
     own = rank_batches(sorted_batches(split.lengths, config.eval_batch_size), processes.rank, processes.world)
     draws = [[Draw(number, split.rows[number].text) for number in numbers] for numbers, _ in own]
 
-    logits = torch.zeros(len(split), len(EMOTIONS))
+    logits = torch.zeros(len(split), model.config.num_labels)
     model.eval()
     loader = make_loader(draws, split, tokenizer, config)
     bar = tqdm(loader, leave=False, disable=processes.rank > 0 or None, desc="evaluating")
@@ -80,19 +80,20 @@ def label_metrics(split: Split, predictions: np.ndarray) -> dict:
     """multilabel_metrics of predictions (N, L)."""
     from common.metrics import multilabel_metrics  # scikit-learn, a second that --help has no use for
 
-    return multilabel_metrics(split.labels, predictions, EMOTIONS, split.known)
+    return multilabel_metrics(split.labels, predictions, split.names, split.known)
 
 
-def group_metrics(labels: np.ndarray, predictions: np.ndarray, known: np.ndarray, groups: dict) -> dict:
-    """multilabel_metrics of groups of labels: one holds where any of its labels does.
+def group_metrics(split: Split, predictions: np.ndarray, groups: dict[str, tuple[str, ...]]) -> dict:
+    """multilabel_metrics of predictions (N, L) of groups of labels: one holds where any of its labels does.
 
     Where a row knows only some of a group's labels, the group is known if one of those holds, else not.
     """
     from common.metrics import multilabel_metrics
 
-    columns = [[NUMBERS[name] for name in names] for names in groups.values()]
+    columns, known = [label_numbers(names, split.names) for names in groups.values()], split.known
     true, predicted = (
-        np.stack([(matrix & known)[:, own].any(axis=1) for own in columns], axis=1) for matrix in (labels, predictions)
+        np.stack([(cells & known)[:, own].any(axis=1) for own in columns], axis=1)
+        for cells in (split.labels, predictions)
     )
     decided = np.stack([known[:, own].all(axis=1) for own in columns], axis=1) | true
     return multilabel_metrics(true, predicted, tuple(groups), decided)
@@ -108,10 +109,8 @@ def score_split(logits: Tensor, split: Split, thresholds: Thresholds, loss: floa
     scores = {"rows": len(split), "loss": loss, "map": mean_average_precision(split.labels, probability, split.known)}
     scores["absent"] = absent(split)
     scores |= {rule: label_metrics(split, cells) for rule, cells in predictions.items()}
-    for name, groups in GROUPINGS.items():
-        scores[name] = {
-            rule: group_metrics(split.labels, cells, split.known, groups) for rule, cells in predictions.items()
-        }
+    for name, groups in groupings(split.names).items():
+        scores[name] = {rule: group_metrics(split, cells, groups) for rule, cells in predictions.items()}
     return scores
 
 
@@ -122,11 +121,13 @@ def cross_fitted_scores(logits: Tensor, split: Split, config: Config) -> dict:
     return {"at_shared": label_metrics(split, shared), "at_per_label": label_metrics(split, per_label)}
 
 
-def answer(probability: np.ndarray, thresholds: np.ndarray) -> tuple[list[str], dict[str, float]]:
-    """One text's emotions and all probabilities by name, the likeliest first; both arguments are (L,)."""
+def answer(
+    probability: np.ndarray, thresholds: np.ndarray, names: tuple[str, ...]
+) -> tuple[list[str], dict[str, float]]:
+    """One text's labels and all probabilities by name, the likeliest first; all arguments are (L,)."""
     order = np.argsort(-probability, kind="stable")
-    predicted = [EMOTIONS[n] for n in order if probability[n] >= thresholds[n]]
-    return predicted, {EMOTIONS[n]: round(float(probability[n]), 6) for n in order}
+    predicted = [names[n] for n in order if probability[n] >= thresholds[n]]
+    return predicted, {names[n]: round(float(probability[n]), 6) for n in order}
 
 
 def validate(
@@ -152,7 +153,7 @@ def validate(
         "f1_macro_at_half": label_metrics(split, probability >= 0.5)["f1_macro"],
         "f1_macro": label_metrics(split, exact >= thresholds.shared)["f1_macro"],
     }
-    return scores, thresholds_json(thresholds)
+    return scores, thresholds_json(thresholds, split.names)
 
 
 def evaluate_run(
@@ -165,11 +166,13 @@ def evaluate_run(
     """Scores of the best model on every split but train; writes predictions/ and report.md into the run."""
     from common.metrics import too_few
 
-    model, thresholds = read_best(run.path, lambda folder: (load_model(folder, config), read_thresholds(folder)))
-    model, train = model.to(pick_device()), splits["train"]
+    train = splits["train"]
+    names = train.names
+    model, thresholds = read_best(run.path, lambda best: (load_model(best, config), read_thresholds(best, names)))
+    model = model.to(pick_device())
     drawn = draw_weights(train, config)
     weights = class_weights(config.class_weights, drawn @ train.labels, drawn @ train.known)
-    per_label = dict(zip(EMOTIONS, thresholds.per_label.tolist()))
+    per_label = dict(zip(names, thresholds.per_label.tolist()))
     scores: dict = {"thresholds": {"shared": thresholds.shared, "per_label": per_label}, "test": None}
     (run.path / "predictions").mkdir(exist_ok=True)
     for name in [name for name in splits if name != "train"]:
@@ -181,8 +184,8 @@ def evaluate_run(
             scores[name]["too_few"] = too_few(len(split), positives(split))
         lines = []
         for row, probability in zip(split.rows, probabilities(logits)):
-            predicted, by_name = answer(probability, thresholds.per_label)
-            line = {"line": row.line, "id": row.id, "text": row.text, "labels": [EMOTIONS[n] for n in row.labels]}
+            predicted, by_name = answer(probability, thresholds.per_label, names)
+            line = {"line": row.line, "id": row.id, "text": row.text, "labels": [names[n] for n in row.labels]}
             line |= {"predicted": predicted, "probabilities": by_name}
             lines.append(json.dumps(line, ensure_ascii=False) + "\n")
         write_text(run.path / "predictions" / f"{name}_predictions.jsonl", "".join(lines))
@@ -193,8 +196,9 @@ def evaluate_run(
 def main(config: Config) -> None:
     path = run_path(config)
     dtype = autocast_dtype(config.amp, pick_device())
-    tokenizer = read_best(path, partial(find_tokenizer, config))  # before the lock: where there is no run, none is made
-    splits = load_splits(config, tokenizer)
+    # Before the lock: where there is no run, none is made
+    tokenizer, shape = read_best(path, lambda folder: (find_tokenizer(config, folder), load_shape(folder)))
+    splits = load_splits(config, tokenizer, label_names(shape))
     run = Run(path, None, {"data_sha256": fingerprint(splits)})
     warn_of_precision(path, dtype)
     if run.results is None:

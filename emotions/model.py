@@ -1,4 +1,4 @@
-"""The classifier: an encoder and its architecture's own head or mean pooling, 28 logits; its files.
+"""The classifier: an encoder and its architecture's own head or mean pooling, L logits; its files.
 
 B batch, M interpolated rows, T tokens, D hidden, L labels
 """
@@ -25,7 +25,6 @@ from common.checkpoint.pretrained import (
 )
 from common.checkpoint.probe import check_architecture
 from emotions.config import Config
-from emotions.labels import EMOTIONS
 
 NEVER = -10.0  # the logit of p = .00005
 
@@ -38,7 +37,7 @@ class EmotionClassifier(nn.Module):
 
     def __init__(self, encoder: nn.Module, dropout: float):
         super().__init__()
-        self.config, self.prefix = encoder.config, encoder.base_model_prefix
+        self.config, self.prefix = encoder.config, encoder.base_model_prefix  # its num_labels is L
         if hasattr(self.config, "use_cache"):
             self.config.use_cache = False  # of keys and values, for generation
         if hasattr(encoder, "pooler") and not isinstance(self, PooledClassifier):
@@ -87,7 +86,7 @@ class PooledClassifier(EmotionClassifier):
     """BERT's: the encoder's own pooler."""
 
     def add_head(self, size: int) -> None:
-        self.classifier = nn.Linear(size, len(EMOTIONS))
+        self.classifier = nn.Linear(size, self.config.num_labels)
 
     def features(self, output, attention_mask: Tensor) -> Tensor:
         return output.pooler_output.float()
@@ -97,7 +96,8 @@ class FirstTokenClassifier(EmotionClassifier):
     """RoBERTa's and ELECTRA's: dropout, Linear, activation on the first token."""
 
     def add_head(self, size: int) -> None:
-        self.classifier = nn.ModuleDict({"dense": nn.Linear(size, size), "out_proj": nn.Linear(size, len(EMOTIONS))})
+        output = nn.Linear(size, self.config.num_labels)
+        self.classifier = nn.ModuleDict({"dense": nn.Linear(size, size), "out_proj": output})
         self.activation = F.gelu if self.config.model_type == "electra" else torch.tanh
 
     def features(self, output, attention_mask: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ class ContextClassifier(EmotionClassifier):
 
     def add_head(self, size: int) -> None:
         self.pooler = nn.ModuleDict({"dense": nn.Linear(size, size), "dropout": nn.Dropout(self.config.pooler_dropout)})
-        self.classifier = nn.Linear(size, len(EMOTIONS))
+        self.classifier = nn.Linear(size, self.config.num_labels)
 
     def features(self, output, attention_mask: Tensor) -> Tensor:
         cls = self.pooler["dropout"](output.last_hidden_state[:, 0].float())
@@ -125,7 +125,7 @@ class MeanClassifier(EmotionClassifier):
     """The mean of the real tokens, for any encoder; its Linear has a name that no library takes for another head's."""
 
     def add_head(self, size: int) -> None:
-        self.mean_classifier = nn.Linear(size, len(EMOTIONS))
+        self.mean_classifier = nn.Linear(size, self.config.num_labels)
 
     def features(self, output, attention_mask: Tensor) -> Tensor:
         mask = attention_mask[:, :, None].float()  # (B, T, 1)
@@ -151,6 +151,11 @@ def prior_logits(positives: np.ndarray, known: np.ndarray) -> Tensor:
     """
     prior = (positives + 1) / (known + 2)
     return torch.from_numpy(np.where(known > 0, np.log(prior / (1 - prior)), NEVER)).float()
+
+
+def label_names(shape: PreTrainedConfig) -> tuple[str, ...]:
+    """The labels of a trained model, in the order of its logits."""
+    return tuple(shape.id2label[number] for number in range(shape.num_labels))
 
 
 def find_model(config: Config) -> str:
@@ -185,20 +190,22 @@ def choose_attention(model: EmotionClassifier, config: Config) -> EmotionClassif
     return model
 
 
-def build_model(config: Config, prior: Tensor) -> EmotionClassifier:
+def build_model(config: Config, prior: Tensor, labels: tuple[str, ...]) -> EmotionClassifier:
     """Encoder with its weights (init "pretrained") or new ones (init "random"), and a new head whose bias is prior.
+
+    prior: (L,); labels: (L,) names, which the model's config keeps.
 
     From there every label starts at its own frequency; from 0 the first epochs would only unlearn that every emotion
     is in half of the texts (focal loss' initialisation, arXiv 1708.02002, sec. 3.3). Raises UserError.
     """
     source = find_model(config)
-    shape = load_shape(source, num_labels=len(EMOTIONS))
+    shape = load_shape(source, num_labels=len(labels))
     classifier = classifier_class(config, shape)
     check_architecture(config.model, shape, config.max_length, config.amp)
 
     # What pipeline reads of best/: the labels, the sigmoid, the dropout
-    shape.id2label = dict(enumerate(EMOTIONS))
-    shape.label2id = {label: index for index, label in enumerate(EMOTIONS)}
+    shape.id2label = dict(enumerate(labels))
+    shape.label2id = {label: index for index, label in enumerate(labels)}
     shape.problem_type = "multi_label_classification"
     for name in ("classifier_dropout", "classifier_dropout_prob", "cls_dropout"):
         if hasattr(shape, name) or (name == "cls_dropout" and classifier is ContextClassifier):

@@ -1,10 +1,10 @@
-"""The emotions of new texts: a line of text in, a JSON line out for each, in order.
+"""The labels of new texts: a line of text in, a JSON line out for each, in order.
 
     python emotions/predict.py --run_dir emotions/runs/... --input comments.txt > emotions.jsonl
     echo "Thank you so much, I love it" | python emotions/predict.py --run_dir emotions/runs/...
 
-Out: line (the text's number), labels (the emotions whose probability reaches the threshold that was tuned for each on
-validation, the likeliest first; none is an answer too) and the probabilities of all 28. Lines that show nothing are
+Out: line (the text's number), labels (those whose probability reaches the threshold that was tuned for each on
+validation, the likeliest first; none is an answer too) and the probabilities of all. Lines that show nothing are
 skipped. A line that is not UTF-8 is reported on stderr, gives {"line": ..., "error": ...} and makes the exit status 1.
 Lines are answered in blocks of 8 x eval_batch_size, the last block at the end of the input.
 """
@@ -30,8 +30,7 @@ from emotions.cli import run_path, run_script
 from emotions.config import Config
 from emotions.dataset import Row, decode, is_empty, make_split
 from emotions.evaluate import answer, predict_logits, probabilities
-from emotions.labels import ALL, EMOTIONS
-from emotions.model import EmotionClassifier, find_tokenizer, load_model
+from emotions.model import EmotionClassifier, find_tokenizer, label_names, load_model
 from emotions.thresholds import Thresholds, read_thresholds
 
 
@@ -40,14 +39,15 @@ def read_lines(stream: BinaryIO) -> Iterator[Row | tuple[int, str]]:
     for number, line in enumerate(stream, 1):
         try:
             if not is_empty(text := decode(line).strip()):
-                yield Row(text, (), ALL, "", number)
+                yield Row(text, (), (), "", number)
         except ValueError as error:
             yield number, str(error)
 
 
 def load_best(config: Config, folder: Path) -> tuple[EmotionClassifier, PreTrainedTokenizerFast, Thresholds]:
     """All that is read of a best folder."""
-    return load_model(folder, config), find_tokenizer(config, folder), read_thresholds(folder)
+    model = load_model(folder, config)
+    return model, find_tokenizer(config, folder), read_thresholds(folder, label_names(model.config))
 
 
 def main(config: Config, input: str, threshold: float | None) -> int:
@@ -57,7 +57,8 @@ def main(config: Config, input: str, threshold: float | None) -> int:
     path, device = run_path(config), pick_device()
     dtype = autocast_dtype(config.amp, device)
     model, tokenizer, tuned = read_best(path, partial(load_best, config))
-    thresholds = tuned.per_label if threshold is None else np.full(len(EMOTIONS), threshold)
+    names = label_names(model.config)
+    thresholds = tuned.per_label if threshold is None else np.full(len(names), threshold)
     warn_of_precision(path, dtype)
     model.to(device)
 
@@ -66,12 +67,12 @@ def main(config: Config, input: str, threshold: float | None) -> int:
     with open(sys.stdin.fileno() if input == "-" else input, "rb", closefd=input != "-") as stream:
         lines = read_lines(stream)
         while block := list(islice(lines, 8 * config.eval_batch_size)):
-            split = make_split([row for row in block if isinstance(row, Row)], tokenizer)
+            split = make_split([row for row in block if isinstance(row, Row)], names, tokenizer)
             cut += int((split.lengths > config.max_length).sum())
             probability = iter(probabilities(predict_logits(model, split, tokenizer, config, dtype)))
             for row in block:
                 if isinstance(row, Row):
-                    predicted, by_name = answer(next(probability), thresholds)
+                    predicted, by_name = answer(next(probability), thresholds, names)
                     out = {"line": row.line, "labels": predicted, "probabilities": by_name}
                 else:
                     failed = True
@@ -86,6 +87,6 @@ def main(config: Config, input: str, threshold: float | None) -> int:
 if __name__ == "__main__":
     flags = {
         "input": {"default": "-", "help": "file with a text on each line; -: standard input"},
-        "threshold": {"type": float, "help": "one probability for all emotions; without it, the run's tuned ones"},
+        "threshold": {"type": float, "help": "one probability for all labels; without it, the run's tuned ones"},
     }
     sys.exit(run_script(main, __doc__, trained=True, **flags))

@@ -5,8 +5,9 @@
     python emotions/prepare.py --sample --sources goemotions semeval2018_ec isear meld     # how the sample was made
 
 raw_dir (data_dir/raw without it) holds the original files, named in SOURCES below; data_dir gets train.jsonl,
-validation.jsonl, test.jsonl and the summary that is printed, as summary.md. Validation and test are all of GoEmotions'
-own. All files of the other sources are training data. GoEmotions' test.tsv may be missing: then so is the test split.
+validation.jsonl, test.jsonl, labels.txt and the summary that is printed, as summary.md. Validation and test are all of
+GoEmotions' own. All files of the other sources are training data. GoEmotions' test.tsv may be missing: then so is the
+test split.
 """
 
 import csv
@@ -29,7 +30,7 @@ from common.checkpoint.files import first_repeated, write_text
 from emotions.cli import displayed, run_script
 from emotions.config import Config
 from emotions.dataset import Row, decode, is_empty, multi_hot, same_text
-from emotions.labels import ALL, EMOTIONS, NUMBERS
+from emotions.labels import EMOTIONS, label_numbers
 from emotions.report import table
 
 
@@ -201,7 +202,7 @@ def source_labels(record: dict[str, str], name: str) -> list[str]:
 def read_source(path: Path, name: str) -> list[Row]:
     """All rows of one file; an ISEAR answer that tells nothing has an empty text. Raises UserError naming the line."""
     source, rows = SOURCES[name], []
-    known = tuple(sorted(NUMBERS[label] for label in source.mapping.values() if label))
+    known = label_numbers([label for label in source.mapping.values() if label], EMOTIONS)
     prefix = [path.name.split("_")[0]] * (name == "meld")  # train or dev: both count their dialogues from 0
     for number, record in read_records(path, source):
         try:
@@ -210,7 +211,7 @@ def read_source(path: Path, name: str) -> list[Row]:
                 raise ValueError("the text is empty")
         except ValueError as error:
             raise UserError(f"{path}, line {number}: {error}") from error
-        numbers = tuple(sorted({NUMBERS[label] for label in labels if label}))
+        numbers = label_numbers([label for label in labels if label], EMOTIONS)
         identity = "_".join(prefix + [record[column] for column in source.ids])
         rows.append(Row(clean_text(record[source.text], name), numbers, known, name, number, identity))
     if not rows:
@@ -261,11 +262,11 @@ def pilot(rows: list[Row], num_rows: int, split_seed: int) -> list[Row]:
     return [rows[index] for index in np.sort(order[:num_rows])]
 
 
-def json_line(row: Row) -> str:
+def json_line(row: Row, names: tuple[str, ...] = EMOTIONS) -> str:
     """A row as dataset.py reads it, without known where that is everything."""
-    value = {"text": row.text, "labels": [EMOTIONS[label] for label in row.labels]}
-    if row.known != ALL:
-        value["known"] = [EMOTIONS[label] for label in row.known]
+    value = {"text": row.text, "labels": [names[label] for label in row.labels]}
+    if len(row.known) < len(names):
+        value["known"] = [names[label] for label in row.known]
     return json.dumps(value | {"source": row.source, "id": row.id}, ensure_ascii=False) + "\n"
 
 
@@ -277,7 +278,8 @@ def emotion_table(splits: dict[str, list[Row]], sources: list[str]) -> list[str]
     parts |= splits
     columns = []
     for rows in parts.values():
-        counts, known = (multi_hot([getattr(row, field) for row in rows]).sum(axis=0) for field in ("labels", "known"))
+        fields = ([getattr(row, field) for row in rows] for field in ("labels", "known"))
+        counts, known = (multi_hot(numbers, len(EMOTIONS)).sum(axis=0) for numbers in fields)
         columns.append([count if knows else "-" for count, knows in zip(counts.tolist(), known)])
     return table(["emotion", *parts], [list(row) for row in zip(EMOTIONS, *columns)])
 
@@ -288,7 +290,7 @@ def source_lines(sources: list[str]) -> list[str]:
     for source in sources[1:]:  # goemotions says everything
         mapping = SOURCES[source].mapping
         said = [name if name == label else f"{label} as {name}" for label, name in mapping.items() if name]
-        others = f"the other {len(ALL) - len(said)} of 28 are unknown in its rows"
+        others = f"the other {len(EMOTIONS) - len(said)} of 28 are unknown in its rows"
         lines.append(f"- {source} says {', '.join(said)}; {others}.")
         if left := [label for label, name in mapping.items() if not name]:
             others = f"a row without a label has none of the {len(said)}"
@@ -323,13 +325,13 @@ def summary(
 
 
 def refuse_foreign_files(folder: Path) -> None:
-    """Raises UserError where the folder holds splits that this script did not write."""
+    """Raises UserError where the folder holds splits or labels that this script did not write."""
     marker = folder / "summary.md"
     if marker.exists() and marker.read_text(encoding="utf-8").startswith(TITLE):
         return
-    for name in ("train", "validation", "test"):
-        if (folder / f"{name}.jsonl").exists():
-            raise UserError(f"{folder / name}.jsonl was not written by prepare.py: give another --data_dir")
+    for name in ("train.jsonl", "validation.jsonl", "test.jsonl", "labels.txt"):
+        if (folder / name).exists():
+            raise UserError(f"{folder / name} was not written by prepare.py: give another --data_dir")
 
 
 def main(config: Config, raw_dir: str, sources: list[str], num_rows: int) -> None:
@@ -354,10 +356,11 @@ def main(config: Config, raw_dir: str, sources: list[str], num_rows: int) -> Non
         lines += ["", "The test.jsonl of an earlier call, which was not of this data, is removed."]
     for name, rows in splits.items():
         write_text(folder / f"{name}.jsonl", "".join(map(json_line, rows)))
+    write_text(folder / "labels.txt", "".join(f"{name}\n" for name in EMOTIONS))
     text = "\n".join(lines).rstrip() + "\n"
     write_text(folder / "summary.md", text)
     print(text)
-    print(f"written: {', '.join(f'{name}.jsonl' for name in splits)} and summary.md in {displayed(folder)}")
+    print(f"written: {', '.join(f'{name}.jsonl' for name in splits)}, labels.txt and summary.md in {displayed(folder)}")
 
 
 if __name__ == "__main__":

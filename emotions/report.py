@@ -7,7 +7,7 @@ import numpy as np
 
 from emotions.config import Config
 from emotions.dataset import Split, absent, positives, repeated_in_test
-from emotions.labels import EMOTIONS, GROUPINGS
+from emotions.labels import groupings
 
 METRICS = [f"{name}_{mean}" for mean in ("macro", "micro", "weighted") for name in ("f1", "precision", "recall")]
 METRICS.insert(1, "f1_macro_occurring")
@@ -42,14 +42,17 @@ def print_summary(splits: dict[str, Split], config: Config) -> None:
 
     counts = [split.labels.sum(axis=0).tolist() for split in splits.values()]
     known = splits["train"].known.sum(axis=0).tolist()
-    print("\n".join(table(["emotion", *splits, "known in train"], list(zip(EMOTIONS, *counts, known)))[:-1]))
+    names = splits["train"].names
+    print("\n".join(table(["label", *splits, "known in train"], list(zip(names, *counts, known)))[:-1]))
 
+    if missing := absent(splits["train"]):
+        print(f"no training row has {first_three(missing)}: not learned; a labels.txt without them leaves them out")
     for name in list(splits)[1:]:
         if missing := absent(splits[name]):
             print(f"{name} has no positive of {first_three(missing)}: each counts as 0 in f1_macro")
     if few := too_few(len(splits["validation"]), positives(splits["validation"])):
         print(f"validation: {few}")
-    if untaught := [name for name, count in zip(EMOTIONS, known) if count == 0]:
+    if untaught := [name for name, count in zip(names, known) if count == 0]:
         print(f"no training row knows {', '.join(untaught)}: never predicted")
     if "test" not in splits:
         print("no test.jsonl: no test figure will be reported")
@@ -87,7 +90,7 @@ def last_line(results: dict, path: str) -> str:
 
 
 def without_absent(scores: dict, metrics: dict) -> str:
-    """What to say beside an f1_macro of a split in which emotions are absent: the mean over the others."""
+    """What to say beside an f1_macro of a split in which labels are absent: the mean over the others."""
     if not (missing := scores.get("absent")):
         return ""
     mean = metrics["f1_macro_occurring"]
@@ -120,7 +123,7 @@ def report(scores: dict, splits: dict[str, Split], evaluations: list[dict], conf
     lines += ["## Scores", "", *table(columns, score_rows(scores))]
 
     # One split in detail, and the epochs
-    for name in GROUPINGS:
+    for name in groupings(splits[detail].names):
         groups = scores[detail][name]["at_per_label"]["per_label"]
         rows = [[group, *metrics.values()] for group, metrics in groups.items()]
         lines += [f"## {detail}: {name}, per-label thresholds", ""]
@@ -128,12 +131,12 @@ def report(scores: dict, splits: dict[str, Split], evaluations: list[dict], conf
 
     at_half, at_shared, own = (scores[detail][rule]["per_label"] for rule in ("at_half", "at_shared", "at_per_label"))
     thresholds = scores["thresholds"]["per_label"]
-    columns = ["emotion", "precision", "recall", "f1", "support", "threshold", "f1 at .5", "f1 at shared"]
+    columns = ["label", "precision", "recall", "f1", "support", "threshold", "f1 at .5", "f1 at shared"]
     rows = [
         [name, *metrics.values(), thresholds[name], at_half[name]["f1"], at_shared[name]["f1"]]
         for name, metrics in own.items()
     ]
-    lines += [f"## {detail}: emotions", "", *table(columns, rows)]
+    lines += [f"## {detail}: labels", "", *table(columns, rows)]
 
     columns = ["epoch", "step", "train_loss", "loss", "map", "f1_macro_at_half", "f1_macro"]
     lines += ["## Epochs (validation; f1_macro at the shared threshold that is best there)", ""]

@@ -12,7 +12,6 @@ import numpy as np
 from common.checkpoint import UserError
 from common.checkpoint.files import read_json
 from emotions.dataset import FOLDS
-from emotions.labels import EMOTIONS
 
 
 class Thresholds(NamedTuple):
@@ -94,18 +93,18 @@ def cross_fitted(
     return shared, per_label
 
 
-def thresholds_json(thresholds: Thresholds) -> dict:
+def thresholds_json(thresholds: Thresholds, names: tuple[str, ...]) -> dict:
     """Thresholds as best/thresholds.json holds them: probabilities, by name."""
     shared, per_label = (1 / (1 + np.exp(-np.asarray(value))) for value in thresholds)
-    return {"shared": float(shared), "per_label": dict(zip(EMOTIONS, per_label.tolist()))}
+    return {"shared": float(shared), "per_label": dict(zip(names, per_label.tolist()))}
 
 
-def read_thresholds(folder: Path) -> Thresholds:
-    """The thresholds of a best folder, as probabilities. Raises UserError."""
+def read_thresholds(folder: Path, names: tuple[str, ...]) -> Thresholds:
+    """The thresholds of a best folder for its labels, as probabilities. Raises UserError."""
     path = folder / "thresholds.json"
     saved = read_json(path)
     per_label = saved.get("per_label")
-    values = [saved.get("shared"), *(per_label.get(name) if isinstance(per_label, dict) else None for name in EMOTIONS)]
+    values = [saved.get("shared"), *(per_label.get(name) if isinstance(per_label, dict) else None for name in names)]
     if not all(isinstance(value, float) and 0 <= value <= 1 for value in values):
-        raise UserError(f"{path} does not hold a shared threshold and one for each emotion, from 0 to 1")
+        raise UserError(f"{path} does not hold a shared threshold and one for each label, from 0 to 1")
     return Thresholds(values[0], np.array(values[1:]))

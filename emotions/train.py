@@ -141,7 +141,7 @@ def main(config: Config, check: bool = False) -> int | None:
     total_steps = min(config.epochs * steps_per_epoch, config.max_steps or math.inf)
 
     # Model
-    model = build_model(config, prior_logits(positives, known)).to(device)
+    model = build_model(config, prior_logits(positives, known), train.names).to(device)
     weights = class_weights(config.class_weights, positives, known)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters | {rows} rows an epoch", end=", ")
     print(f"{config.batch_size * accumulation * world} a step | {total_steps} steps")

@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from launch import ROOT, STOP, TORCHRUN, call, config_of, best_weights, first_step, ran, read_lines, run_here
+from launch import ROOT, STOP, TORCHRUN, best_weights, call, config_of, first_step, ran, read_lines, run_here
 from sklearn.metrics import average_precision_score
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,7 +22,7 @@ from emotions import evaluate, train
 from emotions.dataset import Draw, Row, Split, collate, load_splits, make_split, multi_hot
 from emotions.evaluate import group_metrics, predict_logits, score_split
 from emotions.gradient_health import collapse, gradient_health
-from emotions.labels import ALL, EKMAN, EMOTIONS, NUMBERS, SENTIMENT
+from emotions.labels import EKMAN, EMOTIONS, SENTIMENT, label_numbers
 from emotions.loss import class_weights, emotion_loss
 from emotions.loss_gradients import LOSSES
 from emotions.model import HEADS, build_model, find_tokenizer, load_model, prior_logits, save_model
@@ -31,7 +31,7 @@ from emotions.sampling import draw_rows, draw_weights, epoch_draws, epoch_steps,
 from emotions.thresholds import Thresholds, cross_fitted, thresholds_json, tune
 
 CPU = torch.device("cpu")
-EVEN = thresholds_json(Thresholds(0.0, np.zeros(28)))
+EVEN = thresholds_json(Thresholds(0.0, np.zeros(28)), EMOTIONS)
 changed = partial(config_of, "emotions", "sample")
 
 
@@ -56,20 +56,19 @@ def splits(settings, tokenizer) -> dict[str, Split]:
 
 
 def row(text: str, *labels: str, known: tuple = EMOTIONS, source: str = "s") -> Row:
-    labels, known = (tuple(sorted(NUMBERS[name] for name in names)) for names in (labels, known))
-    return Row(text, labels, known, source, 1)
+    return Row(text, label_numbers(labels, EMOTIONS), label_numbers(known, EMOTIONS), source, 1)
 
 
 def inputs_of(rows: list[Row], tokenizer, draws: list[Draw] | None = None) -> dict:
     """What the model takes of the rows, or of draws of them, as one batch."""
     draws = draws or [Draw(number, row.text) for number, row in enumerate(rows)]
-    batch = collate(draws, make_split(rows, tokenizer), tokenizer, max_length=64)
+    batch = collate(draws, make_split(rows, EMOTIONS, tokenizer), tokenizer, max_length=64)
     return {name: tensor for name, tensor in batch.items() if name not in ("labels", "known")}
 
 
 def built(config) -> nn.Module:
     torch.manual_seed(0)
-    return build_model(config, torch.zeros(28)).eval()
+    return build_model(config, torch.zeros(28), EMOTIONS).eval()
 
 
 # Draws
@@ -91,7 +90,7 @@ def test_a_row_of_weight_w_is_drawn_w_times_on_average_and_never_one_more_or_les
 
 def test_weights_are_by_source_and_by_the_rarest_label(tokenizer):
     rows = [row("a", "joy"), row("b", "joy", "fear"), row("c", "joy", source="isear"), row("d", source="isear")]
-    split = make_split(rows, tokenizer)
+    split = make_split(rows, EMOTIONS, tokenizer)
     # Counts: joy 3, fear 1; the rarest label's: 3, 1, 3, and 3 (the most frequent) for the row without a label
     factor = np.array([1, math.sqrt(3), 0.5, 0.5])
     for changes, expected in (
@@ -112,7 +111,7 @@ def test_only_rows_with_a_rare_label_are_augmented_with_partners_of_their_rarest
     config = config.model_copy(update={"augment_features": 0.5, "rare_label_rows": 6})
     draws = [draw for epoch in range(8) for draw in epoch_draws(split, weights, config, epoch)]
     assert draws == [draw for epoch in range(8) for draw in epoch_draws(split, weights, config, epoch)]
-    rare, totals, shares = {n for n in ALL if 0 < counts[n] < 6}, Counter(), []
+    rare, totals, shares = {n for n in range(28) if 0 < counts[n] < 6}, Counter(), []
     for draw in draws:
         text, own = rows[draw.row].text, rare.intersection(rows[draw.row].labels)
         if not own:
@@ -141,12 +140,12 @@ def test_partners_are_those_of_a_search_among_all_rows(texts):
         row(f"text {generator.integers(texts)}", *generator.choice(EMOTIONS[:9], 2), source="st"[number % 3 == 0])
         for number in range(2000)
     ]
-    labels = multi_hot([one.labels for one in rows])
-    split = Split(rows, labels, np.ones_like(labels), np.ones(2000, dtype=int))
+    labels = multi_hot([one.labels for one in rows], 28)
+    split = Split(rows, EMOTIONS, labels, np.ones_like(labels), np.ones(2000, dtype=int))
     settings = {"augment_words": 0.3, "augment_features": 0.7, "rare_label_rows": 450, "source_weights": "t=0"}
     weights, counts = draw_weights(split, changed(**settings)), labels.sum(axis=0)
     draws = epoch_draws(split, weights, changed(**settings), 3)
-    rare, found = {n for n in ALL if 0 < counts[n] < 450}, 0
+    rare, found = {n for n in range(28) if 0 < counts[n] < 450}, 0
     for place, draw in enumerate(draws):
         one, partner = rows[draw.row], None
         if own := rare.intersection(one.labels):
@@ -166,7 +165,7 @@ def test_partners_are_those_of_a_search_among_all_rows(texts):
 def test_a_partner_brings_interpolated_labels_which_are_known_where_both_are(tokenizer):
     rows = [row("two " * 40, "grief", "love"), row("one", "grief", "joy", known=("grief", "joy", "fear"))]
     draws = [Draw(0, rows[0].text), Draw(1, "one", 0, 0.25)]
-    batch = collate(draws, make_split(rows, tokenizer), tokenizer, max_length=32)
+    batch = collate(draws, make_split(rows, EMOTIONS, tokenizer), tokenizer, max_length=32)
     assert batch["input_ids"].shape == (3, 32) and torch.equal(*batch["input_ids"][[0, 2]])
     expected = [{"grief": 1.0, "love": 1.0}, {"grief": 1.0, "joy": 1.0}, {"grief": 1.0, "joy": 0.75, "love": 0.25}]
     found = [{EMOTIONS[n]: cells[n].item() for n in cells.nonzero()[:, 0]} for cells in batch["labels"]]
@@ -422,9 +421,10 @@ def test_the_groups_are_the_papers_and_hold_where_any_of_their_labels_does():
     truths, guesses, known = (generator.random((40, 28)) < share for share in (0.1, 0.1, 0.85))
     for groups in (EKMAN, SENTIMENT):
         assert sorted(name for names in groups.values() for name in names) == sorted(EMOTIONS)
-        found = group_metrics(truths, guesses, known, groups)["per_label"]
+        split = Split([], EMOTIONS, truths, known, np.ones(40))
+        found = group_metrics(split, guesses, groups)["per_label"]
         for group, names in groups.items():
-            own = {NUMBERS[name] for name in names}
+            own = {EMOTIONS.index(name) for name in names}
             held = [[bool(own & {*row.nonzero()[0]}) for row in cells & known] for cells in (truths, guesses)]
             truth, guess = np.array(held)
             sure = truth | known[:, [*own]].all(axis=1)  # else it may hold or not
@@ -440,7 +440,7 @@ def test_scores_at_each_kind_of_threshold_leave_unknown_cells_out(splits):
     for rule, cut in (("at_half", 0.5), ("at_shared", 0.3), ("at_per_label", per_label)):
         cells = probability >= cut
         assert scores[rule]["f1_macro"] == pytest.approx(macro_f1(split.labels, cells, split.known))
-        assert scores["ekman"][rule] == group_metrics(split.labels, cells, split.known, EKMAN)
+        assert scores["ekman"][rule] == group_metrics(split, cells, EKMAN)
     columns = [column for column in zip(split.labels.T, probability.T, split.known.T) if column[0].any()]
     expected = np.mean([average_precision_score(truth[k], p[k]) for truth, p, k in columns])
     assert (scores["map"], scores["loss"]) == pytest.approx((expected, 1.25))

@@ -135,7 +135,7 @@ def test_in_fp16_it_overflows_no_sooner_than_transformers_own(length, bias, loud
 def test_settings_choose_it_and_checkpointing_in_the_classifier():
     for setting, on in (("fast", True), ("library", False)):
         config = config_of("emotions", attention=setting, gradient_checkpointing=on)
-        model = build_model(config, torch.zeros(28))
+        model = build_model(config, torch.zeros(2), ("joy", "love"))
         assert on == any(isinstance(module, FastSelfAttention) for module in model.modules())
         assert on == model.encoder.is_gradient_checkpointing
 

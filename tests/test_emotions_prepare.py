@@ -13,7 +13,7 @@ from transformers import AutoConfig, DistilBertConfig
 
 from common.checkpoint import UserError
 from emotions.dataset import Row, fingerprint, load_splits, parse_row, read_rows, repeated_in_test
-from emotions.labels import ALL, EMOTIONS, NUMBERS
+from emotions.labels import EMOTIONS
 from emotions.model import find_tokenizer
 from emotions.prepare import SOURCES, read_source
 from emotions.report import print_summary
@@ -28,9 +28,9 @@ def test_files_are_read_with_bom_crlf_blank_lines_and_what_is_known(tmp_path):
     ]
     text = "\ufeff" + "\r\n\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     (tmp_path / "rows.jsonl").write_bytes(text.encode())
-    joy, fear, love = (NUMBERS[name] for name in ("joy", "fear", "love"))
-    expected = [Row("a\u2028b", (joy, love), ALL, "x", 1, 7), Row("so", (), (fear, joy), "", 3)]
-    assert read_rows(tmp_path / "rows.jsonl") == expected
+    joy, fear, love = (EMOTIONS.index(name) for name in ("joy", "fear", "love"))
+    expected = [Row("a\u2028b", (joy, love), tuple(range(28)), "x", 1, 7), Row("so", (), (fear, joy), "", 3)]
+    assert read_rows(tmp_path / "rows.jsonl", EMOTIONS) == expected
 
 
 FULL_WIDTH = {ord(" "): "\u3000"} | {code: code + 0xFEE0 for code in range(0x21, 0x7F)}
@@ -80,7 +80,7 @@ def test_a_text_with_another_mark_symbol_letter_or_number_is_another(rewrite):
 
 def test_the_tokenizer_of_deberta_v3s_own_files_is_sentencepieces(tmp_path):
     """microsoft/deberta-v3 has a spm.model and no tokenizer.json."""
-    texts = [row.text for row in read_rows(ROOT / "emotions/sample/test.jsonl")]
+    texts = [row.text for row in read_rows(ROOT / "emotions/sample/test.jsonl", EMOTIONS)]
     pieces = {f"{name}_id": number for number, name in enumerate(("pad", "bos", "eos", "unk"))}
     pieces |= {"pad_piece": "[PAD]", "bos_piece": "[CLS]", "eos_piece": "[SEP]", "unk_piece": "[UNK]"}
     model = {"model_prefix": str(tmp_path / "spm"), "vocab_size": 400, "minloglevel": 2}
@@ -106,8 +106,8 @@ INVISIBLE = "\u200b\u2060\ufe0f\u3164\u2800\u00ad\x00\u3000"
 @pytest.mark.parametrize("text", ["", " \u2028", *INVISIBLE, INVISIBLE])
 def test_a_text_that_shows_nothing_is_refused(text):
     with pytest.raises(ValueError, match="text is '"):
-        parse_row(json.dumps(GOOD | {"text": text}).encode(), 1)
-    assert parse_row(json.dumps(GOOD | {"text": f"{text}。"}).encode(), 1).text.endswith("。")
+        parse_row(json.dumps(GOOD | {"text": text}).encode(), 1, EMOTIONS)
+    assert parse_row(json.dumps(GOOD | {"text": f"{text}。"}).encode(), 1, EMOTIONS).text.endswith("。")
 
 
 @pytest.mark.parametrize(
@@ -115,13 +115,13 @@ def test_a_text_that_shows_nothing_is_refused(text):
 )
 def test_a_key_that_is_nearly_a_known_one_is_refused(key):
     with pytest.raises(ValueError, match=f"'{key}'; known are text, labels, known, source, id"):
-        parse_row(json.dumps(GOOD | {key: "joy"}).encode(), 1)
+        parse_row(json.dumps(GOOD | {key: "joy"}).encode(), 1, EMOTIONS)
 
 
 @pytest.mark.parametrize("more", ['"labels": ["joy"]', '"other": {"labels": 1, "labels": 2}'])
 def test_a_key_that_stands_twice_is_refused(more):
     with pytest.raises(ValueError, match=r"'labels' .*twice"):
-        parse_row(f'{{"text": "a", "labels": [], {more}}}'.encode(), 1)
+        parse_row(f'{{"text": "a", "labels": [], {more}}}'.encode(), 1, EMOTIONS)
 
 
 def test_other_keys_are_counted_once_and_change_no_row(few_rows, tmp_path, capsys):
@@ -148,7 +148,7 @@ def test_other_keys_are_counted_once_and_change_no_row(few_rows, tmp_path, capsy
     [
         ("train", [GOOD, "", '["a", ["joy"]]'], ["line 3", '["a", ["joy"]]', "object"]),
         ("test", [GOOD, b'{"text": "\xe9"}'], ["line 2", "UTF-8", "0xe9"]),
-        ("train", [GOOD | {"known": ["joy", "bliss"]}], ["known holds 'bliss'", "'admiration'"]),
+        ("train", [GOOD | {"known": ["joy", "bliss"]}], ["known holds 'bliss'", "admiration, ", "labels.txt"]),
         ("train", [GOOD | {"known": ["love"]}], ["['love', 'joy']", "known ['love']"]),
         ("train", [GOOD, GOOD | {"Known": ["joy"]}], ["line 2", "'Known'", "text, labels, known, source, id"]),
         ("validation", [""], ["no row"]),
@@ -193,7 +193,7 @@ def append(path: Path, text: str) -> None:
 
 def test_prepare_makes_the_sample_from_its_raw_files(tmp_path):
     out = ran("emotions/prepare.py", "--sample", *ALL_SOURCES, "--data_dir", tmp_path, "--raw_dir", RAW)
-    for name in ("train.jsonl", "validation.jsonl", "test.jsonl", "summary.md"):
+    for name in ("train.jsonl", "validation.jsonl", "test.jsonl", "labels.txt", "summary.md"):
         assert (tmp_path / name).read_bytes() == (ROOT / "emotions/sample" / name).read_bytes(), name
     assert (tmp_path / "summary.md").read_text(encoding="utf-8") in out
 
@@ -206,7 +206,7 @@ def test_each_sources_traps_are_known_and_no_scored_text_is_trained_on(data):
     append(raw / "isear/isear.csv", f'\n{zeros}shame|4|3|x3| [ \\her á lake\\" á|NB: Málaga.á ]|1|\n')
     append(raw / "meld/dev_sent_emo.csv", f'1,"Two, ""hot""\nlines",A,disgust,negative{end}')
     for name in ("validation", "test"):
-        text = read_rows(ROOT / f"emotions/sample/{name}.jsonl")[9].text.upper()
+        text = read_rows(ROOT / f"emotions/sample/{name}.jsonl", EMOTIONS)[9].text.upper()
         append(raw / "meld/train_sent_emo.csv", f'1,"{text}?!",A,joy,positive{end}')
     append(raw / "goemotions/dev.tsv", f"{TEXT}\t27\tx4\n")
     for number, text in enumerate((*SAME.values(), *OTHERS)):
@@ -214,7 +214,7 @@ def test_each_sources_traps_are_known_and_no_scored_text_is_trained_on(data):
     append(raw / "semeval2018_ec/E-c-En-dev.txt", f"x5\t&#8203;\\n{marks}")  # shows nothing
     append(raw / "goemotions/train.tsv", f"a\rb{'c' * 200_000}\t3\tx6\n")  # no line end, no limit
     assert prepare(data, *ALL_SOURCES)[0] == 0
-    rows = {row.id: row for row in read_rows(data / "train.jsonl")}
+    rows = {row.id: row for row in read_rows(data / "train.jsonl", EMOTIONS)}
     assert not {"train_90_1", "x5"} & rows.keys() and rows["x6"].text[:3] == "a\rb"
     assert [key for key in rows if str(key).startswith("same")] == [f"same{number}" for number in range(4, 9)]
     for key, text, labels, known in (
@@ -232,7 +232,7 @@ def test_a_smaller_pilot_is_inside_a_larger_one_and_files_it_did_not_write_stay(
     pilots = []
     for count in (300, 600, 2142):
         assert prepare(data, *ALL_SOURCES, "--num_rows", count)[0] == 0
-        pilots.append([row[:2] for row in read_rows(data / "train.jsonl")])
+        pilots.append([row[:2] for row in read_rows(data / "train.jsonl", EMOTIONS)])
     assert [*map(len, pilots)] == [300, 600, 2142] and all(row in pilots[1] for row in pilots[0])
     assert pilots[1] == [row for row in pilots[2] if row in pilots[1]]
     refused(prepare(data, *ALL_SOURCES, "--num_rows", 2143), "2143", "1 to 2142")

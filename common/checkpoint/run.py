@@ -348,17 +348,18 @@ class Run:
             f"grad norm {grad_norm:.2f} | {progress.tokens_per_second:.0f} tokens/s | {left} left"
         )
 
-    def evaluations(self) -> list[dict]:
-        """The lines of metrics.jsonl that tell of an evaluation; a last one that a kill cut off is none.
-
-        Raises UserError.
-        """
+    def records(self) -> list[dict]:
+        """The lines of metrics.jsonl; a last one that a kill cut off is none. Raises UserError."""
         path = self.path / "metrics.jsonl"
         try:
             lines = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
-            return [line for line in lines if line["event"] == "evaluation"]
+            return [line for line in lines if line["event"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
+
+    def evaluations(self) -> list[dict]:
+        """The lines of metrics.jsonl that tell of an evaluation. Raises UserError."""
+        return [line for line in self.records() if line["event"] == "evaluation"]
 
     def finish(self, metric: str, best: Best, progress: Progress, **more: Any) -> dict:
         """Write results.json, with which the run is finished, and return it."""

@@ -39,13 +39,12 @@ from common.seed import seed_everything
 from evidence_spans.answers import Decoding, n_best
 from evidence_spans.cli import run_path, run_script
 from evidence_spans.config import Config
-from evidence_spans.dataset import collate, draw_windows, load_examples, make_split
+from evidence_spans.dataset import collate, draw_windows, epoch_steps, load_examples, make_split
 from evidence_spans.evaluate import load_best, predict
 from evidence_spans.model import MODEL_INPUTS, build_model, find_model, find_tokenizer
 from evidence_spans.postprocess import best_spans, merge_windows
 from evidence_spans.report import table
 from evidence_spans.thresholds import answer_texts, tune, untuned
-from evidence_spans.train import epoch_bounds
 from evidence_spans.windows import Window
 
 
@@ -166,7 +165,7 @@ def bench_search(logits: Logits, rounds: int) -> list[str]:
 def bench_trainer(config: Config) -> list[str]:
     """Rows of scores: the Trainer with as many steps as train.py would take, and the whole text as the answer.
 
-    Of ReDSM5 the Trainer sees the pairs that are drawn for the first epoch in all epochs; of several answers one.
+    The Trainer sees the windows that are drawn for the first epoch in all epochs; of several answers one.
     """
     if not find_spec("accelerate"):
         raise UserError("the Trainer needs accelerate: pip install accelerate")
@@ -174,7 +173,7 @@ def bench_trainer(config: Config) -> list[str]:
     dtype = autocast_dtype(config.amp, device)
     splits = {name: make_split(rows, tokenizer, config) for name, rows in load_examples(config)[0].items()}
     train = splits["train"]
-    steps = epoch_bounds(train, config.gradient_accumulation_steps, config)[-1]
+    steps = config.epochs * len(epoch_steps(train, config.gradient_accumulation_steps, config, 0))
     steps = min(steps, config.max_steps or steps)
     features = []
     for window in [train.windows[number] for number in draw_windows(train, config, epoch=0)]:

@@ -17,7 +17,9 @@ class Config(BaseModel, frozen=True, extra="forbid", strict=True, validate_defau
     question_form: Literal["criterion", "name", "empty"] = Field(
         "criterion", description="what is asked: the criterion's text (SQuAD: its question), its name, or nothing"
     )
-    negatives_per_positive: float = Field(1.0, ge=0, description="unannotated pairs drawn for each answered")
+    negatives_per_positive: float = Field(
+        -1, ge=-1, description="windows without an answer drawn for each with one; 0: all; -1: one, of SQuAD files all"
+    )
 
     # Windows: a post longer than one is read in several.
     max_length: int = Field(384, ge=8, description="tokens of a window: the question and a part of the post")

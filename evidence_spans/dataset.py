@@ -24,7 +24,7 @@ from evidence_spans.formats import Example, Source, is_empty, merge_questions, s
 from evidence_spans.redsm5 import read_redsm5
 from evidence_spans.splits import split_examples
 from evidence_spans.squad import read_squad
-from evidence_spans.windows import Window, Windows, make_windows
+from evidence_spans.windows import UnfitSettings, Window, Windows, make_windows
 
 BUCKET = 100  # batches among which lengths are sorted
 
@@ -109,16 +109,22 @@ def make_split(examples: list[Example], tokenizer: PreTrainedTokenizerFast, conf
 
 
 def draw_windows(train: Split, config: Config, epoch: int) -> np.ndarray:
-    """Numbers of the windows of one epoch, in order; a pure function of its arguments.
+    """Numbers of the windows of one epoch, in order; a pure function of its arguments, as many in each epoch.
 
-    They are those of all answered and rejected examples, and of some unannotated ones that are drawn anew.
+    They are those with an answer and of rejected examples, and so many of the others, which are drawn anew.
     """
     kinds = np.array([example.kind for example in train.examples])
-    unannotated = np.flatnonzero(kinds == "unannotated")
-    wanted = round(config.negatives_per_positive * int((kinds == "answered").sum()))
+    answered = np.array([bool(labels) for labels in train.windows.labels])
+    if not answered.any():
+        raise UnfitSettings("no window of train holds an answer from end to end: raise max_length or doc_stride")
+    others = np.flatnonzero(~answered & (kinds != "rejected")[train.owners])
+    per_positive = config.negatives_per_positive
+    if per_positive < 0:
+        per_positive = float("unannotated" in kinds)  # which SQuAD's examples never are
+    wanted = round(per_positive * int(answered.sum())) if per_positive else len(others)
     generator = torch.Generator().manual_seed(mix(config.seed, epoch, 0))  # another stream than the batch order's
-    left_out = unannotated[torch.randperm(len(unannotated), generator=generator)[wanted:].numpy()]
-    return np.flatnonzero(~np.isin(train.owners, left_out))
+    left_out = others[torch.randperm(len(others), generator=generator)[wanted:].numpy()]
+    return np.delete(np.arange(len(answered)), left_out)
 
 
 def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[list[int]]:

@@ -42,7 +42,7 @@ from evidence_spans.formats import Example
 from evidence_spans.loss import span_loss
 from evidence_spans.model import MODEL_INPUTS, SpanModel, find_tokenizer, load_model
 from evidence_spans.postprocess import Prediction, best_spans, merge_windows, sentences
-from evidence_spans.report import report, score_lines
+from evidence_spans.report import find_low_scores, report, score_lines
 from evidence_spans.thresholds import answer_texts, tune
 from evidence_spans.windows import UnfitSettings
 
@@ -164,13 +164,14 @@ def evaluate_run(
         for example, prediction in zip(splits[name].examples, predictions):
             more = {"post": example.post, "question": example.question, "gold": example.texts, "split": name}
             rows.append(answer_row(example.id, example.context, prediction, decoding, **more))
+    scores["cautions"] = cautions + find_low_scores(scores)
 
     if len(names) == 2:
         (run.path / "predictions").mkdir(exist_ok=True)
         for name in names:
             lines = [{key: row[key] for key in row if key != "n_best"} for row in rows if row["split"] == name]
             write_lines(run.path / "predictions" / f"{name}_predictions.jsonl", lines)
-        write_text(run.path / "report.md", report(scores, cautions, run.evaluations(), config))
+        write_text(run.path / "report.md", report(scores, run.evaluations(), config))
     return scores, rows
 
 
@@ -191,7 +192,7 @@ def main(config: Config, split: str, metrics_output: str, predictions_output: st
     splits = {name: make_split(examples[name], best[0], config) for name in names}
     scores, rows = evaluate_run(run, splits, best, cautions, config, dtype)
     run.close()
-    lines = score_lines(scores, cautions, names)
+    lines = score_lines(scores, names)
     print((path / "report.md").read_text(encoding="utf-8") if split == "all" else "\n".join(lines))
     if metrics_output:
         write_json(Path(metrics_output), scores)

@@ -15,8 +15,9 @@ import regex
 from common.checkpoint import UserError
 
 # answered; lost: has an answer that was not found in the post; rejected: a human looked at it and found no answer;
-# unannotated: the same is assumed. Of several statements about an example the first of these holds.
-KINDS = ("answered", "lost", "rejected", "unannotated")
+# unanswerable: a SQuAD question without one; unannotated: the same is assumed. Of several statements about an example
+# the first of these holds.
+KINDS = ("answered", "lost", "rejected", "unanswerable", "unannotated")
 
 
 class Example(NamedTuple):

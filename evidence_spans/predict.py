@@ -5,8 +5,9 @@
     python evidence_spans/predict.py --run_dir evidence_spans/runs/... --text "..." --question "Why is she tired?"
 
 A line of --input is {"text": "...", "question": "...", "id": ...}; SQuAD's name "context" does for "text", and id is
-optional. Without --input the text is --text, or all of standard input. A criterion's id (SLEEP_ISSUES) as question
-stands for what the run asks about it; a run on ReDSM5 asks about every criterion where no question is given.
+optional. Of a SQuAD file (.json) every question is asked; its answers are not read. Without --input the text is --text,
+or all of standard input. A criterion's id (SLEEP_ISSUES) as question stands for what the run asks about it; a run on
+ReDSM5 asks about every criterion where no question is given.
 
 Out: one JSON line for each question, with character offsets into the text as given. A bad line is reported on stderr
 with its number, gives {"line": ..., "error": ...} in its place, and makes the exit status 1.
@@ -37,20 +38,46 @@ from evidence_spans.dataset import is_empty, make_split
 from evidence_spans.evaluate import load_best, predict
 from evidence_spans.formats import Example
 from evidence_spans.report import unread_line
+from evidence_spans.squad import expect, read_questions
 from evidence_spans.windows import join_questions
 
 BLOCK = 256  # lines that are read, and sorted by length, at a time
 
 
-def read_lines(text: str | None, question: str | None, input: str) -> Iterator[tuple[int, bytes]]:
-    """Number and content of each line that is not blank; of --text or standard input, one line is made."""
-    if input:
+def read_lines(
+    text: str | None, question: str | None, input: str, config: Config, unread: Counter
+) -> Iterator[tuple[int, bytes]]:
+    """Number and content of each line that is not blank; of --text, standard input, or a SQuAD question one is made.
+
+    Raises UserError for a malformed SQuAD file. unread: counts the keys of one that nobody reads.
+    """
+    if is_squad(input):
+        rows = [
+            {"text": context, "question": expect(row, "question", str, place), "id": row.get("id")}
+            for place, context, row in read_questions(Path(input), unread)
+        ]
+        if config.question_form == "empty":  # each context once
+            rows = [{"text": text} for text in dict.fromkeys(row["text"] for row in rows)]
+        yield from ((number, json.dumps(row).encode()) for number, row in enumerate(rows, 1))
+    elif input:
         with open(sys.stdin.fileno() if input == "-" else input, "rb", closefd=input != "-") as stream:
             yield from ((number, line) for number, line in enumerate(stream, 1) if line.strip())
     else:
         if text is None:
             text = sys.stdin.buffer.read().decode("utf-8-sig", "surrogateescape")
         yield 1, json.dumps({"text": text, "question": question}).encode()
+
+
+def is_squad(path: str) -> bool:
+    """Whether a file is SQuAD's JSON: it is named so, and its first line is no row of texts and questions."""
+    if not path.lower().endswith(".json"):
+        return False
+    with open(path, "rb") as stream:
+        line = next(filter(bytes.strip, stream), b"")
+    try:
+        return "data" in parse_object(line.decode("utf-8-sig"))
+    except ValueError:  # the file is one object on many lines
+        return True
 
 
 def questions_of(given: str, decoding: Decoding, config: Config) -> dict[str | None, str]:
@@ -142,7 +169,8 @@ def main(
     model.to(device)
 
     # Answer, a block of lines at a time; lengths are sorted inside a block only
-    lines, failed, unread = read_lines(text, question, input), False, Counter()
+    failed, unread = False, Counter()
+    lines = read_lines(text, question, input, config, unread)
     while block := list(islice(lines, BLOCK)):
         examples, errors = {}, {}  # by the lines' numbers
         for number, line in block:
@@ -178,7 +206,7 @@ if __name__ == "__main__":
     flags = {
         "text": {"help": "the text itself; without it and --input, standard input is the text"},
         "question": {"help": "the question, or a criterion's id; without it a ReDSM5 run asks about all criteria"},
-        "input": {"default": "", "help": "JSON-lines file of texts and questions; -: standard input holds them"},
+        "input": {"default": "", "help": "JSON-lines file of texts and questions, or a SQuAD file; -: standard input"},
         "several": {"action": "store_true", "help": "highlight every span that is an answer, not the best one alone"},
         "highlight": {"action": "store_true", "help": "print the text with the answer marked, instead of JSON"},
     }

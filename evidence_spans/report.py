@@ -5,10 +5,8 @@ from collections import Counter
 import numpy as np
 
 from evidence_spans.config import Config
-from evidence_spans.dataset import Split
-from evidence_spans.formats import Source
-
-KINDS = ("answered", "rejected", "unannotated")  # of examples
+from evidence_spans.dataset import Split, draw_windows
+from evidence_spans.formats import KINDS, Source
 
 
 def table(header: list[str], rows: list[list]) -> list[str]:
@@ -19,24 +17,30 @@ def table(header: list[str], rows: list[list]) -> list[str]:
     return ["| " + " | ".join(row) + " |" for row in cells] + [""]
 
 
-def print_summary(splits: dict[str, Split], source: Source, cautions: list[str]) -> None:
-    """The tables of what is trained on: posts, examples of each kind, windows, lengths in tokens, what is left out."""
+def print_summary(splits: dict[str, Split], source: Source, cautions: list[str], config: Config) -> None:
+    """The tables of what is trained on: posts, examples of each kind, windows, lengths in tokens, what is left out.
+
+    Raises UnfitSettings as draw_windows does.
+    """
     rows, lengths = [], []
+    counts = {name: Counter(example.kind for example in split.examples) for name, split in splits.items()}
+    kinds = [kind for kind in KINDS if any(some[kind] for some in counts.values())]
     for name, split in splits.items():
-        kinds = [[example.kind for example in split.examples].count(kind) for kind in KINDS]
-        labelled = len({owner for owner, labels in zip(split.owners.tolist(), split.windows.labels) if labels})
-        posts = len({example.post for example in split.examples})
-        rows.append([name, posts, len(split.examples), *kinds, len(split.windows), kinds[0] - labelled])
+        labelled = [owner for owner, labels in zip(split.owners.tolist(), split.windows.labels) if labels]
+        posts, cut = len({example.post for example in split.examples}), counts[name]["answered"] - len({*labelled})
+        examples = len(split.examples), *(counts[name][kind] for kind in kinds)
+        rows.append([name, posts, *examples, len(split.windows), len(labelled), cut])
         answers = [end - start + 1 for labels in split.windows.labels for start, end in labels]
         for what, values in (("window", split.lengths), ("answer", answers)):
             percentiles = np.percentile(values, (50, 95, 100)).astype(int).tolist() if len(values) else [0, 0, 0]
             lengths.append([f"{name}, {what}", *percentiles])
-    header = ["split", "posts", "examples", *KINDS, "windows", "answer in no window whole"]
+    header = ["split", "posts", "examples", *kinds, "windows", "with an answer", "answer in no window whole"]
     print("\n".join(table(header, rows)[:-1]))
     print("\n".join(table(["tokens", "p50", "p95", "max"], lengths)[:-1]))
 
-    counts = ", ".join(f"{n} {what}" for what, n in sorted(source.counts.items()) if n)
-    print(f"read: {counts}; a bad row would end the run")
+    print(drawn_line(splits["train"], config))
+    read = ", ".join(f"{n} {what}" for what, n in sorted(source.counts.items()) if n)
+    print(f"read: {read}; a bad row would end the run")
     if source.unread:
         print(unread_line(source.unread))
     for caution in cautions:
@@ -45,6 +49,16 @@ def print_summary(splits: dict[str, Split], source: Source, cautions: list[str])
         file, lines = source.not_found[0]["file"], [str(row["line"]) for row in source.not_found]
         more = f" and {len(lines) - 20} more" * (len(lines) > 20)
         print(f"not found in their posts: {file}, lines {', '.join(lines[:20])}{more} (not_found.jsonl in the run)")
+
+
+def drawn_line(train: Split, config: Config) -> str:
+    """How many windows an epoch takes, and what helps where it takes all and most of them hold no answer."""
+    drawn, all_windows = len(draw_windows(train, config, 0)), len(train.windows)
+    answered = sum(map(bool, train.windows.labels))
+    line = f"an epoch takes {drawn} of {all_windows} windows of train, {answered} of them with an answer"
+    if drawn < all_windows or drawn <= 2 * answered:
+        return line
+    return f"{line}: most hold none, which trains to no answer; --negatives_per_positive 1 draws one for each with one"
 
 
 def unread_line(unread: Counter) -> str:
@@ -74,6 +88,15 @@ def last_line(results: dict, path: str) -> str:
     return " | ".join([*parts, f"{results['seconds']:.0f} s", f"results in {path}"])
 
 
+def find_low_scores(scores: dict) -> list[str]:
+    """What to say where hardly an answer is found, and why that can be."""
+    found = {name: scores[name]["at_threshold"]["has_answer"] for name in ("validation", "test") if name in scores}
+    low = [name for name, score in found.items() if score["rows"] and score["f1"] < 0.1]
+    why = "too few steps or too low a learning_rate, windows of which most hold no answer (--negatives_per_positive 1 "
+    why += "draws fewer), or a threshold for data of which most have none (--metric f1_balanced)"
+    return [f"f1 of those with an answer is near 0 on {' and '.join(low)}: {why} can be the reason"] if low else []
+
+
 def score_table(scores: dict, names: list[str]) -> list[str]:
     """One row for each split and rule."""
     threshold = scores["decoding"]["threshold"]
@@ -92,20 +115,21 @@ def score_table(scores: dict, names: list[str]) -> list[str]:
     return table([*header, "f1 with answer", "exact match with answer", "f1 without answer", "token f1"], rows)
 
 
-def score_lines(scores: dict, cautions: list[str], names: list[str]) -> list[str]:
+def score_lines(scores: dict, names: list[str]) -> list[str]:
     """The scores of these splits, what to say beside them, and what is counted."""
-    lines = score_table(scores, names) + [f"- {caution}" for caution in cautions] + [""] * bool(cautions)
+    lines = score_table(scores, names)
+    lines += [f"- {caution}" for caution in scores["cautions"]] + [""] * bool(scores["cautions"])
     lines += ["F1 counts words, which stand between blanks; of Han, kana, Thai, Lao, Khmer and Burmese script each"]
     return [*lines, "character is one.", ""]
 
 
-def report(scores: dict, cautions: list[str], history: list[dict], config: Config) -> str:
+def report(scores: dict, history: list[dict], config: Config) -> str:
     """The readable evaluation, in Markdown."""
     names, decoding = [name for name in ("validation", "test") if name in scores], scores["decoding"]
     lines = [f"# {config.model} on {config.data_dir}", ""]
     lines += ["Epoch, thresholds and calibration were chosen on validation, so its own rows flatter; test is only"]
     lines += [f"reported. Answers have at most {decoding['max_answer_length']} tokens.", ""]
-    lines += score_lines(scores, cautions, names)
+    lines += score_lines(scores, names)
     rows = []
     for name in names:
         for key, what in (("all", "all examples"), ("posts_with_several", "those with several spans")):

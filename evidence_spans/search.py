@@ -45,6 +45,18 @@ def space(config: Config) -> dict:
     }
 
 
+def space_table(config: Config) -> list[str]:
+    """What is drawn: each setting, and the values or, of a distribution, the ends between which they lie."""
+    rows = []
+    for name, values in space(config).items():
+        if isinstance(values, list):
+            rows.append([name, ", ".join(f"{value:g}" for value in values)])
+        else:
+            low, high = values.support()
+            rows.append([name, f"{low:g} to {high:g} ({values.dist.name})"])
+    return table(["setting", "drawn from"], rows)
+
+
 def draw_trials(config: Config, trials: int, search_seed: int) -> list[dict]:
     """So many settings from space(config), the same ones for the same seed; floats with three digits."""
     from sklearn.model_selection import ParameterSampler
@@ -83,6 +95,11 @@ def ranked(outcomes: dict[int, dict]) -> list[int]:
     return sorted(scored, key=lambda trial: (-scored[trial], trial))
 
 
+def tied_with(trial: int, outcomes: dict[int, dict]) -> list[int]:
+    """The trials with the score of this one, itself among them."""
+    return [other for other in ranked(outcomes) if outcomes[other]["score"] == outcomes[trial]["score"]]
+
+
 def results_table(drawn: list[dict], outcomes: dict[int, dict]) -> list[str]:
     """Each trial's settings, how far it went and its score, the best first."""
     order = ranked(outcomes)
@@ -101,6 +118,7 @@ def main(config: Config, trials: int, eta: int, search_seed: int) -> int | None:
             raise UserError(f"--{name} {value} is out of range: at least {least}, below 2**32")
     folder = run_path(config) if config.run_dir else run_path(config).with_name(run_path(config).name + "-search")
     drawn = draw_trials(config, trials, search_seed)
+    print("\n".join(space_table(config)[:-1]))
     train.main(config, check=True)  # what is wrong for every trial ends the search here
 
     # Resume: the folder is a run whose evaluations are the trials' outcomes, one at each rung
@@ -130,10 +148,15 @@ def main(config: Config, trials: int, eta: int, search_seed: int) -> int | None:
             outcomes[trial] = known[trial, rung] = {"trial": trial, "rung": rung, "settings": drawn[trial], **outcome}
             run.log({"event": "evaluation", **outcomes[trial]})
             run.save_last({})
-        alive = ranked({trial: known[trial, rung] for trial in alive})
+        reached = {trial: known[trial, rung] for trial in alive}
+        alive = ranked(reached)
         if all(drawn[trial]["epochs"] <= rung for trial in alive):
             break
-        alive = alive[: math.ceil(len(alive) / eta)]
+        kept = alive[: math.ceil(len(alive) / eta)]
+        tied = tied_with(kept[-1], reached)
+        if tied[-1] not in kept:
+            print(f"{len(tied)} trials tie at {reached[tied[0]]['score']:.4f}: the earlier ones go on")
+        alive = kept
         rung *= eta
     run.close()
 
@@ -141,8 +164,13 @@ def main(config: Config, trials: int, eta: int, search_seed: int) -> int | None:
     print("\n".join(results_table(drawn, outcomes)[:-1]))
     if not alive:
         raise UserError(f"no trial has a score; the first: {outcomes[0]['error']}")
-    print(f"best: trial {alive[0]}, trained anew and whole, and only now scored on test")
-    status = train.main(trial_config(config, folder / "winner", drawn[alive[0]]))
+    best, scored, tied = alive[0], ranked(outcomes), tied_with(alive[0], outcomes)
+    if 1 < len(tied) == len(scored):
+        print(f"all {len(tied)} trials tie: none is best, none is trained anew; try more epochs or validation rows")
+        return None
+    others = f", with which {len(tied) - 1} others tie" * (len(tied) > 1)
+    print(f"best: trial {best}{others}; it is trained anew and whole, and only now scored on test")
+    status = train.main(trial_config(config, folder / "winner", drawn[best]))
     return status or print(f"search in {displayed(folder)}")
 
 

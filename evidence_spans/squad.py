@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 from common.checkpoint import UserError
@@ -47,13 +48,27 @@ def read_file(path: Path, ids: dict[str, Path], unread: Counter) -> list[Example
 
     ids: those of all files so far; unread: counts the keys that nobody reads.
     """
+    examples = []
+    for place, context, row in read_questions(path, unread):
+        name, question, answers = read_question(row, context, place, unread)
+        if name in ids:
+            raise UserError(f"{place}: id {name!r} stands in {ids[name]} already")
+        ids[name] = path
+        post, kind = hashlib.sha256(context.encode()).hexdigest()[:16], "answered" if answers else "unanswerable"
+        examples.append(Example(name, post, question, context, answers, kind, together=False))
+    if not examples:
+        raise UserError(f"{path} holds no question")
+    return examples
+
+
+def read_questions(path: Path, unread: Counter) -> Iterator[tuple[str, str, object]]:
+    """Each question's place in a file, its context, and its row as it stands there. Raises UserError."""
     try:
         content = json.loads(read_text(path), object_pairs_hook=unique_keys)
     except (json.JSONDecodeError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {error}") from error
     except ValueError as error:  # a key twice
         raise UserError(f"{path}, one of its objects: {error}") from error
-    examples = []
     count_unread(content, FILE, str(path), unread)
     for a, article in enumerate(expect(content, "data", list, str(path))):
         count_unread(article, ARTICLE, f"{path}, data[{a}]", unread)
@@ -61,18 +76,9 @@ def read_file(path: Path, ids: dict[str, Path], unread: Counter) -> list[Example
             place = f"{path}, data[{a}].paragraphs[{p}]"
             count_unread(paragraph, PARAGRAPH, place, unread)
             context = expect(paragraph, "context", str, place)
-            post = hashlib.sha256(context.encode()).hexdigest()[:16]
             for q, row in enumerate(expect(paragraph, "qas", list, place)):
                 count_unread(row, QUESTION, f"{place}.qas[{q}]", unread)
-                name, question, answers = read_question(row, context, f"{place}.qas[{q}]", unread)
-                if name in ids:
-                    raise UserError(f"{place}.qas[{q}]: id {name!r} stands in {ids[name]} already")
-                ids[name] = path
-                kind = "answered" if answers else "rejected"
-                examples.append(Example(name, post, question, context, answers, kind, together=False))
-    if not examples:
-        raise UserError(f"{path} holds no question")
-    return examples
+                yield f"{place}.qas[{q}]", context, row
 
 
 def read_question(

@@ -8,7 +8,7 @@
 import math
 import sys
 from functools import partial
-from itertools import accumulate, chain, pairwise
+from itertools import chain
 from pathlib import Path
 
 if not __package__:  # run as a script: import from the repository root, not from this folder
@@ -43,16 +43,11 @@ from evidence_spans.thresholds import untuned
 from evidence_spans.windows import UnfitSettings
 
 
-def epoch_bounds(train: Split, accumulation: int, config: Config) -> list[int]:
-    """The optimizer steps between which each epoch lies, 0 first: the drawn examples, and so the steps, differ."""
-    steps = (len(epoch_steps(train, accumulation, config, epoch)) for epoch in range(config.epochs))
-    return list(accumulate(steps, initial=0))
-
-
-def evaluation_steps(bounds: list[int], total_steps: int, config: Config) -> set[int]:
+def evaluation_steps(steps_per_epoch: int, total_steps: int, config: Config) -> set[int]:
     """The steps after which is evaluated: so many, evenly spaced, in each epoch, and the last one."""
     parts = config.evaluations_per_epoch
-    spaced = {a + round((b - a) * k / parts) for a, b in pairwise(bounds) for k in range(1, parts + 1)}
+    in_epoch = [round(steps_per_epoch * k / parts) for k in range(1, parts + 1)]
+    spaced = {epoch * steps_per_epoch + step for epoch in range(config.epochs) for step in in_epoch}
     return {step for step in spaced if 0 < step <= total_steps} | {total_steps}
 
 
@@ -119,13 +114,13 @@ def main(config: Config, check: bool = False, pause_after: int = 0) -> int | Non
     examples, source = load_examples(config)
     splits = {name: make_split(rows, tokenizer, config) for name, rows in examples.items()}
     cautions = find_cautions(examples)
-    print_summary(splits, source, cautions)
+    print_summary(splits, source, cautions, config)
     train = splits["train"]
     decoding = untuned(train.windows, source.questions, config)
     accumulation = 1 if check else config.gradient_accumulation_steps
-    bounds = epoch_bounds(train, accumulation, config)
-    total_steps = min(bounds[-1], config.max_steps or math.inf)
-    evaluate_after = evaluation_steps(bounds, total_steps, config)
+    steps_per_epoch = len(epoch_steps(train, accumulation, config, 0))
+    total_steps = min(steps_per_epoch * config.epochs, config.max_steps or math.inf)
+    evaluate_after = evaluation_steps(steps_per_epoch, total_steps, config)
 
     # Model
     model = build_model(config).to(device)
@@ -153,8 +148,8 @@ def main(config: Config, check: bool = False, pause_after: int = 0) -> int | Non
             if best.exhausted or progress.step == total_steps:
                 break
             # What is left of the epoch: for each optimizer step its micro-batches, lists of row numbers
-            first, end = bounds[epoch : epoch + 2]
-            steps = epoch_steps(train, accumulation, config, epoch)[progress.step_in_epoch : total_steps - first]
+            left = slice(progress.step_in_epoch, total_steps - epoch * steps_per_epoch)
+            steps = epoch_steps(train, accumulation, config, epoch)[left]
             loader = iter(make_loader(train.windows, chain(*steps), tokenizer, config))
 
             for micro_batches in steps:
@@ -188,7 +183,7 @@ def main(config: Config, check: bool = False, pause_after: int = 0) -> int | Non
                 # Log
                 progress.add_step(sum(losses), windows, tokens, skipped)
                 bar.update()
-                now = epoch + progress.step_in_epoch / (end - first)
+                now = epoch + progress.step_in_epoch / steps_per_epoch
                 if progress.step % config.logging_steps == 0:
                     bar.write(run.log_step(progress, total_steps, now, sum(losses) / windows, learning_rate, grad_norm))
                 if micro_batches is steps[-1]:
@@ -223,7 +218,7 @@ def main(config: Config, check: bool = False, pause_after: int = 0) -> int | Non
     # Final evaluation
     scores, _ = evaluate_run(run, splits, load_best(path, config), cautions, config, dtype)
     progress.note_memory(device)
-    scores |= {"not_found": len(source.not_found), "cautions": cautions}
+    scores["not_found"] = len(source.not_found)
     results = run.finish(config.metric, best, progress, **scores)
     print(last_line(results, displayed(path)))
 

@@ -8,7 +8,6 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
 from launch import config_of, ran, refused, run_here, short_flags
 
@@ -132,7 +131,7 @@ def test_squads_questions_and_answers_are_read_as_they_are(tmp_path):
     source = read_source(sample(tmp_path / "folder"))
     assert [(e.id, e.question, e.answers, e.kind, e.together) for e in source.examples] == [
         ("a", "Where?", ((4, 9), (10, 12)), "answered", False),  # alternatives, without their blanks
-        ("b", "Who?", (), "rejected", False),
+        ("b", "Who?", (), "unanswerable", False),
     ]
     assert not source.test and source.questions == {}
     assert read_source(sample(tmp_path / "folder/any.json")).examples == source.examples
@@ -294,21 +293,23 @@ def test_posts_of_one_author_or_text_share_a_split_that_a_hash_chooses():
 
 
 def test_an_epoch_takes_each_window_of_what_is_drawn_once(few_rows):
-    """All answered and rejected examples, and unannotated ones in number to the answered, anew in each epoch."""
+    """All with an answer and of rejected pairs, and of the others so many for each answer's, anew in each epoch."""
     config = sample(few_rows("evidence_spans"), max_length=64, doc_stride=16, batch_size=7)
     splits = load_examples(config)[0]
     assert all({*Counter(e.post for e in splits[name]).values()} == {9} for name in ("validation", "test"))
     split = make_split(splits["train"], find_tokenizer(config), config)
-    kinds = np.array([e.kind for e in split.examples])
-    answered, rejected, unannotated = ((kinds == kind).sum() for kind in ("answered", "rejected", "unannotated"))
-    assert len(split.windows) > 1.5 * len(kinds) and min(answered, rejected) > 9
-    for ratio in (0, 0.3, 1.7, 1000):
-        windows = draw_windows(split, config.model_copy(update={"negatives_per_positive": ratio}), 0)
-        drawn = {*split.owners[windows].tolist()}
-        assert windows.tolist() == [row for row, owner in enumerate(split.owners) if owner in drawn]
-        counts = Counter(kinds[[*drawn]].tolist())
-        assert (counts["answered"], counts["rejected"]) == (answered, rejected)
-        assert counts["unannotated"] == min(round(ratio * answered), unannotated)
+    rows = {"answered": [], "rejected": [], "other": []}
+    for row, window in enumerate(split.windows):
+        kind = split.examples[window.example].kind
+        rows["answered" if window.labels else "rejected" if kind == "rejected" else "other"].append(row)
+    answered, rejected, others = map(len, rows.values())
+    assert answered > sum(e.kind == "answered" for e in split.examples) and rejected > 9 and others > 2 * answered
+    always = {*rows["answered"], *rows["rejected"]}
+    for ratio, wanted in ((0, others), (-1, answered), (0.3, round(0.3 * answered)), (1.7, round(1.7 * answered))):
+        drawn = [draw_windows(split, config.model_copy(update={"negatives_per_positive": ratio}), n) for n in range(3)]
+        assert all(some.tolist() == sorted({*some.tolist()} | always) for some in drawn)
+        assert [len(some) - len(always) for some in drawn] == [wanted] * 3
+        assert (drawn[0].tolist() == drawn[1].tolist()) == (wanted == others)
 
     epochs = []
     for epoch, seed in ((0, 42), (1, 42), (0, 43), (0, 42)):
@@ -316,6 +317,7 @@ def test_an_epoch_takes_each_window_of_what_is_drawn_once(few_rows):
         steps, drawn = epoch_steps(split, 3, seeded, epoch), draw_windows(split, seeded, epoch).tolist()
         assert {len(step) for step in steps[:-1]} == {3} and 0 < len(steps[-1]) <= 3
         assert sorted(row for step in steps for batch in step for row in batch) == drawn
+        assert len(steps) == -(-len(drawn) // (7 * 3))
         epochs.append(drawn)
     assert epochs[0] == epochs[3] and epochs[0] not in epochs[1:3]
 

@@ -53,12 +53,13 @@ def test_cautions_stand_in_the_table_the_report_and_the_last_line(few_rows, tmp_
     flags = short_flags("evidence_spans", *flags, "--run_dir", tmp_path / "run")
     assert (out := ran("evidence_spans/train.py", *flags))
     results = json.loads((tmp_path / "run/results.json").read_text(encoding="utf-8"))
-    (caution,) = results["cautions"]
+    caution, low = results["cautions"]
+    assert results["test"]["at_threshold"]["has_answer"]["f1"] < 0.1 and "near 0 on validation and test" in low
     counts = results["validation"]["at_threshold"]
     assert f"{counts['rows']} rows, {counts['has_answer']['rows']} of those with an answer" in caution
-    assert out.splitlines().count(caution) == 1 and f" | {caution} | " in out.splitlines()[-1]
+    assert out.splitlines().count(caution) == 1 and f" | {caution} | {low} | " in out.splitlines()[-1]
     written = (tmp_path / "run/report.md").read_text(encoding="utf-8")
-    assert f"- {caution}\n" in written and "character" in written
+    assert written.count(f"- {caution}\n- {low}\n") == 1 and "character" in written
     assert caution in ran("evidence_spans/evaluate.py", "--run_dir", tmp_path / "run", "--split", "val")
 
 

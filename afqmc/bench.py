@@ -72,9 +72,10 @@ def run_ours(side: str, config: Config, seed: int, counts: list[int]) -> float:
 def run_trainer(side: str, config: Config, seed: int, counts: list[int]) -> float:
     """One epoch of transformers.Trainer with the same hyper-parameters: its seconds."""
     tokenizer, rows = find_tokenizer(config), []
-    for pair in load_splits(config, tokenizer)["train"].pairs:
+    split = load_splits(config, tokenizer)["train"]
+    for pair, label in zip(split.pairs, split.labels.tolist()):
         row = tokenizer(*pair[:2], truncation="longest_first", max_length=config.max_length)
-        rows.append(dict(row) | {"labels": pair.label})
+        rows.append(dict(row) | {"labels": label})
     pad = DataCollatorWithPadding(tokenizer)
 
     def collate_and_count(features):

@@ -13,19 +13,21 @@ class Config(BaseModel, frozen=True, extra="forbid", strict=True, validate_defau
     init: Literal["pretrained", "random"] = Field("pretrained", description="random: the model's shape, new weights")
     data_dir: str = Field("afqmc/data", description="folder of train.json and, if there, dev.json (the test split)")
     run_dir: str = Field("", description="folder of the run; empty: afqmc/runs/<model>-<8 hex of the config>")
-    validation_fraction: float = Field(0.1, gt=0, lt=1, description="share of train.json held out to choose on")
-    split_seed: int = Field(42, ge=0, lt=2**32, description="seed of that split; stays while seed varies")
+    test_fraction: float = Field(0.0, ge=0, lt=1, description="share of train.json to test on, without a dev.json")
+    validation_fraction: float = Field(0.1, gt=0, lt=1, description="share of the rest held out to choose on")
+    split_seed: int = Field(42, ge=0, lt=2**32, description="seed of these splits; stays while seed varies")
     max_length: int = Field(64, ge=8, description="tokens of a pair; 95 in 100 of AFQMC's have at most 49")
 
     # The loss. AFQMC has 69 % label 0, so that unweighted training under-predicts label 1.
     class_weights: str = Field(
         "balanced",
-        pattern=f"^(balanced|off|{NUMBER},{NUMBER})$",
-        description="balanced (N / (2 N_c)), off, or two numbers above 0, such as 0.7,1.6",
+        pattern=f"^(balanced|off|{NUMBER}(,{NUMBER})+)$",
+        description="balanced (N / (K N_c)), off, or a number above 0 for each label, such as 0.7,1.6, in the labels' "
+        "order: by number where all are whole numbers, else by name, as the data table has it",
     )
     loss: Literal["cross_entropy", "focal"] = Field("cross_entropy", description="focal: it times (1 - p)^gamma")
     focal_gamma: float = Field(2.0, ge=0, description="gamma of the focal loss (arXiv 1708.02002)")
-    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread over both labels")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread over all labels")
     fgm_epsilon: float = Field(1.0, ge=0, description="length of FGM's step on an example's embeddings; 0: off")
 
     # The optimizer: BERT's fine-tuning recipe (arXiv 1810.04805, appendix A.3).

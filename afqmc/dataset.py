@@ -1,7 +1,8 @@
-"""AFQMC's pairs: JSON lines -> Pair rows -> splits with their lengths -> batches of token ids.
+"""Pairs of sentences: JSON lines -> Pair rows -> splits with their lengths -> batches of token ids.
 
 Format (CLUE, arXiv 2004.05986): {"sentence1": "...", "sentence2": "...", "label": "0" or "1"}; test.json has an id
-and no label. Texts are tokenised once for their lengths, and again, a batch in one call, when a batch is made.
+and no label. Own labels are texts or whole numbers, and those of train.json are all that there are. Texts are tokenised
+once for their lengths, and again, a batch in one call, when a batch is made.
 
 N pairs, B batch, T tokens
 """
@@ -9,10 +10,11 @@ N pairs, B batch, T tokens
 import hashlib
 import json
 import math
+import re
 import signal
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -30,7 +32,7 @@ from common.checkpoint.files import parse_object, unread_keys
 from common.checkpoint.pretrained import check_ids, check_texts
 from common.seed import epoch_generator
 
-LABELS = ("0", "1")  # 1: the two sentences mean the same
+LABELS = ("0", "1")  # AFQMC's; 1: the two sentences mean the same
 KEYS = ("sentence1", "sentence2", "label", "id")  # of a row, that are read
 BUCKET = 100  # batches that are sorted by length together: leaves .8 % of padding on AFQMC
 
@@ -61,14 +63,14 @@ def pair_key(first: str, second: str) -> tuple[str, ...]:
 
 
 class Pair(NamedTuple):
-    """One row: two sentences, the label (None where the file has none), the row's line number and id.
+    """One row: two sentences, the label's name (None where the file has none), the row's line number and id.
 
     unread: its keys that nobody reads.
     """
 
     sentence1: str
     sentence2: str
-    label: int | None
+    label: str | None
     line: int
     id: object = None
     unread: tuple[str, ...] = ()
@@ -80,11 +82,32 @@ class Pair(NamedTuple):
 
 
 class Split(NamedTuple):
-    """Pairs, the tokens (N,) of each before truncation, and the labels (N,)."""
+    """Pairs, the tokens (N,) of each before truncation, the labels (N,), numbers in names, and all labels' names.
+
+    unknown: how many of the tokens are [UNK].
+    """
 
     pairs: list[Pair]
     lengths: np.ndarray
     labels: torch.Tensor
+    names: tuple[str, ...] = LABELS
+    unknown: int = 0
+
+
+def label_name(value: object) -> str:
+    """The label that a row gives: 1, 1.0 (as pandas writes it), "1" and "1.0 " are "1". Raises ValueError."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    name = " ".join(str(value).split())
+    if isinstance(value, bool) or not isinstance(value, str | int) or is_empty(name):
+        raise ValueError(f"label is {value!a}, expected a text or a whole number")
+    return re.sub(r"^(-?[0-9]+)\.0+$", r"\1", name)
+
+
+def label_names(pairs: Iterable[Pair]) -> tuple[str, ...]:
+    """The labels that occur, as the model's outputs are ordered: by number where all are whole ones, else by name."""
+    names = sorted({pair.label for pair in pairs})
+    return tuple(sorted(names, key=int) if all(re.fullmatch("-?[0-9]{1,18}", name) for name in names) else names)
 
 
 def parse_pair(line: bytes, number: int, labelled: bool) -> Pair:
@@ -95,23 +118,22 @@ def parse_pair(line: bytes, number: int, labelled: bool) -> Pair:
         raise ValueError(f"expected UTF-8, found byte {error.object[error.start]:#x} ({error.reason})") from error
     row = parse_object(text)
     unread = tuple(unread_keys(row, KEYS))
-    for name in ("sentence1", "sentence2"):
-        if not isinstance(row.get(name), str) or is_empty(row[name]):
-            raise ValueError(f"{name} is {row.get(name)!a}, expected a non-empty string")  # !a shows invisible ones
+    for name in KEYS[: 2 + labelled]:
+        if name not in row:
+            raise ValueError(f"there is no {name}; the keys there are {', '.join(row) or 'none'}")
+    for name in KEYS[:2]:
+        if not isinstance(row[name], str) or is_empty(row[name]):
+            raise ValueError(f"{name} is {row[name]!a}, expected a non-empty string")  # !a shows invisible ones
     if not isinstance(row.get("id"), str | int | None):
         raise ValueError(f"id is {row['id']!r}, expected a number or a string")
-    label = None
-    if labelled:
-        if str(row.get("label")) not in LABELS:
-            raise ValueError(f'label is {row.get("label")!r}, expected "0" or "1"')
-        label = int(row["label"])
+    label = label_name(row["label"]) if labelled else None
     return Pair(row["sentence1"].strip(), row["sentence2"].strip(), label, number, row.get("id"), unread)
 
 
-def read_pairs(path: Path, labelled: bool = True) -> list[Pair]:
-    """All pairs of a JSON-lines file; blank lines are skipped.
+def read_pairs(path: Path, labelled: bool = True, names: Collection[str] = ()) -> list[Pair]:
+    """All pairs of a JSON-lines file; blank lines are skipped. names: the labels that there are; (): any.
 
-    Raises UserError naming file and line for a malformed line, a label outside {0, 1}, a missing or empty sentence.
+    Raises UserError naming file and line for a malformed line, another label, a missing or empty sentence.
     """
     if not path.is_file():
         ways = "--data_dir names your folder, `python afqmc/download.py` gets AFQMC, --sample needs neither"
@@ -122,6 +144,8 @@ def read_pairs(path: Path, labelled: bool = True) -> list[Pair]:
             if line.strip():
                 try:
                     pairs.append(parse_pair(line, number, labelled))
+                    if names and pairs[-1].label not in names:
+                        raise ValueError(f"label is {pairs[-1].label!r}, train.json's are {listed(names)}")
                 except ValueError as error:  # JSON and UTF-8 errors are ValueErrors too
                     raise UserError(f"{path}, line {number}: {error}") from error
     if not pairs:
@@ -148,7 +172,7 @@ def split_pairs(pairs: list[Pair], fraction: float, seed: int) -> tuple[list[Pai
 def split_groups(groups: list[list[Pair]], fraction: float, seed: int) -> tuple[list[Pair], list[Pair]]:
     """Whole groups on two sides, stratified by the label of their first pair.
 
-    Raises ValueError when there are too few groups of a label to have both labels on both sides.
+    Raises ValueError when there are too few groups of a label to have all labels on both sides.
     """
     from sklearn.model_selection import train_test_split  # a second that --help has no use for
 
@@ -158,39 +182,55 @@ def split_groups(groups: list[list[Pair]], fraction: float, seed: int) -> tuple[
     except ValueError:  # in scikit-learn's words, of classes and members
         split = [], []
     train, validation = ([pair for members in side for pair in members] for side in split)
-    if not {pair.label for pair in train} == {pair.label for pair in validation} == {0, 1}:
-        found = " and ".join(f"{labels.count(label)} of label {name}" for label, name in enumerate(LABELS))
+    lines = {pair.label: pair.line for members in reversed(groups) for pair in reversed(members)}  # the first of each
+    if len(lines) < 2:
+        raise ValueError(f"all have label {''.join(lines)}")
+    if not {pair.label for pair in train} == {pair.label for pair in validation} == lines.keys():
         enough = math.ceil(1 / min(fraction, 1 - fraction))
-        raise ValueError(f"{found}, repeated ones aside; {enough} of each are enough at validation_fraction {fraction}")
+        few = [f"{n} of label {name} (line {lines[name]})" for name in lines if (n := labels.count(name)) < enough]
+        more = f" and {len(few) - 3} more labels under {enough}" * (len(few) > 3)
+        raise ValueError(
+            f"{', '.join(few[:3])}{more}, repeated ones aside; {enough} of each are enough for a fraction of {fraction}"
+        )
     return train, validation
 
 
+def listed(names: Collection[str]) -> str:
+    return ", ".join([*names][:10]) + f" and {len(names) - 10} more" * (len(names) > 10)
+
+
 def load_splits(config: Config, tokenizer: PreTrainedTokenizerFast) -> dict[str, Split]:
-    """train and validation from train.json, and test from dev.json where that is present. Raises UserError."""
-    folder = ROOT / config.data_dir
-    pairs = read_pairs(folder / "train.json")
+    """train and validation from train.json, and test from dev.json, or by test_fraction. Raises UserError."""
+    path, dev = (ROOT / config.data_dir / name for name in ("train.json", "dev.json"))
+    pairs, test = read_pairs(path), []
+    names = label_names(pairs)
+    if dev.exists():
+        if config.test_fraction:
+            raise UserError(f"{dev} is the test split already: test_fraction {config.test_fraction} has no use")
+        test = read_pairs(dev, names=names)
     try:
+        if config.test_fraction:
+            pairs, test = split_pairs(pairs, config.test_fraction, config.split_seed)
         train, validation = split_pairs(pairs, config.validation_fraction, config.split_seed)
     except ValueError as error:
-        raise UserError(f"{folder / 'train.json'}: its {len(pairs)} pairs cannot be split: {error}") from error
-    splits = {"train": train, "validation": validation}
-    if (folder / "dev.json").exists():
-        splits["test"] = read_pairs(folder / "dev.json")
-    return {name: make_split(pairs, tokenizer) for name, pairs in splits.items()}
+        raise UserError(f"{path}: its {len(pairs)} pairs cannot be split: {error}") from error
+    splits = {"train": train, "validation": validation} | ({"test": test} if test else {})
+    return {name: make_split(pairs, tokenizer, names) for name, pairs in splits.items()}
 
 
-def make_split(pairs: list[Pair], tokenizer: PreTrainedTokenizerFast) -> Split:
+def make_split(pairs: list[Pair], tokenizer: PreTrainedTokenizerFast, names: tuple[str, ...] = LABELS) -> Split:
     """The pairs, tokenised 1,000 at a time for their lengths. Raises UserError for a token without an embedding."""
     check_texts(tokenizer, [text for pair in pairs for text in pair[:2]])
-    lengths = []
+    lengths, unknown = [], 0
     for start in tqdm(range(0, len(pairs), 1000), "counting tokens", leave=False, disable=None, delay=5):
         part = pairs[start : start + 1000]
         first, second = zip(*(pair[:2] for pair in part))
         ids = tokenizer(list(first), list(second), verbose=False)["input_ids"]  # verbose warns of what will be cut
         check_ids(ids, tokenizer, lambda row, part=part: f"line {part[row].line}")
         lengths += map(len, ids)
-    labels = [-1 if pair.label is None else pair.label for pair in pairs]
-    return Split(pairs, np.array(lengths, dtype=np.int64), torch.tensor(labels))
+        unknown += sum(row.count(tokenizer.unk_token_id) for row in ids)
+    labels = [-1 if pair.label is None else names.index(pair.label) for pair in pairs]
+    return Split(pairs, np.array(lengths, dtype=np.int64), torch.tensor(labels), names, unknown)
 
 
 def fingerprint(splits: dict[str, Split]) -> str:
@@ -211,7 +251,7 @@ def repeated_in_test(splits: dict[str, Split]) -> int:
 
 
 def collate(pairs: list[Pair], tokenizer: PreTrainedTokenizerFast, max_length: int) -> dict[str, torch.Tensor]:
-    """A batch, padded to its own longest pair: [CLS] a [SEP] b [SEP], each (B, T), and labels (B,) where known.
+    """A batch, padded to its own longest pair: [CLS] a [SEP] b [SEP], each (B, T).
 
     Holds whatever the tokenizer gives its model, so BERT gets token_type_ids. A pair that is too long loses tokens
     from the end of its longer side.
@@ -220,8 +260,6 @@ def collate(pairs: list[Pair], tokenizer: PreTrainedTokenizerFast, max_length: i
     batch = tokenizer(
         list(first), list(second), truncation="longest_first", max_length=max_length, padding=True, return_tensors="pt"
     )
-    if pairs[0].label is not None:
-        batch["labels"] = torch.tensor([pair.label for pair in pairs])
     return dict(batch)
 
 

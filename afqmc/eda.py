@@ -16,10 +16,10 @@ import numpy as np
 
 from afqmc.cli import run_script
 from afqmc.config import Config
-from afqmc.dataset import LABELS, Pair, Split, count_unread, make_split, read_pairs
+from afqmc.dataset import Pair, Split, count_unread, label_names, make_split, read_pairs
 from afqmc.loss import class_weights
 from afqmc.model import find_tokenizer
-from afqmc.report import table, unread_line
+from afqmc.report import label_shares, table, unread_line
 from common.checkpoint import ROOT
 
 
@@ -36,8 +36,8 @@ def recommended_max_length(lengths: np.ndarray) -> int:
     return int(np.ceil(np.percentile(lengths, 99, method="inverted_cdf") / 8) * 8)
 
 
-def repetitions(pairs: list[Pair]) -> dict[str, int]:
-    """Rows that repeat an earlier pair as it is, swapped or in another writing, and pairs that have both labels.
+def repetitions(pairs: list[Pair], names: tuple[str, ...]) -> dict[str, int]:
+    """Rows that repeat an earlier pair as it is, swapped or in another writing, and pairs that have several labels.
 
     What is the same but for writing (case, width, punctuation) and order is one pair.
     """
@@ -50,10 +50,9 @@ def repetitions(pairs: list[Pair]) -> dict[str, int]:
         "repeated as they are": len(pairs) - len(as_is),
         "repeated swapped": len(as_is) - len(unordered),
         "repeated in another writing": len(unordered) - len(by_key),
-        "pairs with both labels": sum({0, 1} <= labels for labels in by_key.values()),
+        "pairs with several labels": sum(len(labels) > 1 for labels in by_key.values()),
         "equal sentences": equal.total(),
-        "equal sentences with label 0": equal[0],
-    }
+    } | {f"equal sentences with label {name}": equal[name] for name in names}
 
 
 def overlap_rows(files: dict[str, list[Pair]]) -> list[list]:
@@ -68,18 +67,9 @@ def overlap_rows(files: dict[str, list[Pair]]) -> list[list]:
     return rows
 
 
-def label_rows(files: dict[str, Split]) -> list[list]:
-    rows = []
-    for name, (pairs, _, labels) in files.items():
-        counts = [int((labels == label).sum()) for label in range(len(LABELS))]
-        shares = ["-" if name == "test" else f"{count} ({count / len(pairs):.1%})" for count in counts]
-        rows.append([name, len(pairs), *shares])
-    return rows
-
-
 def length_rows(files: dict[str, Split]) -> list[list]:
     rows = []
-    for name, (pairs, lengths, _) in files.items():
+    for name, (pairs, lengths, *_) in files.items():
         characters = np.array([len(sentence) for pair in pairs for sentence in pair[:2]])
         for what, values in (("characters in a sentence", characters), ("tokens in a pair", lengths)):
             rows.append([name, what, *np.percentile(values, (50, 95, 99, 100)).astype(int).tolist()])
@@ -90,13 +80,18 @@ def main(config: Config) -> None:
     # train.json, which must be there, and dev.json and test.json where they are; test.json has no labels
     folder, tokenizer = ROOT / config.data_dir, find_tokenizer(config)
     names = ["train", *(name for name in ("dev", "test") if (folder / f"{name}.json").exists())]
-    files = {name: make_split(read_pairs(folder / f"{name}.json", name != "test"), tokenizer) for name in names}
+    pairs, labels = {}, ()
+    for name in names:
+        pairs[name] = read_pairs(folder / f"{name}.json", name != "test", labels if name == "dev" else ())
+        labels = labels or label_names(pairs[name])
+    files = {name: make_split(some, tokenizer, labels) for name, some in pairs.items()}
     train = files["train"]
 
     print(f"{config.data_dir}, tokens of {config.model}\n")
-    print("\n".join(table(["file", "rows", *(f"label {name}" for name in LABELS)], label_rows(files))))
-    if len(train.labels.unique()) == len(LABELS):
-        weights = class_weights("balanced", train.labels).tolist()
+    rows = [[name, len(split.pairs), *label_shares(split)] for name, split in files.items()]
+    print("\n".join(table(["file", "rows", *(f"label {name}" for name in labels)], rows)))
+    if len(labels) > 1:
+        weights = class_weights("balanced", train).tolist()
         print(f"balanced class weights of train: {', '.join(f'{weight:.4f}' for weight in weights)}\n")
     else:
         print("train has one label only: no class weights, and nothing to learn\n")
@@ -110,11 +105,11 @@ def main(config: Config) -> None:
 
     if unread := sum((count_unread(split.pairs) for split in files.values()), Counter()):
         print(f"{unread_line(unread)}\n")
-    counts = {name: repetitions(split.pairs) for name, split in files.items()}
+    counts = {name: repetitions(some, labels) for name, some in pairs.items()}
     rows = [[what, *(counts[name][what] for name in files)] for what in counts["train"]]
     print("\n".join(table(["rows", *files], rows)))
     if len(files) > 1:
-        rows = overlap_rows({name: split.pairs for name, split in files.items()})
+        rows = overlap_rows(pairs)
         print("\n".join(table(["files", "pairs in both", "sentences in both"], rows)))
 
 

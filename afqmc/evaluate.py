@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from afqmc.cli import run_path, run_script
 from afqmc.config import Config
-from afqmc.dataset import LABELS, Split, fingerprint, load_splits, make_loader, sorted_batches
+from afqmc.dataset import Split, fingerprint, load_splits, make_loader, sorted_batches
 from afqmc.loss import class_weights, pair_loss
 from afqmc.model import PairClassifier, find_tokenizer, load_model
 from afqmc.report import report
@@ -36,23 +36,41 @@ def predict_logits(
     config: Config,
     dtype: torch.dtype | None,
 ) -> Tensor:
-    """Logits (N, 2) in fp32 on the CPU, in the order of the pairs; batches are sorted by length."""
+    """Logits (N, K) in fp32 on the CPU, in the order of the pairs; batches are sorted by length."""
     batches = sorted_batches(split.lengths, config.eval_batch_size)
-    logits = torch.empty(len(split.pairs), len(LABELS))
+    logits = torch.empty(len(split.pairs), len(model.names))
     device = next(model.parameters()).device
     model.eval()
     bar = tqdm(make_loader(split.pairs, batches, tokenizer, config), leave=False, disable=None, desc="evaluating")
     with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype is not None):
         for rows, batch in zip(batches, bar):
-            batch.pop("labels", None)
             batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
             logits[rows] = model(**batch).cpu()
     return logits
 
 
 def probabilities(logits: Tensor) -> np.ndarray:
-    """(N, 2) logits -> (N,) probability of label 1, "the same"."""
-    return logits.double().softmax(dim=1)[:, 1].numpy()
+    return logits.double().softmax(dim=1).numpy()  # (N, K)
+
+
+def decide(probability: np.ndarray, threshold: float | None) -> np.ndarray:
+    """(N, K) -> (N,) labels: of two the second where its probability is >= threshold, of more the most probable."""
+    return probability.argmax(axis=1) if threshold is None else (probability[:, 1] >= threshold).astype(int)
+
+
+def answers(probability: np.ndarray, threshold: float | None, names: tuple[str, ...]) -> list[dict]:
+    """What is said of each row of (N, K): label and probability, of the second label where there are two.
+
+    Of more the label's own, and probabilities: that of each by name.
+    """
+    rows = []
+    for label, row in zip(decide(probability, threshold).tolist(), probability.tolist()):
+        by_name = {name: round(p, 6) for name, p in zip(names, row)}
+        if threshold is None:
+            rows.append({"label": names[label], "probability": by_name[names[label]], "probabilities": by_name})
+        else:
+            rows.append({"label": names[label], "probability": by_name[names[1]]})
+    return rows
 
 
 def tune_threshold(probability: np.ndarray, labels: np.ndarray) -> float:
@@ -80,16 +98,18 @@ def tune_threshold(probability: np.ndarray, labels: np.ndarray) -> float:
     return 0.5 if lower[best] < 0.5 <= upper[best] else float(middle[best])
 
 
-def score_split(logits: Tensor, split: Split, threshold: float, weights: Tensor | None, config: Config) -> dict:
-    """Mean loss, and the classification metrics at .5 and at the given threshold."""
+def score_split(
+    logits: Tensor, split: Split, threshold: float | None, weights: Tensor | None, config: Config
+) -> dict:
+    """Mean loss, and the classification metrics at .5 and at the given threshold, or of the most probable label."""
     from common.metrics import classification_metrics
 
-    labels, probability = split.labels, probabilities(logits)
-    return {
-        "loss": pair_loss(logits, labels, weights, config).mean().item(),
-        "at_half": classification_metrics(labels, probability >= 0.5, LABELS),
-        "at_threshold": classification_metrics(labels, probability >= threshold, LABELS),
-    }
+    probability = probabilities(logits)
+    scores = {"loss": pair_loss(logits, split.labels, weights, config).mean().item()}
+    cuts = {"most_probable": None} if threshold is None else {"at_half": 0.5, "at_threshold": threshold}
+    for name, cut in cuts.items():
+        scores[name] = classification_metrics(split.labels, decide(probability, cut), split.names)
+    return scores
 
 
 def validate(
@@ -100,19 +120,23 @@ def validate(
     config: Config,
     dtype: torch.dtype | None,
 ) -> dict:
-    """Validation scores at .5, which choose the epoch, and the threshold that is best on these rows."""
+    """Validation scores at .5, which choose the epoch, and, of two labels, the threshold that is best on these rows."""
     logits = predict_logits(model, split, tokenizer, config, dtype)
     if not torch.isfinite(logits).all():
         raise UserError("the validation logits are not finite; best/ is untouched. A lower learning_rate may help")
-    threshold = tune_threshold(probabilities(logits), split.labels.numpy())
+    is_binary = len(split.names) == 2
+    threshold = tune_threshold(probabilities(logits)[:, 1], split.labels.numpy()) if is_binary else None
     scores = score_split(logits, split, threshold, weights, config)
-    at_half = {name: scores["at_half"][name] for name in ("f1_macro", "accuracy")}
-    tuned = {"threshold": threshold, "f1_macro_at_threshold": scores["at_threshold"]["f1_macro"]}
-    return {"loss": scores["loss"], **at_half, **tuned}
+    untuned = scores["at_half" if is_binary else "most_probable"]
+    result = {"loss": scores["loss"], "f1_macro": untuned["f1_macro"], "accuracy": untuned["accuracy"]}
+    tuned = {"threshold": threshold, "f1_macro_at_threshold": scores["at_threshold"]["f1_macro"]} if is_binary else {}
+    return result | tuned
 
 
-def read_threshold(folder: Path) -> float:
-    """The threshold that was tuned with the model in a best folder."""
+def read_threshold(folder: Path, model: PairClassifier) -> float | None:
+    """The threshold that was tuned with the model in a best folder; None for more than two labels."""
+    if len(model.names) > 2:
+        return None
     threshold = read_json(folder / "threshold.json").get("threshold")
     if not isinstance(threshold, float) or not 0 <= threshold <= 1:
         raise UserError(f"{folder / 'threshold.json'}: threshold is {threshold!r}, expected a number from 0 to 1")
@@ -127,19 +151,21 @@ def evaluate_run(
     dtype: torch.dtype | None,
 ) -> dict:
     """Scores of the best model on every split but train; writes predictions/ and report.md into the run."""
-    model, threshold = read_best(run.path, lambda folder: (load_model(folder), read_threshold(folder)))
+    model, threshold = read_best(
+        run.path, lambda folder: (model := load_model(folder), read_threshold(folder, model))
+    )
     model.to(pick_device())
-    weights = class_weights(config.class_weights, splits["train"].labels)
+    weights = class_weights(config.class_weights, splits["train"])
     scores: dict = {"threshold": threshold, "test": None}
     (run.path / "predictions").mkdir(exist_ok=True)
     for name in [name for name in splits if name != "train"]:
         logits = predict_logits(model, splits[name], tokenizer, config, dtype)
         scores[name] = score_split(logits, splits[name], threshold, weights, config)
         lines = []
-        for pair, probability in zip(splits[name].pairs, probabilities(logits).tolist()):
+        for pair, answer in zip(splits[name].pairs, answers(probabilities(logits), threshold, model.names)):
             row = {"line": pair.line, "sentence1": pair.sentence1, "sentence2": pair.sentence2}
-            row |= {"label": LABELS[pair.label], "predicted": LABELS[probability >= threshold]}
-            lines.append(json.dumps(row | {"probability": round(probability, 6)}, ensure_ascii=False) + "\n")
+            row |= {"label": pair.label, "predicted": answer.pop("label")} | answer
+            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
         write_text(run.path / "predictions" / f"{name}_predictions.jsonl", "".join(lines))
     write_text(run.path / "report.md", report(scores, splits, run.evaluations(), config))
     return scores

@@ -1,6 +1,6 @@
 """The loss of a pair and the weights of the labels.
 
-B batch
+B batch, K labels
 """
 
 import torch
@@ -8,24 +8,31 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from afqmc.config import Config
-from afqmc.dataset import LABELS
+from afqmc.dataset import Split, listed
+from common.checkpoint import UserError
 
 
-def class_weights(setting: str, labels: Tensor) -> Tensor | None:
-    """(2,) weights in fp32, None for "off". "balanced": N / (2 N_c) of the training labels, scikit-learn's formula."""
+def class_weights(setting: str, train: Split) -> Tensor | None:
+    """(K,) weights in fp32, None for "off". "balanced": N / (K N_c) of the training labels, scikit-learn's formula.
+
+    Raises UserError where there are not as many numbers as labels.
+    """
     if setting == "off":
         return None
     if setting != "balanced":
-        return torch.tensor([float(weight) for weight in setting.split(",")])
-    counts = torch.bincount(labels, minlength=len(LABELS))  # no label is without a pair: split_pairs sees to it
-    return len(labels) / (len(LABELS) * counts)
+        weights = torch.tensor([float(weight) for weight in setting.split(",")])
+        if len(weights) != len(train.names):
+            raise UserError(f"class_weights {setting}: expected a number for each of {listed(train.names)}")
+        return weights
+    counts = torch.bincount(train.labels)  # no label is without a pair: split_pairs sees to it
+    return len(train.labels) / (len(counts) * counts)
 
 
 def pair_loss(logits: Tensor, labels: Tensor, weights: Tensor | None, config: Config) -> Tensor:
-    """Loss of each pair, (B,), from logits (B, 2) and labels (B,), in fp32: the caller sums and divides.
+    """Loss of each pair, (B,), from logits (B, K) and labels (B,), in fp32: the caller sums and divides.
 
     Cross-entropy with label smoothing; a pair of label c counts weights[c] times (torch's own weight argument would
-    weigh the smoothed part by the other label's weight); focal multiplies by (1 - p)^gamma, p the probability of the
+    weigh the smoothed part by the other labels' weights); focal multiplies by (1 - p)^gamma, p the probability of the
     true label (arXiv 1708.02002, eq. 5).
     """
     logits = logits.float()
@@ -33,6 +40,6 @@ def pair_loss(logits: Tensor, labels: Tensor, weights: Tensor | None, config: Co
     if weights is not None:
         loss = loss * weights.to(labels.device)[labels]
     if config.loss == "focal":
-        rest = logits.softmax(dim=1).gather(1, 1 - labels[:, None]).squeeze(1)  # 1 - p without cancellation
+        rest = logits.softmax(dim=1).scatter(1, labels[:, None], 0.0).sum(dim=1)  # 1 - p without cancellation
         loss = loss * rest.clamp_min(torch.finfo(rest.dtype).tiny) ** config.focal_gamma
     return loss

@@ -1,9 +1,9 @@
 """The pair classifier: a BERT-like encoder and the head that its architecture has in transformers.
 
-B batch, T tokens, D hidden
+B batch, T tokens, D hidden, K labels
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -34,28 +34,28 @@ FIRST_TOKEN = {"roberta": torch.tanh, "xlm-roberta": torch.tanh, "electra": F.ge
 class PooledHead(nn.Linear):
     """One Linear on the pooled [CLS], after dropout."""
 
-    def __init__(self, hidden_size: int, dropout: float):
-        super().__init__(hidden_size, len(LABELS))
+    def __init__(self, hidden_size: int, labels: int, dropout: float):
+        super().__init__(hidden_size, labels)
         self.dropout = dropout
 
     def forward(self, output) -> Tensor:
         pooled = F.dropout(output.pooler_output.float(), self.dropout, self.training)
-        return super().forward(pooled)  # (B, D) -> (B, 2)
+        return super().forward(pooled)  # (B, D) -> (B, K)
 
 
 class FirstTokenHead(nn.Module):
     """Dropout, Linear, activation, dropout, Linear on the first token's state."""
 
-    def __init__(self, hidden_size: int, dropout: float, activation: Callable):
+    def __init__(self, hidden_size: int, labels: int, dropout: float, activation: Callable):
         super().__init__()
         self.dense = nn.Linear(hidden_size, hidden_size)
         self.dropout = nn.Dropout(dropout)
-        self.out_proj = nn.Linear(hidden_size, len(LABELS))
+        self.out_proj = nn.Linear(hidden_size, labels)
         self.activation = activation
 
     def forward(self, output) -> Tensor:
         cls = self.dropout(output.last_hidden_state[:, 0].float())
-        return self.out_proj(self.dropout(self.activation(self.dense(cls))))  # (B, D) -> (B, 2)
+        return self.out_proj(self.dropout(self.activation(self.dense(cls))))  # (B, D) -> (B, K)
 
 
 class PairClassifier(nn.Module):
@@ -68,16 +68,21 @@ class PairClassifier(nn.Module):
         super().__init__()
         self.config, self.prefix = encoder.config, encoder.base_model_prefix
         self.add_module(self.prefix, encoder)
-        size, family = self.config.hidden_size, self.config.model_type
+        sizes, family = (self.config.hidden_size, self.config.num_labels), self.config.model_type
         if family in POOLED:
-            self.classifier = PooledHead(size, dropout)
+            self.classifier = PooledHead(*sizes, dropout)
         else:
-            self.classifier = FirstTokenHead(size, dropout, FIRST_TOKEN[family])
+            self.classifier = FirstTokenHead(*sizes, dropout, FIRST_TOKEN[family])
             encoder.pooler = None  # RoBERTa's is unused, so it would get no gradient
         for module in self.classifier.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=getattr(self.config, "initializer_range", 0.02))
                 nn.init.zeros_(module.bias)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The labels' names, in the order of the logits."""
+        return tuple(self.config.id2label[label] for label in range(self.config.num_labels))
 
     @property
     def encoder(self) -> nn.Module:
@@ -94,7 +99,7 @@ class PairClassifier(nn.Module):
         token_type_ids: Tensor | None = None,
         embeddings: Tensor | None = None,
     ) -> Tensor:
-        """(B, T) each -> logits (B, 2) in fp32. embeddings (B, T, D): what stands in place of embed's."""
+        """(B, T) each -> logits (B, K) in fp32. embeddings (B, T, D): what stands in place of embed's."""
         inputs = {"inputs_embeds": self.embed(input_ids) if embeddings is None else embeddings}
         if token_type_ids is not None:
             inputs["token_type_ids"] = token_type_ids
@@ -117,18 +122,21 @@ def find_tokenizer(config: Config, folder: Path | None = None) -> PreTrainedToke
     return load_tokenizer(source, load_shape(source), config.max_length, pairs=True)
 
 
-def build_model(config: Config) -> PairClassifier:
-    """Encoder with its weights (init "pretrained") or new ones (init "random"), and a new head. Raises UserError."""
+def build_model(config: Config, names: Sequence[str] = LABELS) -> PairClassifier:
+    """Encoder with its weights (init "pretrained") or new ones (init "random"), and a new head for the labels' names.
+
+    Raises UserError.
+    """
     source = find_model(config)
-    shape = load_shape(source, num_labels=len(LABELS))
+    shape = load_shape(source, num_labels=len(names))
     if shape.model_type not in (*POOLED, *FIRST_TOKEN):
         supported = ", ".join((*POOLED, *FIRST_TOKEN))
         raise UserError(f"{config.model} is a {shape.model_type} model; supported are {supported}")
     check_architecture(config.model, shape, config.max_length, config.amp)
 
     # What pipeline reads of best/: the labels, the class, the dropout
-    shape.id2label = dict(enumerate(LABELS))
-    shape.label2id = {label: index for index, label in enumerate(LABELS)}
+    shape.id2label = dict(enumerate(names))
+    shape.label2id = {label: index for index, label in enumerate(names)}
     shape.architectures = [MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(shape)].__name__]
     for name in ("classifier_dropout", "classifier_dropout_prob"):
         if hasattr(shape, name):
@@ -145,10 +153,16 @@ def build_model(config: Config) -> PairClassifier:
     return PairClassifier(encoder, config.dropout)
 
 
-def save_model(model: PairClassifier, tokenizer: PreTrainedTokenizerFast, threshold: float, folder: Path) -> None:
-    """Write what AutoModelForSequenceClassification.from_pretrained and pipeline load, and the threshold beside it."""
+def save_model(
+    model: PairClassifier, tokenizer: PreTrainedTokenizerFast, threshold: float | None, folder: Path
+) -> None:
+    """Write what AutoModelForSequenceClassification.from_pretrained and pipeline load, and the threshold beside it.
+
+    threshold: None for more than two labels.
+    """
     save_pretrained(folder, model.state_dict(), model.config, tokenizer)
-    write_json(folder / "threshold.json", {"threshold": threshold})
+    if threshold is not None:
+        write_json(folder / "threshold.json", {"threshold": threshold})
 
 
 def load_model(folder: Path) -> PairClassifier:

@@ -3,7 +3,8 @@
     python afqmc/predict.py --run_dir afqmc/runs/... --input pairs.jsonl > labels.jsonl
     echo '{"sentence1": "...", "sentence2": "..."}' | python afqmc/predict.py --run_dir afqmc/runs/...
 
-Out: the line's id where it has one, label ("1": the same meaning), probability (of label 1). Blank lines are skipped.
+Out: the line's id where it has one, label, probability: with two labels of the second ("1": the same meaning), with
+more of the label itself, and beside it probabilities, that of each label. Blank lines are skipped.
 A bad line is reported on stderr with its number, gives {"line": ..., "error": ...} in its place, and makes the exit
 status 1.
 Lines are answered in blocks of 8 x eval_batch_size, the last block at the end of the input.
@@ -22,8 +23,8 @@ if not __package__:  # run as a script: import from the repository root, not fro
 
 from afqmc.cli import run_path, run_script
 from afqmc.config import Config
-from afqmc.dataset import LABELS, Pair, count_unread, make_split, parse_pair
-from afqmc.evaluate import predict_logits, probabilities, read_threshold
+from afqmc.dataset import Pair, count_unread, listed, make_split, parse_pair
+from afqmc.evaluate import answers, predict_logits, probabilities, read_threshold
 from afqmc.model import find_tokenizer, load_model
 from afqmc.report import unread_line
 from common.checkpoint import UserError
@@ -45,12 +46,15 @@ def main(config: Config, input: str, threshold: float | None) -> int:
     # The model and its threshold
     path = run_path(config)
     model, tokenizer, tuned = read_best(
-        path, lambda folder: (load_model(folder), find_tokenizer(config, folder), read_threshold(folder))
+        path,
+        lambda folder: (model := load_model(folder), find_tokenizer(config, folder), read_threshold(folder, model)),
     )
     device = pick_device()
     dtype = autocast_dtype(config.amp, device)
+    if threshold is not None and tuned is None:
+        raise UserError(f"--threshold is for two labels, this run has {len(model.names)}: {listed(model.names)}")
     threshold = tuned if threshold is None else threshold
-    if not 0 <= threshold <= 1:
+    if threshold is not None and not 0 <= threshold <= 1:
         raise UserError(f"threshold {threshold} is out of range: from 0 to 1")
     warn_of_precision(path, dtype)
     model.to(device)
@@ -64,12 +68,10 @@ def main(config: Config, input: str, threshold: float | None) -> int:
             cut += int((split.lengths > config.max_length).sum())
             unread += count_unread(split.pairs)
             logits = predict_logits(model, split, tokenizer, config, dtype)
-            probability = iter(probabilities(logits).tolist())
+            said = iter(answers(probabilities(logits), threshold, model.names))
             for row in block:
                 if isinstance(row, Pair):
-                    p = next(probability)
-                    answer = {"id": row.id} if row.id is not None else {}
-                    answer |= {"label": LABELS[p >= threshold], "probability": round(p, 6)}
+                    answer = ({"id": row.id} if row.id is not None else {}) | next(said)
                 else:
                     failed = True
                     print(f"error: {input}, line {row[0]}: {row[1]}", file=sys.stderr)
@@ -85,6 +87,6 @@ def main(config: Config, input: str, threshold: float | None) -> int:
 if __name__ == "__main__":
     flags = {
         "input": {"default": "-", "help": "JSON-lines file of pairs (default: standard input)"},
-        "threshold": {"type": float, "help": "label 1 from this probability (default: the one tuned on validation)"},
+        "threshold": {"type": float, "help": "of two labels the second from this probability (default: the tuned one)"},
     }
     sys.exit(run_script(main, __doc__, trained=True, **flags))

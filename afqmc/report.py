@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 
 from afqmc.config import Config
-from afqmc.dataset import LABELS, Split, count_unread, repeated_in_test
+from afqmc.dataset import Split, count_unread, listed, repeated_in_test
 
 WRITING = " (case, width, punctuation and order aside)"  # when pairs are the same, as same_text has it
 
@@ -15,32 +15,50 @@ def table(header: list[str], rows: list[list]) -> list[str]:
     cells = [header, ["---"] * len(header)]
     for row in rows:
         cells.append([f"{c:.4f}" if isinstance(c, float) else "-" if c is None else str(c) for c in row])
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in cells]  # which a label can hold
     return ["| " + " | ".join(row) + " |" for row in cells] + [""]
 
 
 def print_summary(splits: dict[str, Split], config: Config) -> None:
     """The table of what is trained on: rows, label shares, lengths in tokens."""
     rows = []
-    for name, (pairs, lengths, labels) in splits.items():
-        percentiles = np.percentile(lengths, (50, 95, 99, 100)).astype(int).tolist()
-        share = int(labels.sum()) / len(pairs)
-        rows.append([name, len(pairs), f"{share:.1%}", *percentiles, int((lengths > config.max_length).sum())])
-    header = ["split", "rows", "label 1", "tokens p50", "p95", "p99", "max", f"cut to {config.max_length}"]
-    print("\n".join(table(header, rows)[:-1]))
+    names = splits["train"].names
+    for name, split in splits.items():
+        percentiles = np.percentile(split.lengths, (50, 95, 99, 100)).astype(int).tolist()
+        cut = int((split.lengths > config.max_length).sum())
+        rows.append([name, len(split.pairs), *label_shares(split), *percentiles, cut])
+    header = ["split", "rows", *(f"label {name}" for name in names), "tokens p50", "p95", "p99", "max"]
+    print("\n".join(table([*header, f"cut to {config.max_length}"], rows)[:-1]))
     print("rows dropped: 0 (blank lines are skipped, a bad row ends the run)")
-    if small := small_split(*splits["validation"].labels.bincount(minlength=len(LABELS)).tolist()):
+    if small := small_split(dict(zip(names, label_counts(splits["validation"])))):
         print(f"validation: {small}")
+    if (share := unknown_share(splits["train"])) > 0.05:
+        print(f"{share:.0%} of the training tokens are [UNK]: the model's vocabulary lacks their characters")
     if unread := sum((count_unread(split.pairs) for split in splits.values()), Counter()):
         print(unread_line(unread))
     if "test" in splits and (seen := repeated_in_test(splits)):
         print(f"{seen} of the {len(splits['test'].pairs)} test pairs are also in train.json{WRITING}")
 
 
-def small_split(*counts: int) -> str | None:
+def label_counts(split: Split) -> list[int]:
+    return [int((split.labels == label).sum()) for label in range(len(split.names))]
+
+
+def label_shares(split: Split) -> list[str]:
+    """Of each label its rows and their share; "-" where there are no labels."""
+    counts = label_counts(split)
+    return [f"{count} ({count / len(split.pairs):.1%})" if any(counts) else "-" for count in counts]
+
+
+def unknown_share(split: Split) -> float:
+    return split.unknown / int(split.lengths.sum())
+
+
+def small_split(counts: dict[str, int]) -> str | None:
     """What to say of a split with so few rows of each label that nothing should be chosen by it."""
     from common.metrics import too_few  # scikit-learn: a second that --help has no use for
 
-    return too_few(sum(counts), {f"label {name}": count for name, count in zip(LABELS, counts)})
+    return too_few(sum(counts.values()), {f"label {name}": count for name, count in counts.items()})
 
 
 def unread_line(counts: Counter) -> str:
@@ -57,26 +75,55 @@ def evaluation_line(epoch: int, scores: dict, better: bool) -> str:
 
 def last_line(results: dict, path: str) -> str:
     """What a finished run prints last, and again when it is started once more."""
-    small = small_split(*supports(results["validation"]["at_half"]))
+    small = small_split(supports(untuned(results["validation"])))
     choice = f"epoch {results['epoch']}{f'; {small}' if small else ''}"
     parts = [f"done | {results['split']} {results['metric']} {results['best']:.4f} ({choice})"]
     if results["test"]:
-        half, tuned = (f1_macro(results["test"][key]) for key in ("at_half", "at_threshold"))
-        parts.append(f"test f1_macro {half} at .5, {tuned} at the tuned threshold {results['threshold']:.4f}")
+        parts.append(f"test f1_macro {f1_macro(untuned(results['test']))}")
+        if results["threshold"] is not None:
+            tuned = f1_macro(results["test"]["at_threshold"])
+            parts[-1] += f" at .5, {tuned} at the tuned threshold {results['threshold']:.4f}"
+    if label := only_answer(untuned(results["validation"])):
+        parts.append(f"every answer is label {label}: report.md says why that can be")
     return " | ".join([*parts, f"{results['seconds']:.0f} s", f"results in {path}"])
 
 
-def supports(metrics: dict) -> list[int]:
+def untuned(scores: dict) -> dict:
+    """A split's metrics at .5; of more labels than two, those of the most probable one."""
+    return scores["at_half"] if "at_half" in scores else scores["most_probable"]
+
+
+def supports(metrics: dict) -> dict[str, int]:
     """The scored rows of each label."""
-    return [metrics["per_class"][name]["support"] for name in LABELS]
+    return {name: scores["support"] for name, scores in metrics["per_class"].items()}
+
+
+def only_answer(metrics: dict) -> str | None:
+    """The label that a model gives to every row; None where it gives several."""
+    answered = [name for name, column in zip(metrics["per_class"], zip(*metrics["confusion_matrix"])) if any(column)]
+    return answered[0] if len(answered) == 1 else None
+
+
+def causes(train: Split, steps: int, config: Config) -> list[str]:
+    """Why a model of this run can have learned one answer only."""
+    found = []
+    if config.init == "random" and config.fgm_epsilon:
+        found.append(f"fgm_epsilon {config.fgm_epsilon} holds a random start there: 0")
+    if config.init == "random" and config.learning_rate < 2e-4:
+        found.append(f"learning_rate {config.learning_rate} is small for a random start: 2e-4 to 1e-3")
+    if (share := unknown_share(train)) > 0.05:
+        found.append(f"{share:.0%} of the tokens are [UNK]: a model whose vocabulary has them")
+    if config.init == "random" and len(train.pairs) < 5000:
+        found.append(f"{len(train.pairs)} training pairs are few for a random start: a pretrained --model")
+    found.append(f"{steps} optimizer steps can be too few: more epochs, gradient_accumulation_steps 1")
+    return found
 
 
 def f1_macro(metrics: dict) -> str:
-    """Macro-F1; where a label has no row, which counts as an F1 of 0, that is said beside the F1 of the other."""
-    figure, per_class = f"{metrics['f1_macro']:.4f}", metrics["per_class"]
-    for name, other in (LABELS, LABELS[::-1]):
-        if not per_class[name]["support"]:
-            return f"{figure} ({per_class[other]['f1']:.4f} without label {name}, which no row has)"
+    """Macro-F1; where labels have no row, which counts as an F1 of 0, that is said beside the F1 of the others."""
+    figure, absent = f"{metrics['f1_macro']:.4f}", [name for name, rows in supports(metrics).items() if not rows]
+    if absent:
+        return f"{figure} ({metrics['f1_macro_occurring']:.4f} without label {listed(absent)}, which no row has)"
     return figure
 
 
@@ -88,27 +135,36 @@ def report(scores: dict, splits: dict[str, Split], evaluations: list[dict], conf
     threshold, detail = scores["threshold"], "test" if "test" in splits else "validation"
     lines = [f"# {config.model} on {config.data_dir}", ""]
     lines += ["The epoch and the tuned threshold were chosen on validation, so its own row at that threshold flatters."]
-    if small := small_split(*supports(scores["validation"]["at_half"])):
+    if threshold is None:
+        lines = [*lines[:-1], "The epoch was chosen on validation, so its own row flatters."]
+    if small := small_split(supports(untuned(scores["validation"]))):
         lines += [f"Validation has {small}."]
     if detail == "test":
         seen = f"{repeated_in_test(splits)} of its {len(splits['test'].pairs)} pairs"
         lines += [f"Nothing was chosen on test; {seen} are also in train.json{WRITING}.", ""]
     else:
-        lines += ["There is no test split (no dev.json): no figure below is an unbiased estimate.", ""]
+        lines += ["There is no test split (no dev.json or test_fraction): no figure below is an unbiased estimate.", ""]
+    if label := only_answer(untuned(scores["validation"])):
+        lines += [f"Every validation row is given label {label}. Why that can be, and what to try:", ""]
+        lines += [*(f"- {cause}" for cause in causes(splits["train"], evaluations[-1]["step"], config)), ""]
 
     # All splits at both thresholds
     columns = ["accuracy", "f1_weighted"]
+    rules = {"at_half": "0.5", "at_threshold": threshold and f"{threshold:.4f}, tuned on validation"}
+    if threshold is None:
+        rules = {"most_probable": "none"}
     rows = [
         [name, label, f1_macro(scores[name][key]), *(scores[name][key][c] for c in columns), scores[name]["loss"]]
         for name in splits
         if name != "train"
-        for label, key in (("0.5", "at_half"), (f"{threshold:.4f}, tuned on validation", "at_threshold"))
+        for key, label in rules.items()
     ]
     lines += table(["split", "threshold", "f1_macro", *columns, "loss"], rows)
 
     # One split in detail, and the epochs
-    lines += [f"## {detail}, threshold 0.5", "", *class_tables(scores[detail]["at_half"])]
-    if threshold != 0.5:
+    heading = f"## {detail}" if threshold is None else f"## {detail}, threshold 0.5"
+    lines += [heading, "", *class_tables(untuned(scores[detail]))]
+    if threshold not in (None, 0.5):
         lines += [f"## {detail}, threshold {threshold:.4f}", "", *class_tables(scores[detail]["at_threshold"])]
     columns = ["epoch", "step", "train_loss", "loss", "f1_macro", "accuracy"]
     lines += ["## Epochs (validation)", "", *table(columns, [[row[c] for c in columns] for row in evaluations])]
@@ -118,12 +174,13 @@ def report(scores: dict, splits: dict[str, Split], evaluations: list[dict], conf
 def class_tables(metrics: dict) -> list[str]:
     """Per-class scores, the confusion matrix with row recall and column precision, and the kinds of mistake."""
     columns = ["precision", "recall", "f1", "support"]
-    per_class = metrics["per_class"]
-    lines = table(["label", *columns], [[name, *(per_class[name][c] for c in columns)] for name in LABELS])
-    matrix = metrics["confusion_matrix"]
-    rows = [[f"true {name}", *matrix[i], per_class[name]["recall"]] for i, name in enumerate(LABELS)]
-    rows.append(["precision", *(per_class[name]["precision"] for name in LABELS), ""])
-    lines += table(["", *(f"predicted {name}" for name in LABELS), "recall"], rows)
+    per_class, matrix = metrics["per_class"], metrics["confusion_matrix"]
+    lines = table(["label", *columns], [[name, *(scores[c] for c in columns)] for name, scores in per_class.items()])
+    rows = [[f"true {name}", *matrix[i], per_class[name]["recall"]] for i, name in enumerate(per_class)]
+    rows.append(["precision", *(scores["precision"] for scores in per_class.values()), ""])
+    lines += table(["", *(f"predicted {name}" for name in per_class), "recall"], rows)
+    if len(matrix) > 2:
+        return lines
     (_, false_positives), (false_negatives, _) = matrix
     shares = f"{false_positives / metrics['rows']:.1%}) and {false_negatives} false negatives ("
     lines += [f"{false_positives} false positives ({shares}{false_negatives / metrics['rows']:.1%}) of all rows.", ""]

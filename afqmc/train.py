@@ -102,8 +102,8 @@ def main(config: Config, check: bool = False) -> int | None:
     total_steps = min(config.epochs * steps_per_epoch, config.max_steps or math.inf)
 
     # Model
-    model = build_model(config).to(device)
-    weights = class_weights(config.class_weights, train.labels)
+    model = build_model(config, train.names).to(device)
+    weights = class_weights(config.class_weights, train)
     balance = "off" if weights is None else weights.numpy().round(4)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters | class weights {balance} | {total_steps} steps")
 
@@ -134,11 +134,11 @@ def main(config: Config, check: bool = False) -> int | None:
             for micro_batches in steps:
                 model.train()
                 pairs, tokens, losses = sum(map(len, micro_batches)), 0, []
-                for micro_step in range(len(micro_batches)):
+                for micro_step, rows in enumerate(micro_batches):
                     batch = next(loader)
                     tokens += int(batch["attention_mask"].sum())
                     batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-                    input_ids, labels = batch.pop("input_ids"), batch.pop("labels")
+                    input_ids, labels = batch.pop("input_ids"), train.labels[rows].to(device)
                     seed_micro_batch(config.seed, progress.step, micro_step)
 
                     # Summed, and divided by the pairs of the whole step: k batches of b are one of k * b
@@ -182,7 +182,7 @@ def main(config: Config, check: bool = False) -> int | None:
                     scores["train_loss"] = progress.mean_loss()
                     run.log({"event": "evaluation", "epoch": epoch + 1, "step": progress.step, **scores})
                     if better := best.update(scores[config.metric], epoch + 1, progress.step):
-                        run.save_best(partial(save_model, model, tokenizer, scores["threshold"]))
+                        run.save_best(partial(save_model, model, tokenizer, scores.get("threshold")))
                     bar.write(evaluation_line(epoch + 1, scores, better))
                     progress.add_time()
 

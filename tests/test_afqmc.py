@@ -15,7 +15,7 @@ from sklearn.utils.class_weight import compute_class_weight
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, pipeline
 
 from afqmc import dataset, download, train
-from afqmc.dataset import Pair, collate, fingerprint, load_splits, make_split, split_pairs
+from afqmc.dataset import LABELS, Pair, collate, fingerprint, load_splits, make_split, split_pairs
 from afqmc.evaluate import evaluate_run, tune_threshold
 from afqmc.loss import pair_loss
 from afqmc.model import PairClassifier, build_model, fgm_perturbation, find_tokenizer, load_model, save_model
@@ -53,8 +53,9 @@ def splits(config, tokenizer):
 MALFORMED = [
     ("train.json", '{"sentence1": "甲"', ["JSON object", '{"sentence1": "甲"']),
     ("train.json", '{"sentence1": "\\ud800", "sentence2": "乙", "label": "0"}', ["utf-8", "surrogates"]),
-    ("train.json", GOOD | {"label": "2"}, ["label is '2'", '"0" or "1"']),
-    ("dev.json", {"sentence1": "甲", "label": "0"}, ["sentence2 is None", "non-empty string"]),
+    ("train.json", GOOD | {"label": True}, ["label is True", "a text or a whole number"]),
+    ("dev.json", GOOD | {"label": "2"}, ["label is '2'", "0, 1"]),
+    ("dev.json", {"sentence1": "甲", "text": "乙", "label": "0"}, ["no sentence2", "sentence1, text, label"]),
     ("dev.json", GOOD | {"sentence1": " "}, ["sentence1 is ' '", "non-empty string"]),
 ]
 
@@ -70,21 +71,21 @@ def test_a_malformed_row_is_named_with_file_and_line(name, line, words, few_rows
 
 
 def test_the_split_is_stratified_and_no_pair_stands_on_both_sides_in_either_order():
-    pairs = [Pair(f"a{i}", f"b{i}", int(i % 10 < 3), i) for i in range(1000)]
-    pairs += [Pair(f"b{i}", f"a{i}", int(i % 10 < 3), 1000 + i) for i in range(0, 1000, 4)]  # swapped
-    pairs += [Pair(f"a{i}", f"b{i}", int(i % 10 < 3), 2000 + i) for i in range(0, 1000, 5)]  # repeated
+    pairs = [Pair(f"a{i}", f"b{i}", LABELS[i % 10 < 3], i) for i in range(1000)]
+    pairs += [Pair(f"b{i}", f"a{i}", LABELS[i % 10 < 3], 1000 + i) for i in range(0, 1000, 4)]  # swapped
+    pairs += [Pair(f"a{i}", f"b{i}", LABELS[i % 10 < 3], 2000 + i) for i in range(0, 1000, 5)]  # repeated
     sides = split_pairs(pairs, 0.1, 42)
     assert sorted(pair.line for side in sides for pair in side) == sorted(pair.line for pair in pairs)
     first, second = ({frozenset(pair[:2]): pair.label for pair in side} for side in sides)
-    assert not first.keys() & second.keys() and (len(second), sum(second.values())) == (100, 30)
+    assert not first.keys() & second.keys() and (len(second), [*second.values()].count("1")) == (100, 30)
     assert split_pairs(pairs, 0.1, 42) == sides != split_pairs(pairs, 0.1, 43)
-    with pytest.raises(ValueError, match="98 of label 0 and 2 of label 1"):
-        split_pairs([pair._replace(label=int(i < 2)) for i, pair in enumerate(pairs[:100])], 0.1, 42)
+    with pytest.raises(ValueError, match="2 of label 1 "):
+        split_pairs([pair._replace(label=LABELS[i < 2]) for i, pair in enumerate(pairs[:100])], 0.1, 42)
 
 
 def test_dev_is_the_test_split_and_a_change_in_it_is_another_fingerprint(tokenizer, splits, config, few_rows, tmp_path):
     rows = read_lines(few_rows("afqmc") / "dev.json")
-    assert [[*pair[:2], str(pair.label)] for pair in splits["test"].pairs] == [[*row.values()] for row in rows]
+    assert [[*pair[:3]] for pair in splits["test"].pairs] == [[*row.values()] for row in rows]
     shutil.copy(few_rows("afqmc") / "train.json", tmp_path)
     assert load_splits(config(data_dir=str(tmp_path)), tokenizer).keys() == {"train", "validation"}
     for name in GOOD:
@@ -93,12 +94,13 @@ def test_dev_is_the_test_split_and_a_change_in_it_is_another_fingerprint(tokeniz
 
 
 def test_a_batch_is_cls_a_sep_b_sep_with_types_and_is_cut_on_its_longer_side(tokenizer):
-    pairs = [Pair("还款日", "提前还清", 1, 1), Pair("注销", "怎么提高额度呢", 0, 2)]
+    pairs = [Pair("还款日", "提前还清", "1", 1), Pair("注销", "怎么提高额度呢", "0", 2)]
     batch = collate(pairs, tokenizer, 64)
     assert tokenizer.decode(batch["input_ids"][0]) == "[CLS] 还 款 日 [SEP] 提 前 还 清 [SEP] [PAD] [PAD]"
     assert batch["token_type_ids"][0].tolist() == [0] * 5 + [1] * 5 + [0] * 2
-    assert batch["attention_mask"].sum(dim=1).tolist() == make_split(pairs, tokenizer).lengths.tolist() == [10, 12]
-    assert batch["labels"].tolist() == [1, 0]
+    split = make_split(pairs, tokenizer)
+    assert batch["attention_mask"].sum(dim=1).tolist() == split.lengths.tolist() == [10, 12]
+    assert split.labels.tolist() == [1, 0]
     short, long = "提高额度", "还" * 100
     for pair in (Pair(short, long, None, 1), Pair(long, short, None, 1)):
         batch = collate([pair], tokenizer, 16)
@@ -145,7 +147,7 @@ def test_best_is_what_transformers_has_in_weights_logits_and_dropout(kind, token
     reference, info = AutoModelForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
     assert not (info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"])
 
-    batch = collate([pair._replace(label=None) for pair in splits["test"].pairs], tokenizer, 64)
+    batch = collate(splits["test"].pairs, tokenizer, 64)
     ids = batch.pop("input_ids")
     assert not batch["attention_mask"].all()
     for training in (True, False):
@@ -165,7 +167,7 @@ def test_a_model_that_cannot_be_used_is_refused_by_what_is_wrong(tokenizer, tmp_
     def refuses(words: str, folder: Path = MODEL, **changes) -> None:
         with pytest.raises(UserError, match=words):
             config = config_of("afqmc", model=str(folder), **changes)
-            make_split([Pair("额", "度", 1, 1), Pair("一", "额", 1, 7)], find_tokenizer(config))
+            make_split([Pair("额", "度", "1", 1), Pair("一", "额", "1", 7)], find_tokenizer(config))
             build_model(config)
 
     refuses("--init random.* no file named", init="pretrained")  # the sample's folder has no weights
@@ -206,7 +208,7 @@ def test_a_steps_gradient_is_autograds_at_once(weights, gamma, smoothing, epsilo
     technique = {"batch_size": 25, "gradient_accumulation_steps": 3, "gradient_checkpointing": epsilon > 0}
     step = first_step(train, config(max_grad_norm=0.0, **science, **technique), prepare=without_dropout)
     batch, labels = collate(splits["train"].pairs, tokenizer, 64), splits["train"].labels
-    model, _ = step.model, batch.pop("labels")
+    model = step.model
     assert model.encoder.encoder.layer[0].gradient_checkpointing == (epsilon > 0) and 50 < len(labels) < 75
 
     def loss(embeddings: torch.Tensor) -> torch.Tensor:
@@ -320,7 +322,7 @@ def test_predict_and_the_pipeline_answer_as_predictions_do_and_bad_lines_are_nam
     code, out, err = run_here(*flags)
     answers = [json.loads(line) for line in out.splitlines()]
     assert code == 1 and [answers.pop(place)["line"] for place in (-2, 3)] == [count + 3, 5]
-    assert f"{path}, line 5: " in err and f"{path}, line {count + 3}: sentence2 is None" in err
+    assert f"{path}, line 5: " in err and f"{path}, line {count + 3}: there is no sentence2" in err
     assert [answer.get("id") for answer in answers[:-1]] == [i if i % 2 else None for i in range(count)]
     assert [answer["label"] for answer in answers[:-1]] == [row["predicted"] for row in saved]
     assert [answer["probability"] for answer in answers[:-1]] == pytest.approx(expected, abs=1e-5)
@@ -341,7 +343,7 @@ def test_eda_counts_labels_repetitions_and_what_two_files_share(tmp_path):
     for name, pairs in files.items():
         write_lines(tmp_path / f"{name}.json", [dict(zip(GOOD, pair)) for pair in pairs])
     out = ran("afqmc/eda.py", "--sample", "--data_dir", tmp_path)
-    once = ("repeated as they are", "repeated swapped", "pairs with both labels", "equal sentences with label 0")
+    once = ("repeated as they are", "repeated swapped", "pairs with several labels", "equal sentences with label 0")
     assert all(f"| {what} | 1 | 0 |" in out for what in once) and "| equal sentences | 2 | 0 |" in out
     assert "| train | 7 | 3 (42.9%) | 4 (57.1%) |" in out and "| train, dev | 1 | 3 (75.0% of dev) |" in out
     assert "1.1667, 0.8750" in out and "max_length: 64 " in out and "cuts 0 of 7 " in out  # 7 / (2 * 3), 7 / (2 * 4)

@@ -8,7 +8,7 @@ from itertools import combinations, islice
 import numpy as np
 import pytest
 import torch
-from launch import config_of, best_weights
+from launch import best_weights, config_of
 
 from common.checkpoint import UserError
 from common.checkpoint.run import Run
@@ -16,8 +16,8 @@ from common.seed import epoch_generator
 from embeddings import batching, train
 from embeddings.batching import Epoch, Rows, draw_epochs, epoch_batches, rows_missed, tokenize_rows
 from embeddings.cli import run_path
-from embeddings.dataset import Triplet
 from embeddings.model import find_tokenizer
+from embeddings.rows import Triplet
 
 
 def rows_of(numbers: np.ndarray) -> Rows:
@@ -137,7 +137,7 @@ def test_what_no_step_takes_is_counted(numbers):
 
 def test_the_same_text_in_another_writing_is_no_other_rows_negative():
     texts = ["Café", "ＣＡＦＥ\u0301!", "ca\u200bfé", "cafe", "1.5 km", "15 km", "काम", "कम", "😡", "😂", "“”", "—"]
-    rows = [Triplet(text, f"positive {n}", None, n) for n, text in enumerate(texts, 1)]
+    rows = [Triplet(text, f"positive {n}", (), n) for n, text in enumerate(texts, 1)]
 
     _, found = tokenize_rows(rows, find_tokenizer(config_of("embeddings")), config_of("embeddings"))
     anchors = found.identities[:, 0]

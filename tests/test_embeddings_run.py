@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from launch import ROOT, STOP, TORCHRUN, call, config_of, best_weights, ran, read_lines, refused, run_here, short_flags
+from launch import ROOT, STOP, TORCHRUN, best_weights, call, config_of, ran, read_lines, refused, run_here, short_flags
 from safetensors.torch import load_file, save_file
 from scipy.stats import pearsonr, spearmanr
 from sentence_transformers import SentenceTransformer
@@ -17,10 +17,11 @@ from transformers import AutoModel, BertConfig
 
 from common.checkpoint import UserError
 from common.checkpoint.files import read_json
-from embeddings import evaluate, model, train
+from embeddings import model, train
 from embeddings.batching import epoch_batches, tokenize_rows
 from embeddings.cli import parse
-from embeddings.dataset import load_splits
+from embeddings.dataset import load_splits, read_pairs
+from embeddings.dev import correlation
 from embeddings.lora import adapters, save_adapter
 from embeddings.model import build_model, embed_texts, find_tokenizer, load_embedder, save_merged
 
@@ -69,20 +70,22 @@ def test_scores_are_scipys_on_the_cosines_of_the_saved_model_and_of_the_base(sho
     config, results = parse(["--run_dir", str(run)], trained=True)[0], read_json(run / "results.json")
     splits, theirs = load_splits(config), SentenceTransformer(str(run / "best"), device="cpu")
     for name in ("validation", "test"):
-        pairs, rows = getattr(splits, name), read_lines(run / f"predictions/{name}_predictions.jsonl")
+        pairs = read_pairs(Path(config.data_dir, f"sts-{name.replace('validation', 'dev')}.csv"))
+        rows = read_lines(run / f"predictions/{name}_predictions.jsonl")
         first, second = (theirs.encode([pair[side] for pair in pairs]).astype(np.float64) for side in (0, 1))
         cosines, gold = (first * second).sum(1), [pair.score for pair in pairs]
         assert [tuple(row.values())[:4] for row in rows] == pairs
         assert np.allclose([row["cosine"] for row in rows], cosines, atol=1e-5)
         assert results[name]["spearman"] == pytest.approx(spearmanr(gold, cosines).statistic, abs=1e-3)
-    base = embed_texts(*load_embedder(config, base=True), evaluate.pair_texts(splits.validation), config)
-    (found, cosines), gold = evaluate.correlation(torch.from_numpy(base), splits.validation), splits.validation
+    gold = read_pairs(Path(config.data_dir, "sts-dev.csv"))
+    base = embed_texts(*load_embedder(config, base=True), splits.validation.texts, config)
+    found, cosines = correlation(torch.from_numpy(base), gold)
     expected = [of([pair.score for pair in gold], cosines).statistic for of in (spearmanr, pearsonr)]
     assert [found["spearman"], found["pearson"]] == pytest.approx(expected)
     assert found["spearman"] == results["base"]
     for value, words in ((1.0, "the same cosine"), (math.nan, "not finite")):
         with pytest.raises(UserError, match=words):
-            evaluate.correlation(torch.full(base.shape, value), splits.validation)
+            correlation(torch.full(base.shape, value), gold)
 
 
 def test_what_the_model_does_not_have_is_said(short):

@@ -19,8 +19,8 @@ from launch import (
     ROOT,
     STOP,
     answering,
-    call,
     best_weights,
+    call,
     module,
     ran,
     refused,
@@ -395,3 +395,24 @@ def test_a_learning_rate_that_breaks_the_weights_ends_the_run(project, train, tm
     assert said[0] == said[1]
     assert re.match(r"error: the (loss|gradient norm) is (nan|inf) at step [1-6], in the batch of .*\d.*;", said[0])
     assert not (tmp_path / "run" / "best").exists()
+
+
+# Elsewhere
+
+
+@every_project
+def test_a_run_its_rows_and_its_model_may_move(project, stopped, stopped_runs, whole, few_rows, tmp_path):
+    run, places = stopped(project).rename(tmp_path / "moved"), {}
+    for name, folder in (("data_dir", few_rows(project)), ("model", ROOT / project / "sample/model")):
+        places[f"--{name}"] = shutil.copytree(folder, tmp_path / name)
+    flags = ("--run_dir", run, *(word for place in places.items() for word in place))
+    config = tmp_path / "model/config.json"
+    content = config.read_text(encoding="utf-8")
+    config.write_text(content.replace("{", '{"another": 1, ', 1), encoding="utf-8")
+    refused(run_here(f"{project}/train.py", *flags), "another model", "config.json has changed", "--model")
+    config.write_text(content, encoding="utf-8")
+    out = ran(f"{project}/train.py", *flags)  # and not a setting is given
+    assert f"resuming from step {stopped_runs(project)[1]} of 12" in out
+    for file in (whole(project) / "best").rglob("*.safetensors"):
+        assert file.read_bytes() == (run / file.relative_to(whole(project))).read_bytes()
+    assert ran(f"{project}/evaluate.py", *flags)

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import numpy as np
 import pytest
 import torch
-from launch import PROJECTS, config_of, best_weights, first_step, module, read_lines, settings_of
+from launch import PROJECTS, best_weights, config_of, first_step, module, read_lines, settings_of
 from torch import nn
 
 every_project = pytest.mark.parametrize("project", PROJECTS)

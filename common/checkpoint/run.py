@@ -80,15 +80,17 @@ def read_results(path: Path, settings: dict, data: dict[str, str] | None = None)
     ]
     if differing:
         raise UserError(f"{path} holds a run with another config: {'; '.join(differing)}. Give another --run_dir")
-    if run["format"] == FORMAT:
-        compare_data(path, data)
-        compare_model(path, settings.get("model"))
+    compare_data(path, data)
+    compare_model(path, settings.get("model"))
     return read_json(path / "results.json") if (path / "results.json").exists() else None
 
 
 def compare_data(path: Path, data: dict[str, str] | None) -> None:
     """Raise UserError where the data files are not those that a run was begun with."""
-    if data is not None and (changes := differences(read_run(path)["environment"].get("data", {}), data)):
+    run = read_run(path)
+    if data is not None and run["format"] != FORMAT:
+        print(f"{path} is another version's run: whether its data is the same is not known", file=sys.stderr)
+    elif data is not None and (changes := differences(run["environment"].get("data") or {}, data)):
         raise UserError(f"{path} was begun with other data: {changes}. Bring it back, or give another --run_dir")
 
 

@@ -175,7 +175,8 @@ class Run:
             return
         if settings is not None:
             read_results(path, settings, data)  # before anything is written
-        compare_data(path, data)
+        else:
+            compare_data(path, data)
         path.mkdir(parents=True, exist_ok=True)
         self.lock()
         if settings is not None:

@@ -27,6 +27,7 @@ from redsm5_nli.cli import run_path, run_script
 from redsm5_nli.config import Config
 from redsm5_nli.criteria import Criterion, load_criteria
 from redsm5_nli.dataset import LABELS, Collator, Split, fingerprint, load_splits, make_loader, sorted_batches
+from redsm5_nli.errors import error_lines, worst_errors
 from redsm5_nli.loss import class_weights, pair_loss
 from redsm5_nli.model import Matcher, build_model, decoder_dtype, find_collator, load_weights
 from redsm5_nli.redsm5 import Post
@@ -131,9 +132,15 @@ def evaluate_run(
         logits = predict_logits(model, split, collator, config)
         scores[name] = score_split(logits, split.labels, thresholds, weights)
         more = {"label": split.labels, "split": np.full(split.labels.shape, name)}
-        write_pairs(text, split.posts, collator.criteria, probabilities(logits), more)
+        probability = probabilities(logits)
+        write_pairs(text, split.posts, collator.criteria, probability, more)
         write_text(run.path / "predictions" / f"{name}_predictions.csv", text.getvalue())
-    write_text(run.path / "report.md", report(scores, splits, run.evaluations(), config))
+
+    # What is wrong is shown of test, the last one
+    threshold = thresholds["global"]
+    errors = worst_errors(split, probability, threshold, collator.criteria)
+    wrong = error_lines(split, probability, threshold, scores[name], errors)
+    write_text(run.path / "report.md", "\n".join([report(scores, splits, run.evaluations(), config), *wrong]))
     return scores
 
 

@@ -26,11 +26,15 @@ csv.field_size_limit(2**30)  # a post may be longer than the module's 131,072 ch
 
 
 class Post(NamedTuple):
-    """labels: for each criterion 1 where a row of it has status 1, else 0; () where unknown."""
+    """labels: for each criterion 1 where a row of it has status 1, else 0; () where unknown.
+
+    rejected: numbers of the criteria that have rows, all of them of status 0.
+    """
 
     id: str
     text: str
     labels: tuple[int, ...]
+    rejected: tuple[int, ...] = ()
 
 
 def find_file(folder: Path, names: tuple[str, ...]) -> Path:
@@ -113,7 +117,7 @@ def read_posts(folder: Path, criteria: tuple[Criterion, ...]) -> tuple[list[Post
     rows, more = read_table(path, ("post_id", "DSM5_symptom", "status"), NOT_READ)
     numbers = {criterion.id: number for number, criterion in enumerate(criteria)}
     known = numbers.keys() | {criterion.id for criterion in CRITERIA} | {SPECIAL_CASE}
-    labels, kinds = {post: [0] * len(criteria) for post in texts}, Counter()
+    labels, kinds = {post: [None] * len(criteria) for post in texts}, Counter()  # None: no row
     for line, (post, symptom, status) in rows:
         place = f"{path}, line {line}"
         if post not in texts:
@@ -125,7 +129,11 @@ def read_posts(folder: Path, criteria: tuple[Criterion, ...]) -> tuple[list[Post
 
         if symptom in numbers:
             kinds["present" if status == "1" else "rejected"] += 1
-            labels[post][numbers[symptom]] |= int(status)
+            labels[post][numbers[symptom]] = int(status) | (labels[post][numbers[symptom]] or 0)
         else:
             kinds[SPECIAL_CASE if symptom == SPECIAL_CASE else "of no criterion asked for"] += 1
-    return [Post(post, text, tuple(labels[post])) for post, text in texts.items()], kinds, unread + more
+    posts = []
+    for post, text in texts.items():
+        rejected = tuple(number for number, status in enumerate(labels[post]) if status == 0)
+        posts.append(Post(post, text, tuple(status or 0 for status in labels[post]), rejected))
+    return posts, kinds, unread + more

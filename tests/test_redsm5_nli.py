@@ -323,6 +323,7 @@ def test_a_pair_is_positive_exactly_where_some_row_has_status_1(tmp_path):
     shown = [{name for name, label in zip(NAMES, post.labels) if label} for post in posts]
     assert shown == [{"FATIGUE"}, {"SLEEP_ISSUES"}] and posts[0].text == 'one, "two"\nthree'
     assert kinds == {"present": 2, "rejected": 3, "SPECIAL_CASE": 1} and not unread
+    assert [[NAMES[number] for number in post.rejected] for post in posts] == [["ANHEDONIA"], []]
 
     path.unlink()  # the other names that were seen, and Windows' line ends
     (tmp_path / "redsm5_posts.csv").rename(tmp_path / "redsm5_full_posts.csv")
@@ -493,6 +494,12 @@ def test_cross_validation_tests_every_post_once_and_results_lists_the_folds(few_
     row = [statistics.mean(values), statistics.stdev(values), min(values), max(values)]
     table = (tmp_path / "cv/cross_validation.md").read_text(encoding="utf-8")
     assert f"| auprc | {' | '.join(f'{value:.4f}' for value in row)} |" in table
+
+    # Pooled, every post counts once
+    (_, no_yes), (yes_no, yes_yes) = np.sum([result["test"]["at_global"]["confusion_matrix"] for result in results], 0)
+    pooled = read(tmp_path / "cv/cross_validation.json")["pooled"]["all pairs"]
+    assert (pooled["positives"], pooled["predicted"]) == (yes_no + yes_yes, no_yes + yes_yes)
+    assert pooled["f1"] == pytest.approx(2 * yes_yes / (2 * yes_yes + no_yes + yes_no))
 
     # 100 posts leave too few for validation, which is said beside the scores
     out = ran("redsm5_nli/results.py", "--runs", *folds, "--sort", "auprc")

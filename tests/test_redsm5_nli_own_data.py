@@ -1,12 +1,23 @@
 """redsm5_nli with a user's own posts and runs: what the report shows of them, folds pooled, runs side by side."""
 
+import csv
 import html
 import json
 import shutil
 from pathlib import Path
 
+import numpy as np
+import pytest
+import torch
 from launch import ran
+from sklearn.metrics import precision_recall_fscore_support
 
+from redsm5_nli.criteria import CRITERIA
+from redsm5_nli.cross_validate import pooled_scores
+from redsm5_nli.dataset import Split
+from redsm5_nli.errors import error_lines, worst_errors
+from redsm5_nli.evaluate import score_split
+from redsm5_nli.redsm5 import Post
 from redsm5_nli.report import table
 
 FILES = ("config", "results")
@@ -50,3 +61,100 @@ def test_a_text_stays_in_its_cell():
     line = table(["text", "next"], [[text, "x"]])[2]
     assert line.count("|") == 3 and not {*"\n\r\u2028<["} & {*line} and line.endswith(" | x |")
     assert html.unescape(line[2:-6]) == " ".join(text.split())
+
+
+# The errors
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def read_tables(text: str, title: str) -> list[list[dict[str, str]]]:
+    """The tables under a title of a Markdown text."""
+    blocks = text.split(f"## {title}\n", 1)[1].split("\n## ")[0].split("\n\n")
+    return [read_cells(block.strip().split("\n")) for block in blocks if block.strip().startswith("|")]
+
+
+def test_the_report_shows_the_worst_errors_and_answers_to_rejected_pairs_by_brute_force(short_run, few_rows):
+    run, data = short_run("redsm5_nli"), few_rows("redsm5_nli")
+    limit = json.loads((run / "best/thresholds.json").read_text(encoding="utf-8"))["global"]
+    texts = {row["post_id"]: row["text"] for row in read_csv(data / "redsm5_posts.csv")}
+    rows = read_csv(data / "redsm5_annotations.csv")
+    said = {key: {(row["post_id"], row["DSM5_symptom"]) for row in rows if row["status"] == key} for key in "01"}
+    pairs, wrong = {"present": [], "rejected": [], "not annotated": []}, []
+    for row in read_csv(run / "predictions/test_predictions.csv"):
+        pair, p = (row["post_id"], row["criterion"]), float(row["probability"])
+        kind = "present" if pair in said["1"] else "rejected" if pair in said["0"] else "not annotated"
+        pairs[kind].append(p >= limit)
+        if (p >= limit) != (kind == "present"):
+            right = p if kind == "present" else 1 - p
+            wrong.append((right, [*pair, kind, "yes" if p >= limit else "no", p, " ".join(texts[pair[0]].split())]))
+
+    confusion, annotated, errors = read_tables((run / "report.md").read_text(encoding="utf-8"), "Test errors")
+    assert pairs["rejected"] and len(wrong) > 3
+    for row, (kind, answers) in zip(annotated, pairs.items(), strict=True):
+        assert row["annotated"].startswith(kind)
+        assert [row["pairs"], row["answered yes"]] == [str(len(answers)), str(sum(answers))]
+        assert float(row["share"]) == pytest.approx(np.mean(answers), abs=1e-4)
+    shown = [[*list(row.values())[:4], float(row["probability of yes"]), html.unescape(row["text"])] for row in errors]
+    expected = sorted(wrong)[:30]
+    assert [row[4] for row in shown] == pytest.approx([row[4] for _, row in expected], abs=1e-4)
+    whole = {tuple(map(str, row[:4])): row[5] for _, row in wrong}
+    assert len({(post, name) for post, name, *_ in shown}) == len(shown) == len(expected)
+    assert all(whole[tuple(row[:4])].startswith(row[5].split(" … (")[0]) for row in shown)
+    cells = {row["threshold"]: [int(count) for count in list(row.values())[1:]] for row in confusion}
+    caught, of_rest = sum(pairs["present"]), sum(pairs["rejected"]) + sum(pairs["not annotated"])
+    assert cells["one threshold"][:3] == [caught, len(pairs["present"]) - caught, of_rest]
+
+
+@pytest.mark.parametrize("wrong", [True, False])
+def test_thirty_errors_are_shown_whatever_their_texts_hold(wrong):
+    texts = ["a | b\nc <script>alert(1)</script>", "x" * 10_000, "ض" * 1000, *(f"text {n}" for n in range(40))]
+    labels = np.ones((len(texts), 9), dtype=int)
+    labels[1, 4] = 0
+    posts = [Post(str(n), text, tuple(row)) for n, (text, row) in enumerate(zip(texts, labels.tolist()))]
+    posts[1] = posts[1]._replace(rejected=(4,))
+    probability, limit = labels * 0.9 + 0.05, 0.4
+    if wrong:
+        probability = 0.3 + 0.1 * np.random.default_rng(0).random(labels.shape)
+        probability[0, 0], probability[1, 4], probability[2, 8] = 0.01, 0.98, 0.03
+    probability[5, 5], probability[6, 6] = limit, 0.45  # both are yes, which is right
+    split, limits = Split(posts, labels, [], np.array([]), 0), {c.id: limit for c in CRITERIA}
+    logits = torch.from_numpy(np.log(np.stack([1 - probability, probability], -1)))
+    scores = score_split(logits, labels, {"global": limit, "criteria": limits}, None)
+    errors = worst_errors(split, probability, limit, CRITERIA)
+    lines = "\n".join(error_lines(split, probability, limit, scores, errors))
+    if not wrong:
+        assert errors == [] and "The 0 of 0 errors" in lines
+        return
+    assert len(errors) == 30 and f"The 30 of {labels.size - 2} errors" in lines
+    assert [error.text for error in errors[:3]] == texts[:3]
+    rows = read_tables(lines, "Test errors")[2]
+    assert [row["annotated"] for row in rows[:3]] == ["present", "rejected", "present"]
+    assert rows[0]["text"].endswith("c &#60;script>alert(1)&#60;/script>") and rows[2]["text"] == texts[2]
+    assert rows[1]["text"] == "x" * 1000 + " … (9,000 more characters)" and rows[1]["probability of yes"] == "0.9800"
+
+
+# Folds
+
+
+def test_pooled_scores_are_of_the_answers_of_all_folds_each_at_its_own_threshold(tmp_path):
+    random, names, tables, results = np.random.default_rng(0), ["A", "B, b"], [], []
+    for fold, limit in enumerate((0.3, 0.7, 0.5)):
+        p, y = random.random((30, 2)).round(6), random.integers(0, 2, (30, 2))
+        y[:, 1] *= fold == 1  # a criterion that two folds do not have
+        tables.append((y, p >= limit))
+        results.append({"thresholds": {"global": limit}})
+        (tmp_path / str(fold) / "predictions").mkdir(parents=True)
+        with open(tmp_path / str(fold) / "predictions/test_predictions.csv", "w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["post_id", "criterion", "probability", "label", "split"])
+            writer.writerows([n, name, p[n, c], y[n, c], "test"] for n in range(len(p)) for c, name in enumerate(names))
+    pooled = pooled_scores([tmp_path / str(fold) for fold in range(3)], results)
+    labels, answers = (np.concatenate(parts) for parts in zip(*tables))
+    assert list(pooled) == [*names, "all pairs"]
+    for row, y, x in zip(pooled.values(), [*labels.T, labels.ravel()], [*answers.T, answers.ravel()]):
+        expected = precision_recall_fscore_support(y, x, average="binary")[:3]
+        assert list(row.values()) == [y.sum(), x.sum(), *map(pytest.approx, expected)]

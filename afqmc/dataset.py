@@ -98,7 +98,7 @@ def label_name(value: object) -> str:
     """The label that a row gives: 1, 1.0 (as pandas writes it), "1" and "1.0 " are "1". Raises ValueError."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    name = " ".join(str(value).split())
+    name = unicodedata.normalize("NFC", " ".join(str(value).split()))
     if isinstance(value, bool) or not isinstance(value, str | int) or is_empty(name):
         raise ValueError(f"label is {value!a}, expected a text or a whole number")
     return re.sub(r"^(-?[0-9]+)\.0+$", r"\1", name)
@@ -182,12 +182,13 @@ def split_groups(groups: list[list[Pair]], fraction: float, seed: int) -> tuple[
     except ValueError:  # in scikit-learn's words, of classes and members
         split = [], []
     train, validation = ([pair for members in side for pair in members] for side in split)
-    lines = {pair.label: pair.line for members in reversed(groups) for pair in reversed(members)}  # the first of each
+    lines = {pair.label: pair.line for members in reversed(groups) for pair in reversed(members)}  # one of each
     if len(lines) < 2:
         raise ValueError(f"all have label {''.join(lines)}")
     if not {pair.label for pair in train} == {pair.label for pair in validation} == lines.keys():
         enough = math.ceil(1 / min(fraction, 1 - fraction))
-        few = [f"{n} of label {name} (line {lines[name]})" for name in lines if (n := labels.count(name)) < enough]
+        counts = {name: labels.count(name) for name in sorted(lines)}
+        few = [f"{n} of label {name} (see line {lines[name]})" for name, n in counts.items() if n < enough]
         more = f" and {len(few) - 3} more labels under {enough}" * (len(few) > 3)
         raise ValueError(
             f"{', '.join(few[:3])}{more}, repeated ones aside; {enough} of each are enough for a fraction of {fraction}"
@@ -245,7 +246,7 @@ def count_unread(pairs: Iterable[Pair]) -> Counter:
 
 
 def repeated_in_test(splits: dict[str, Split]) -> int:
-    """How many test pairs, in either order and any writing, also stand in train.json."""
+    """How many test pairs, in either order and any writing, also stand in training or validation."""
     known = {pair.key for pair in splits["train"].pairs + splits["validation"].pairs}
     return sum(pair.key in known for pair in splits["test"].pairs)
 

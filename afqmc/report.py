@@ -21,8 +21,7 @@ def table(header: list[str], rows: list[list]) -> list[str]:
 
 def print_summary(splits: dict[str, Split], config: Config) -> None:
     """The table of what is trained on: rows, label shares, lengths in tokens."""
-    rows = []
-    names = splits["train"].names
+    names, rows = splits["train"].names, []
     for name, split in splits.items():
         percentiles = np.percentile(split.lengths, (50, 95, 99, 100)).astype(int).tolist()
         cut = int((split.lengths > config.max_length).sum())
@@ -37,7 +36,7 @@ def print_summary(splits: dict[str, Split], config: Config) -> None:
     if unread := sum((count_unread(split.pairs) for split in splits.values()), Counter()):
         print(unread_line(unread))
     if "test" in splits and (seen := repeated_in_test(splits)):
-        print(f"{seen} of the {len(splits['test'].pairs)} test pairs are also in train.json{WRITING}")
+        print(f"{seen} of the {len(splits['test'].pairs)} test pairs are also in train or validation{WRITING}")
 
 
 def label_counts(split: Split) -> list[int]:
@@ -134,14 +133,17 @@ def report(scores: dict, splits: dict[str, Split], evaluations: list[dict], conf
     """
     threshold, detail = scores["threshold"], "test" if "test" in splits else "validation"
     lines = [f"# {config.model} on {config.data_dir}", ""]
-    lines += ["The epoch and the tuned threshold were chosen on validation, so its own row at that threshold flatters."]
     if threshold is None:
-        lines = [*lines[:-1], "The epoch was chosen on validation, so its own row flatters."]
+        rules = {"most_probable": "none"}
+        lines += ["The epoch was chosen on validation, so its own row flatters."]
+    else:
+        rules = {"at_half": "0.5", "at_threshold": f"{threshold:.4f}, tuned on validation"}
+        lines += ["The epoch and the tuned threshold were chosen on validation, so its own row at that one flatters."]
     if small := small_split(supports(untuned(scores["validation"]))):
         lines += [f"Validation has {small}."]
     if detail == "test":
         seen = f"{repeated_in_test(splits)} of its {len(splits['test'].pairs)} pairs"
-        lines += [f"Nothing was chosen on test; {seen} are also in train.json{WRITING}.", ""]
+        lines += [f"Nothing was chosen on test; {seen} are also in train or validation{WRITING}.", ""]
     else:
         lines += ["There is no test split (no dev.json or test_fraction): no figure below is an unbiased estimate.", ""]
     if label := only_answer(untuned(scores["validation"])):
@@ -150,9 +152,6 @@ def report(scores: dict, splits: dict[str, Split], evaluations: list[dict], conf
 
     # All splits at both thresholds
     columns = ["accuracy", "f1_weighted"]
-    rules = {"at_half": "0.5", "at_threshold": threshold and f"{threshold:.4f}, tuned on validation"}
-    if threshold is None:
-        rules = {"most_probable": "none"}
     rows = [
         [name, label, f1_macro(scores[name][key]), *(scores[name][key][c] for c in columns), scores[name]["loss"]]
         for name in splits

@@ -213,7 +213,7 @@ def test_a_file_too_small_to_split_says_how_many_pairs_of_each_label_it_takes(tm
     refused(
         run_here("afqmc/train.py", *flags),
         f"{path}: its 9 pairs cannot be split: 8 of label 0",
-        "1 of label 1 (line 1)",
+        "1 of label 1 (see line 1)",
     )
 
 

@@ -44,6 +44,7 @@ def three_labels(count: int, start: int = 0) -> list[tuple]:
         (["yes", "Yes", "no"], ("Yes", "no", "yes")),
         (["蕴含", "中立", "矛盾\n"], ("中立", "矛盾", "蕴含")),
         (["1.5", "01", 1, "v1.0"], ("01", "1", "1.5", "v1.0")),
+        (["é", "e\u0301"], ("é",)),
     ],
 )
 def test_a_label_is_a_whole_number_or_a_name_however_it_is_written(values, names):
@@ -163,7 +164,7 @@ def test_a_split_of_many_labels_holds_all_on_both_sides_or_names_those_with_few(
         else:
             assert all({pair.label for pair in side} == {*rows} for side in sides)
     typo = [Pair(f"a{i}", f"b{i}", "Yes" if i == 70 else ("no", "yes")[i % 2], i) for i in range(100)]
-    with pytest.raises(ValueError, match=r"1 of label Yes \(line 70\)"):
+    with pytest.raises(ValueError, match=r"1 of label Yes \(see line 70\)"):
         split_pairs(typo, 0.1, 0)
     with pytest.raises(ValueError, match=r"all have label 1"):
         split_pairs([Pair(f"a{i}", "b", "1", i) for i in range(50)], 0.1, 0)

@@ -15,6 +15,7 @@ evaluations and saves are not counted. The sides take turns.
 """
 
 import copy
+import json
 import os
 import platform
 import sys
@@ -188,8 +189,10 @@ def run_ours(side: str, config: Config, names: tuple, rows: list[Row], scored: l
         changes = {"run_dir": f"{folder}/run", "data_dir": folder, "attention": attention, "seed": seed}
         with redirect_stdout(silent):
             train.main(config.model_copy(update=changes))
-        state = torch.load(f"{folder}/run/last.pt", weights_only=True)["state"]
-    return state["progress"]["train_seconds"]
+        rate = json.loads(Path(folder, "run/results.json").read_text(encoding="utf-8"))["tokens_per_second"]
+    texts = [row.text for row in rows]
+    ids = find_tokenizer(config)(texts, truncation=True, max_length=config.max_length)["input_ids"]
+    return sum(map(len, ids)) / rate
 
 
 def run_trainer(side: str, config: Config, names: tuple, rows: list[Row], scored: list[Row], seed: int) -> float:

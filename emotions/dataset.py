@@ -42,7 +42,12 @@ def split_names(value: object) -> object:
     return [name for name in value.split("|") if name.strip()] if isinstance(value, str) else value
 
 
-Names = Annotated[list[Annotated[str, AfterValidator(clean_name)]], BeforeValidator(split_names)]
+def split_or_none(value: object) -> object:
+    """As split_names; None for a cell that holds no name."""
+    return split_names(value) or (None if isinstance(value, str) else value)
+
+
+Name = Annotated[str, AfterValidator(clean_name)]
 
 
 class JsonRow(BaseModel):
@@ -50,8 +55,8 @@ class JsonRow(BaseModel):
 
     model_config = ConfigDict(strict=True)
     text: Annotated[str, StringConstraints(strip_whitespace=True)]
-    labels: Names
-    known: Names | None = None
+    labels: Annotated[list[Name], BeforeValidator(split_names)]
+    known: Annotated[list[Name] | None, BeforeValidator(split_or_none)] = None
     source: str = ""
     id: int | str | None = None
 

@@ -18,7 +18,8 @@ from common.checkpoint import UserError
 from common.checkpoint.pretrained import check_ids, check_texts
 from common.seed import epoch_generator
 from embeddings.config import Config
-from embeddings.dataset import Pair, Triplet, identity, pair_texts
+from embeddings.dataset import identity
+from embeddings.rows import Triplet
 
 TOKENIZED_TEXTS = 10_000  # at a time
 SORTED_BATCHES = 20  # among which rows are sorted by length
@@ -44,9 +45,9 @@ class Tokens(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """N triplets (or pairs) as numbers of distinct texts."""
+    """N rows as numbers of distinct texts: anchor, positive and K negatives, -1 where a row has fewer."""
 
-    texts: np.ndarray  # (N, 3 or 2), places in Tokens
+    texts: np.ndarray  # (N, 2 + K), places in Tokens
     identities: np.ndarray  # the same shape: equal numbers are the same text (dataset.same_text)
     lengths: np.ndarray  # (N,) of a row's longest text, in tokens
 
@@ -92,29 +93,23 @@ def tokenize(
     return Tokens(ids, starts, tokenizer.pad_token_id)
 
 
-def tokenize_pairs(pairs: list[Pair], tokenizer: PreTrainedTokenizerFast, config: Config, file: str) -> Tokens:
-    """The texts of pair_texts. Raises UserError naming the file's line."""
-    return tokenize(
-        pair_texts(pairs), tokenizer, config, name=lambda place: f"{file}, line {pairs[place % len(pairs)].line}"
-    )
-
-
 def tokenize_rows(triplets: list[Triplet], tokenizer: PreTrainedTokenizerFast, config: Config) -> tuple[Tokens, Rows]:
-    """The triplets' distinct texts, each tokenised once, and the rows that name them."""
-    width = 2 if triplets[0].negative is None else 3
+    """The triplets' distinct texts with their prompts, each tokenised once, and the rows that name them."""
+    width = 2 + max(len(row.negatives) for row in triplets)
     texts: dict[str, int] = {}
     identities: dict[str, int] = {}
     lines = []  # where each text stands first
-    numbers, same = np.zeros((2, len(triplets), width), dtype=np.int32)
+    numbers, same = np.full((2, len(triplets), width), -1, dtype=np.int32)
     for place, row in enumerate(triplets):
-        for column, text in enumerate(row[:width]):
-            numbers[place, column] = texts.setdefault(text, len(texts))
+        for column, text in enumerate(row.texts):
+            prompt = config.document_prompt if column else config.query_prompt
+            numbers[place, column] = texts.setdefault(prompt + text, len(texts))
             same[place, column] = identities.setdefault(identity(text), len(identities))
             lines += [row.line] * (len(texts) - len(lines))
     identity.cache_clear()
     name = "train.jsonl, line {}".format
     tokens = tokenize(list(texts), tokenizer, config, True, lambda place: name(lines[place]))
-    return tokens, Rows(numbers, same, tokens.lengths[numbers].max(1))
+    return tokens, Rows(numbers, same, np.where(numbers < 0, 0, tokens.lengths[numbers]).max(1))
 
 
 def pad(tokens: Tokens, chosen: np.ndarray) -> dict[str, Tensor]:
@@ -138,9 +133,14 @@ def make_chunks(lengths: np.ndarray, budget: int) -> list[np.ndarray]:
 
 
 def chunk_texts(tokens: Tokens, texts: np.ndarray, budget: int) -> tuple[list[np.ndarray], np.ndarray]:
-    """The texts in chunks of like length, and the place of each of them among the chunks', in the shape of texts."""
-    places = make_chunks(tokens.lengths_of(texts.flatten()), budget)
-    return [texts.flatten()[part] for part in places], np.argsort(np.concatenate(places)).reshape(texts.shape)
+    """The texts in chunks of like length, and the place of each of them among the chunks', in the shape of texts.
+
+    -1 is no text and has no place: -1.
+    """
+    there, order = texts >= 0, np.full_like(texts, -1, dtype=np.int64)
+    places = make_chunks(tokens.lengths_of(texts[there]), budget)
+    order[there] = np.argsort(np.concatenate(places))
+    return [texts[there][part] for part in places], order
 
 
 def draw_epochs(rows: Rows, batch_size: int, seed: int) -> Iterator[Epoch]:
@@ -151,8 +151,9 @@ def draw_epochs(rows: Rows, batch_size: int, seed: int) -> Iterator[Epoch]:
     """
     if (size := len(rows.texts)) < batch_size:
         raise UserError(f"train.jsonl holds {size} rows, fewer than a batch: lower batch_size {batch_size}")
-    repeat = len(np.unique(rows.identities)) < rows.identities.size
-    identities, first = rows.identities.tolist(), []
+    there = rows.identities[rows.identities >= 0]
+    repeat, first = len(np.unique(there)) < there.size, []
+    identities = [[text for text in row if text >= 0] for row in rows.identities.tolist()]
     for number in count():
         epoch = draw_epoch(rows, identities, batch_size, seed, number, first)
         if not epoch.batches and first:  # an order that fills none: in another one some may be full

@@ -45,13 +45,13 @@ from torch.nn.utils import clip_grad_norm_
 from transformers import AutoModel, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
-from common.checkpoint import ROOT
+from common.checkpoint import ROOT, UserError
 from common.checkpoint.environment import autocast_dtype, environment, peak_memory_bytes, pick_device
 from embeddings import train
 from embeddings.batching import Epoch, Rows, draw_epochs, tokenize_rows
 from embeddings.cli import run_script
 from embeddings.config import Config
-from embeddings.dataset import TripletRow, load_splits, read_triplets
+from embeddings.dataset import load_splits, read_triplets
 from embeddings.model import Embedder, build_model, embed_texts, find_tokenizer, load_embedder
 from embeddings.report import table
 
@@ -122,7 +122,7 @@ def wrap(model: Embedder, tokenizer: PreTrainedTokenizerFast, config: Config) ->
 def bench_encode(config: Config, number: int, rounds: int, sizes: list[int]) -> None:
     """Print texts/s of either side, theirs at each batch size."""
     triplets = read_triplets(ROOT / config.data_dir / "train.jsonl")
-    distinct = list(dict.fromkeys(text for row in triplets for text in row[:3] if text is not None))
+    distinct = list(dict.fromkeys(text for row in triplets for text in row.texts))
     texts = [distinct[place] for place in np.random.default_rng(config.seed).permutation(len(distinct))[:number]]
     model, tokenizer = load_embedder(config, base=True)
     theirs, dtype = wrap(model, tokenizer, config), autocast_dtype(config.amp, pick_device())
@@ -202,7 +202,8 @@ def run_theirs(side: str, config: Config, draw: Callable, build: Callable, steps
     budget = config.chunk_tokens if side == BY_TOKENS else None
     loss_of = CachedMultipleNegativesRankingLoss(theirs, 1 / config.temperature, mini_batch_num_tokens=budget)
     collate = SentenceTransformerDataCollator(theirs.preprocess)
-    names = list(TripletRow.model_fields)[: 2 if triplets[0].negative is None else 3]
+    if len({len(row.negatives) for row in triplets}) > 1:
+        raise UserError("theirs takes rows of equally many negatives")
     optimizer, scheduler = train.make_optimizer(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
@@ -216,7 +217,7 @@ def run_theirs(side: str, config: Config, draw: Callable, build: Callable, steps
     theirs.train()
     for batch in islice(batches, steps):
         start = time.perf_counter()
-        inputs = collate([{name: getattr(triplets[place], name) for name in names} for place in batch])
+        inputs = collate([{str(n): text for n, text in enumerate(triplets[place].texts)} for place in batch])
         inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
         losses.append(backward(*SentenceTransformerTrainer.collect_features(None, inputs)).item())
         scaler.unscale_(optimizer)

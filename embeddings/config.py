@@ -13,7 +13,10 @@ class Config(BaseModel, frozen=True, extra="forbid", strict=True, validate_defau
     init: Literal["pretrained", "random"] = Field(
         "pretrained", description="random: the model's shape and tokenizer with new weights, which stay frozen too"
     )
-    data_dir: str = Field("embeddings/data", description="folder of train.jsonl, sts-dev.csv and perhaps sts-test.csv")
+    data_dir: str = Field(
+        "embeddings/data", description="folder of train.jsonl, sts-dev.csv or dev.jsonl, and perhaps sts-test.csv"
+    )
+    dev_beir: str = Field("", description="folder in BEIR's format that chooses the step instead of a dev file")
     run_dir: str = Field("", description="folder of the run; empty: embeddings/runs/<model>-<8 hex of the config>")
     max_length: int = Field(150, ge=4, description="tokens of a text, EOS included; NLI has hardly a longer one")
 
@@ -29,9 +32,9 @@ class Config(BaseModel, frozen=True, extra="forbid", strict=True, validate_defau
         description="names of the linear layers with an update (BERT: query,value), or all-linear",
     )
 
-    # Prompts of a search. Training and STS use none.
-    query_prompt: str = Field("", description="text before each query")
-    document_prompt: str = Field("", description="text before each document")
+    # Prompts of a search, in training too. STS uses none.
+    query_prompt: str = Field("", description="text before each query, and each anchor")
+    document_prompt: str = Field("", description="text before each document: positives and negatives too")
 
     # The loss: InfoNCE over all positives and negatives of the batch (loss.py).
     temperature: float = Field(0.05, gt=0, description="cosines are divided by it")
@@ -55,7 +58,7 @@ class Config(BaseModel, frozen=True, extra="forbid", strict=True, validate_defau
     chunk_tokens: int = Field(4096, ge=1, description="padded tokens of one forward and backward (grad_cache.py)")
     max_steps: int = Field(1000, ge=1, description="optimizer steps of the run")
 
-    # Choosing and stopping, by the Spearman correlation on sts-dev.csv.
+    # Choosing and stopping, by sts-dev.csv (Spearman), dev.jsonl (MRR@10) or dev_beir (nDCG@10).
     eval_steps: int = Field(100, ge=1, description="optimizer steps between evaluations")
     patience: int = Field(0, ge=0, description="evaluations without a better score before the run stops; 0: never")
 

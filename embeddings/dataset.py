@@ -1,72 +1,78 @@
 """Triplets and scored pairs: files -> rows -> splits (batching.py goes on from there).
 
-train.jsonl: {"anchor": "...", "positive": "...", "negative": "..."} a line; the negative may be missing, then in all of
-them. sts-dev.csv and sts-test.csv: STS-B's own files; SICK's are read too. prepare.py makes train.jsonl of NLI corpora.
+train.jsonl: {"anchor": "...", "positive": "...", "negative": "..."} a line, or "negatives": [...] of any number, or
+neither in all of them. One of three chooses the step (load_dev): sts-dev.csv (STS-B's own file; SICK's is read too),
+dev.jsonl (triplets that are not trained on), or a collection in BEIR's format. prepare.py makes train.jsonl of NLI
+corpora.
 """
 
 import hashlib
 import math
+import re
 from collections import Counter
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from pydantic import BaseModel
+from pydantic import BaseModel, create_model
 from tqdm import tqdm
 
 from common.checkpoint import ROOT, UserError
 from embeddings.config import Config
-from embeddings.rows import Text, is_empty, normalize, parse_row, read_header, read_lines, same_text
+from embeddings.dev import Dev, beir_dev, sts_dev, triplets_dev
+from embeddings.rows import (
+    Pair,
+    Text,
+    Triplet,
+    is_empty,
+    normalize,
+    parse_line,
+    parse_row,
+    read_header,
+    read_lines,
+    same_text,
+)
 
 identity = cache(same_text)  # of training texts, which are compared more than once
 
 
-class Triplet(NamedTuple):
-    """A text, one that means the same or follows from it, one that does not (or None), and where they stand."""
-
-    anchor: str
-    positive: str
-    negative: str | None
-    line: int
-
-
-class Pair(NamedTuple):
-    """Two texts, people's score of how alike they are, and where they stand."""
-
-    sentence1: str
-    sentence2: str
-    score: float
-    line: int
-
-
 class Splits(NamedTuple):
     train: list[Triplet]
-    validation: list[Pair]
-    test: list[Pair]  # empty without sts-test.csv
+    validation: Dev
+    test: Dev | None  # None without sts-test.csv
     unread: Counter[str] | None = None  # rows of each key or column that nobody reads
 
 
-class TripletRow(BaseModel):
-    """A line of train.jsonl."""
-
-    anchor: Text
-    positive: Text
-    negative: Text | None = None
+@cache
+def triplet_row(numbered: tuple[str, ...] = ()) -> type[BaseModel]:
+    """A line of train.jsonl or dev.jsonl that has these of negative_1, negative_2, ..."""
+    texts = dict.fromkeys(("negative", *numbered), (Text | None, None))
+    return create_model("TripletRow", anchor=Text, positive=Text, **texts, negatives=(list[Text] | None, None))
 
 
 def read_triplets(path: Path, unread: Counter[str] | None = None) -> list[Triplet]:
-    """All rows of a JSON-lines file; keys that nobody reads are counted. Raises UserError naming file and line."""
-    rows, unread = [], Counter() if unread is None else unread
+    """All rows of a JSON-lines file; keys that nobody reads are counted. Raises UserError naming file and line.
+
+    A row has as many negatives as it gives, under negative, negative_1, negative_2, ... and in the list of negatives;
+    one that stands there twice counts once.
+    """
+    rows, unread, first_gives = [], Counter() if unread is None else unread, None
     for number, line in tqdm(read_lines(path), desc="reading", unit=" rows", leave=False, disable=None):
-        parsed = parse_row(TripletRow, path, number, line, unread)
-        row = Triplet(*(text and normalize(text) for _, text in parsed), number)
-        if row.negative and identity(row.negative) in (identity(row.anchor), identity(row.positive)):
-            reason = f"the negative {row.negative[:60]!r} is the anchor or positive too; prepare.py drops such rows"
-            raise UserError(f"{path}, line {number}: {reason}")
-        rows.append(row)
-        if (row.negative is None) != (rows[0].negative is None):
-            reason = f"has {'a' if row.negative else 'no'} negative, unlike line {rows[0].line}"
-            raise UserError(f"{path}, line {number}: {reason}: all rows have one, or none")
+        row = parse_line(path, number, line)
+        numbered = tuple(key for key in row if re.fullmatch(r"negative_\d+", key))
+        parsed = parse_row(triplet_row(numbered), path, number, row, unread)
+        anchor, positive, *single, several = (value for _, value in parsed)
+        anchor, positive, *negatives = map(normalize, (anchor, positive, *filter(None, single), *(several or ())))
+        negatives = {identity(text): text for text in negatives}
+        if own := negatives.keys() & {identity(anchor), identity(positive)}:
+            reason = f"the negative {negatives[own.pop()][:60]!r} is the anchor or positive too: leave it out"
+            raise UserError(f"{path}, line {number}: {reason} (prepare.py drops such rows)")
+        gives = bool(negatives) or several is not None
+        first_gives = gives if first_gives is None else first_gives
+        if gives != first_gives:
+            reason = f"has {'a' if gives else 'no'} negative, unlike line {rows[0].line}"
+            raise UserError(f'{path}, line {number}: {reason}; of a row that has none, say "negatives": []')
+        rows.append(Triplet(anchor, positive, tuple(negatives.values()), number))
     if not rows:
         raise UserError(f"{path} holds no row")
     return rows
@@ -105,46 +111,58 @@ def read_pairs(path: Path, unread: Counter[str] | None = None) -> list[Pair]:
 
 
 def load_splits(config: Config) -> Splits:
-    """The data_dir's files. Raises UserError, also for a training text that stands in sts-dev.csv or sts-test.csv."""
-    folder = ROOT / config.data_dir
-    for name in ("train.jsonl", "sts-dev.csv"):
-        if not (folder / name).is_file():
-            ways = "`python embeddings/prepare.py` makes it, --data_dir names your folder, --sample needs neither"
-            raise UserError(f"{folder / name} not found{'' if folder.is_dir() else ', nor the folder'}: {ways}")
-    test, unread = folder / "sts-test.csv", Counter()
+    """The data_dir's files. Raises UserError, also for a training row with a text that only a split may hold."""
+    folder, unread = ROOT / config.data_dir, Counter()
+    train, test = folder / "train.jsonl", folder / "sts-test.csv"
+    if not train.is_file():
+        ways = "`python embeddings/prepare.py` makes it, --data_dir names your folder, --sample needs neither"
+        raise UserError(f"{train} not found{'' if folder.is_dir() else ', nor the folder'}: {ways}")
     splits = Splits(
-        read_triplets(folder / "train.jsonl", unread),
-        read_pairs(folder / "sts-dev.csv", unread),
-        read_pairs(test, unread) if test.exists() else [],
+        read_triplets(train, unread),
+        load_dev(config, unread),
+        sts_dev(test.name, read_pairs(test, unread)) if test.exists() else None,
         unread,
     )
-    judged = {same_text(text) for pair in splits.validation + splits.test for text in pair[:2]}
-    for row in splits.train:
-        if common := [text for text in row[:3] if text is not None and identity(text) in judged]:
-            raise UserError(
-                f"{folder / 'train.jsonl'}, line {row.line}: {common[0][:60]!r} stands in sts-dev.csv or sts-test.csv "
-                "too, case and punctuation aside; `python embeddings/prepare.py --nli train.jsonl --sts ...` removes "
-                "such rows"
-            )
+    judges = [split for split in splits[1:3] if split]
+    judged = set().union(*(texts for split in judges for texts in split.identities))
+    held = [(row, text) for row in splits.train for text in row.texts if identity(text) in judged]
+    if held:
+        row, text = held[0]
+        names = " or ".join(split.data for split in judges)
+        raise UserError(
+            f"{train}, line {row.line}: {text[:60]!r} stands in {names} too, case and punctuation aside (and "
+            f"{len(held) - 1} more texts): leave such rows out, as `python embeddings/prepare.py --nli train.jsonl "
+            "--sts ...` does for the STS files; of dev.jsonl and --dev_beir only the queries count, not the documents"
+        )
     return splits
 
 
-def pair_texts(pairs: list[Pair]) -> list[str]:
-    """All first sentences, then all second ones."""
-    return [pair.sentence1 for pair in pairs] + [pair.sentence2 for pair in pairs]
+def load_dev(config: Config, unread: Counter[str]) -> Dev:
+    """What chooses the step: the one of three that is there. Raises UserError where none is, or several are."""
+    folder = ROOT / config.data_dir
+    there = [name for name in ("sts-dev.csv", "dev.jsonl") if (folder / name).is_file()]
+    there += [f"--dev_beir {config.dev_beir}"] * bool(config.dev_beir)
+    if len(there) != 1:
+        reason = "one of sts-dev.csv (scored pairs), dev.jsonl (triplets) and --dev_beir chooses the step"
+        raise UserError(f"{folder}: {reason}, found {' and '.join(there) or 'none'}")
+    if config.dev_beir:
+        return beir_dev(config, unread)
+    path = folder / there[0]
+    if path.suffix == ".csv":
+        return sts_dev(path.name, read_pairs(path, unread))
+    return triplets_dev(path.name, read_triplets(path, unread), config)
 
 
 def repeated_in_test(splits: Splits) -> int:
     """How many test pairs, in either order, also stand in sts-dev.csv, case and punctuation aside."""
-    known = {frozenset(map(same_text, pair[:2])) for pair in splits.validation}
-    return sum(frozenset(map(same_text, pair[:2])) in known for pair in splits.test)
+    return sum(texts in {*splits.validation.identities} for texts in splits.test.identities)
 
 
 def fingerprint(splits: Splits) -> str:
     """A digest of all texts and scores: a run goes on with the data that it was begun with."""
     digest = hashlib.sha256()
-    for rows in splits[:3]:
+    for rows in (splits.train, *(part for split in splits[1:3] if split for part in (split.texts, split.rows))):
         for row in rows:
-            digest.update(repr(row[:3]).encode())
+            digest.update(repr(row).encode())
         digest.update(b"|")
     return digest.hexdigest()

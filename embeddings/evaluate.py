@@ -1,4 +1,4 @@
-"""Score a run's best model on sts-dev.csv and, where there is one, sts-test.csv; or on files of your own through mteb.
+"""Score a run's best model on what chose its step and, if it is there, sts-test.csv; or on files through mteb.
 
     python embeddings/evaluate.py --run_dir embeddings/runs/...                 # report.md and predictions/ again
     python embeddings/evaluate.py --run_dir embeddings/runs/... --sts sts-dev.csv SICK_trial.txt --beir scifact [--base]
@@ -16,7 +16,6 @@ if not __package__:  # run as a script: import from the repository root, not fro
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from common.checkpoint import UserError
 from common.checkpoint.files import write_text
@@ -24,34 +23,19 @@ from common.checkpoint.run import Run, best_folder
 from embeddings.batching import Tokens
 from embeddings.cli import run_path, run_script
 from embeddings.config import Config
-from embeddings.dataset import Pair, Splits, fingerprint, load_splits, pair_texts
+from embeddings.dataset import Splits, fingerprint, load_splits
+from embeddings.dev import Dev
 from embeddings.model import Embedder, embed_texts, embed_tokens, load_embedder
 from embeddings.parallel import Processes, all_reduce
 from embeddings.report import report
 
 
-def correlation(vectors: Tensor, pairs: list[Pair]) -> tuple[dict, np.ndarray]:
-    """correlation_metrics of people's scores with the cosines (N,), and these; vectors (2 N, D) of pair_texts.
-
-    Raises UserError where vectors are not finite or all the same.
-    """
-    from common.metrics import correlation_metrics  # scikit-learn takes a second
-
-    if not torch.isfinite(vectors).all():
-        raise UserError("the vectors are not finite: a lower learning_rate, or amp bf16 or off, may help")
-    first, second = vectors.double().chunk(2)
-    cosines = (first * second).sum(1).numpy()
-    if np.ptp(cosines) < 1e-6:  # rounding alone
-        raise UserError("all pairs have the same cosine")
-    return correlation_metrics([pair.score for pair in pairs], cosines.tolist()), cosines
-
-
-def validate(model: Embedder, tokens: Tokens, pairs: list[Pair], config: Config, processes: Processes) -> dict:
-    """The correlations on sts-dev.csv, which choose the step; each process embeds its share of the texts."""
-    vectors = torch.zeros(2 * len(pairs), model.encoder.config.hidden_size)
+def validate(model: Embedder, tokens: Tokens, dev: Dev, config: Config, processes: Processes) -> dict:
+    """The scores that choose the step; each process embeds its share of the texts."""
+    vectors = torch.zeros(len(dev.texts), model.encoder.config.hidden_size)
     own = np.arange(len(vectors))[processes.rank :: processes.world]
     vectors[own] = embed_tokens(model, tokens, own, config)
-    return correlation(all_reduce(vectors, processes), pairs)[0]
+    return dev.score(all_reduce(vectors, processes))[0]
 
 
 def evaluate_run(run: Run, splits: Splits, config: Config) -> dict:
@@ -60,11 +44,10 @@ def evaluate_run(run: Run, splits: Splits, config: Config) -> dict:
     (run.path / "predictions").mkdir(exist_ok=True)
     scores: dict = {"validation": None, "test": None}
     for name in scores:
-        if pairs := getattr(splits, name):
-            vectors = torch.from_numpy(embed_texts(model, tokenizer, pair_texts(pairs), config))
-            scores[name], cosines = correlation(vectors, pairs)
-            rows = [pair._asdict() | {"cosine": round(float(cosine), 6)} for pair, cosine in zip(pairs, cosines)]
-            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        if split := getattr(splits, name):
+            vectors = torch.from_numpy(embed_texts(model, tokenizer, split.texts, config))
+            scores[name], found = split.score(vectors)
+            lines = [json.dumps(row | got, ensure_ascii=False) + "\n" for row, got in zip(split.rows, found)]
             write_text(run.path / "predictions" / f"{name}_predictions.jsonl", "".join(lines))
     write_text(run.path / "report.md", report(scores, splits, run.evaluations(), config))
     return scores
@@ -77,7 +60,7 @@ def main(config: Config, sts: list[str], beir: list[str], base: bool) -> None:
         print(evaluate_files(config, base, sts, beir))
         return
     if base:
-        raise UserError("--base goes with --sts or --beir; on sts-dev.csv the base's score is step 0 of report.md")
+        raise UserError("--base goes with --sts or --beir; step 0 of report.md has the base's score on validation")
     path = run_path(config)
     best_folder(path)  # before the lock: where there is no run, none is made
     splits = load_splits(config)

@@ -1,6 +1,6 @@
 """InfoNCE over all positives and hard negatives of a batch, in one process or several.
 
-b rows of this process, B of all, C = B or 2 B candidates, D dimensions
+b rows of this process, B of all, K negatives of the row that has most, C = (1 + K) B candidates, D dimensions
 """
 
 import math
@@ -41,38 +41,44 @@ def info_nce(
     temperature: float,
     dims: list[int] = (),
     false_negative_margin: float | None = None,
+    there: Tensor | None = None,
 ) -> Tensor:
     """The summed loss of this process's rows: cross-entropy of cosine / temperature, the right candidate being each
     row's own positive (arXiv 1807.03748; with hard negatives, arXiv 2104.08821, eq. 5).
 
-    vectors: (2 or 3, b, D), anchors, positives and, if there are, hard negatives; any length. The candidates are the
-    positives and hard negatives of all processes, equally many rows in each. fp32 whatever the vectors' type: at
+    vectors: (2 + K, b, D), anchors, positives and, if there are, hard negatives; any length. there: (2 + K, b), false
+    where a row has fewer than K; None: it has all. The candidates are the positives and hard negatives of all
+    processes, equally many rows and the same K in each. fp32 whatever the vectors' type: at
     temperature .05 cosines rounded to bf16 put two logits up to .08 apart, 2 * 2^-9 / .05.
     dims: the mean of the loss over the first so many dimensions, each, and over all (Matryoshka, arXiv 2205.13147).
     false_negative_margin: leave out what other rows bring and is more similar to the anchor than its positive less so
-    much. A row's own positive counts always, and its own hard negative too: that one was given as such.
+    much. A row's own positive counts always, and its own hard negatives too: they were given as such.
     """
     with torch.autocast(vectors.device.type, enabled=False):
         vectors = vectors.float()
+        there = torch.ones(vectors.shape[:2], device=vectors.device) if there is None else there
         sizes = [*dims, vectors.shape[-1]]
         losses = [
-            info_nce_of_unit(F.normalize(vectors[..., :size], dim=-1), temperature, false_negative_margin)
+            info_nce_of_unit(F.normalize(vectors[..., :size], dim=-1), temperature, false_negative_margin, there)
             for size in sizes
         ]
         return sum(losses) / len(losses)
 
 
-def info_nce_of_unit(vectors: Tensor, temperature: float, false_negative_margin: float | None) -> Tensor:
-    """info_nce of vectors (2 or 3, b, D) of length 1."""
+def info_nce_of_unit(
+    vectors: Tensor, temperature: float, false_negative_margin: float | None, there: Tensor
+) -> Tensor:
+    """info_nce of vectors (2 + K, b, D) of length 1."""
     anchors, rank = vectors[0], 0
-    candidates = vectors[1:].transpose(0, 1).contiguous()  # (b, 1 or 2, D)
+    candidates = vectors[1:].transpose(0, 1).contiguous()  # (b, 1 + K, D)
+    there = there[1:].T.float()  # (b, 1 + K)
     if dist.is_initialized() and dist.get_world_size() > 1:
-        rank, candidates = dist.get_rank(), AllGather.apply(candidates)
+        rank, candidates, there = dist.get_rank(), AllGather.apply(candidates), AllGather.apply(there)
     total = len(candidates)
-    candidates = candidates.transpose(0, 1).flatten(0, 1)  # (C, D): all positives, then all hard negatives
+    candidates = candidates.transpose(0, 1).flatten(0, 1)  # (C, D): all positives, all first hard negatives, ...
     cosines = anchors @ candidates.T  # (b, C)
     own = torch.arange(len(anchors), device=vectors.device) + rank * len(anchors)
-    logits = cosines / temperature
+    logits = (cosines / temperature).masked_fill(there.T.flatten() == 0, -math.inf)
     if false_negative_margin is not None:
         bound = cosines.detach().gather(1, own[:, None]) - false_negative_margin
         others = torch.arange(len(candidates), device=vectors.device) % total != own[:, None]  # (b, C)

@@ -14,8 +14,8 @@ from typing import NamedTuple
 from pydantic import BaseModel, create_model
 
 from common.checkpoint import UserError
-from embeddings.dataset import Triplet
 from embeddings.rows import (
+    Triplet,
     decoded_lines,
     is_empty,
     normalize,
@@ -51,7 +51,7 @@ TripletRow = create_model("TripletRow", anchor=str, positive=str, negative=(str 
 
 def read_jsonl(path: Path, schema: type[BaseModel], unread: Counter) -> Iterator[Row]:
     for number, line in read_lines(path):
-        yield number, [value for _, value in parse_row(schema, path, number, line, unread)]
+        yield number, [value for _, value in parse_row(schema, path, number, parse_line(path, number, line), unread)]
 
 
 def read_csv(path: Path) -> Iterator[Row]:
@@ -130,7 +130,7 @@ def group_by_premise(path: Path, pairs: Iterable[Row], counts: Counter) -> list[
             premises.setdefault(same_text(premise), {"first": (number, premise)}).setdefault(label, hypothesis)
     both = [each for each in premises.values() if "entailment" in each and "contradiction" in each]
     counts["premises without both hypotheses"] = len(premises) - len(both)
-    return [Triplet(each["first"][1], each["entailment"], each["contradiction"], each["first"][0]) for each in both]
+    return [Triplet(e["first"][1], e["entailment"], (e["contradiction"],), e["first"][0]) for e in both]
 
 
 def filled_triplets(rows: Iterable[Row], counts: Counter) -> list[Triplet]:
@@ -138,11 +138,11 @@ def filled_triplets(rows: Iterable[Row], counts: Counter) -> list[Triplet]:
     triplets = []
     for number, texts in rows:
         counts["rows"] += 1
-        texts = [text if text is None else normalize(text) for text in texts]
-        if any(text is not None and is_empty(text) for text in texts):
+        anchor, positive, *negatives = (normalize(text) for text in texts if text is not None)
+        if any(map(is_empty, (anchor, positive, *negatives))):
             counts["empty text"] += 1
         else:
-            triplets.append(Triplet(*texts, number))
+            triplets.append(Triplet(anchor, positive, tuple(negatives), number))
     return triplets
 
 

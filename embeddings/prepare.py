@@ -30,10 +30,10 @@ from common.checkpoint import ROOT, UserError
 from common.checkpoint.files import write_atomically, write_text
 from embeddings.cli import displayed, run_script
 from embeddings.config import Config
-from embeddings.dataset import Triplet, read_pairs
+from embeddings.dataset import read_pairs
 from embeddings.nli import READY, TRIPLET, Source, read_source
 from embeddings.report import table, unread_line
-from embeddings.rows import same_text
+from embeddings.rows import Triplet, same_text
 
 TITLE = "# Prepared triplets"  # of summary.md
 STS_FILES = ("sts-dev.csv", "sts-test.csv")
@@ -79,12 +79,11 @@ def kept_triplets(sources: dict[Path, Source], judged: set[str]) -> list[Triplet
     first = next(((path, source.triplets[0]) for path, source in sources.items() if source.triplets), None)
     for path, source in sources.items():
         for triplet in source.triplets:
-            if (triplet.negative is None) != (first[1].negative is None):
-                has = "no" if triplet.negative is None else "a"
+            if len(triplet.negatives) != len(first[1].negatives):
+                has = "a" if triplet.negatives else "no"
                 other = f"unlike {first[0]}, line {first[1].line}: all rows have one, or none"
                 raise UserError(f"{path}, line {triplet.line}: has {has} negative, {other}")
-            texts = [text for text in triplet[:3] if text is not None]
-            anchor, positive, *negative = identity = tuple(map(same_text, texts))
+            anchor, positive, *negative = identity = tuple(map(same_text, triplet.texts))
             if positive == anchor:
                 reason = "positive is the anchor"
             elif positive in negative:
@@ -112,8 +111,7 @@ def pilot(rows: list[Triplet], num_rows: int, seed: int) -> list[Triplet]:
 
 
 def json_line(triplet: Triplet) -> str:
-    row = {key: text for key, text in zip(TRIPLET, triplet) if text is not None}
-    return json.dumps(row, ensure_ascii=False) + "\n"
+    return json.dumps(dict(zip(TRIPLET, triplet.texts)), ensure_ascii=False) + "\n"
 
 
 def summary(sources: dict[Path, Source], written: int) -> list[str]:

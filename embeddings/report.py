@@ -2,10 +2,11 @@
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 
 import numpy as np
 
-from embeddings.batching import Epoch
+from embeddings.batching import Epoch, Rows
 from embeddings.config import Config
 from embeddings.dataset import Splits, repeated_in_test
 
@@ -23,39 +24,50 @@ def unread_line(unread: Counter[str]) -> str:
     return f"keys that nobody reads: {', '.join(f'{name} ({count} rows)' for name, count in unread.items())}"
 
 
-def few_pairs(pairs: int) -> str | None:
-    """What to say where the step is chosen by too few pairs."""
+def tables(rows: dict[str, dict]) -> list[str]:
+    """Splits and what there is to say of each; those of which the same is said share a table."""
+    lines = []
+    for columns, group in groupby(rows.items(), lambda row: [*row[1]]):
+        lines += table(["split", *columns], [[name, *cells.values()] for name, cells in group])
+    return lines
+
+
+def few_rows(rows: int) -> str | None:
+    """What to say where the step is chosen by too few pairs or queries."""
     from common.metrics import too_few  # scikit-learn takes a second
 
-    return (few := too_few(pairs, {})) and f"validation has {few}"
+    return (few := too_few(rows, {})) and f"validation has {few}"
 
 
-def print_summary(splits: Splits, lengths: np.ndarray, anchors: np.ndarray, missed: int, config: Config) -> None:
+def print_summary(
+    splits: Splits, lengths: np.ndarray, dev_lengths: np.ndarray, rows: Rows, missed: int, config: Config
+) -> None:
     """The data as the run sees it.
 
-    lengths: of the distinct training texts; anchors: each row's, as a number; missed: rows that no step takes.
+    lengths, dev_lengths: of the distinct training texts, and of validation's; missed: rows that no step takes.
     """
     percentiles = np.percentile(lengths, (50, 95, 100)).astype(int).tolist()
-    kind = "triplets" if splits.train[0].negative else "pairs"
+    kind = "triplets" if rows.texts.shape[1] > 2 else "pairs"
     columns = [f"training {kind}", "distinct texts", "tokens p50", "p95", "max"]
     columns.append(f"cut to {config.max_length}, or as long")
-    cut = int((lengths == config.max_length).sum())
+    cut, cut_dev = (int((some == config.max_length).sum()) for some in (lengths, dev_lengths))
     print("\n".join(table(columns, [[len(splits.train), len(lengths), *percentiles, cut]])[:-1]))
-    if repeated := len(anchors) - len(np.unique(anchors)):
+    negatives = (rows.texts[:, 2:] >= 0).sum(1)
+    if rows.texts.shape[1] > 3:
+        print(f"negatives of a row: {negatives.min()} to {negatives.max()}, {negatives.mean():.1f} in the mean")
+    if repeated := len(rows.texts) - len(np.unique(rows.identities[:, 0])):
         print(f"{repeated} rows repeat another row's anchor: never in one batch with it")
 
-    lines = []
-    for name, pairs in (("validation", splits.validation), ("test", splits.test)):
-        if pairs:
-            scores = [pair.score for pair in pairs]
-            spread = " / ".join(f"{value:.1f}" for value in np.percentile(scores, [5, 50, 95]))
-            lines.append([name, len(pairs), f"{np.mean(scores):.2f}", spread])
-    print("\n".join(table(["judged pairs", "rows", "mean score", "scores 5 / 50 / 95 %"], lines)[:-1]))
+    judged = {name: split for name in ("validation", "test") if (split := getattr(splits, name))}
+    print("\n".join(tables({name: {"data": split.data} | split.summary for name, split in judged.items()})[:-1]))
+    print(f"validation chooses the step, by {splits.validation.metric}")
+    if cut_dev:
+        print(f"{cut_dev} of its {len(dev_lengths)} texts are cut to {config.max_length} tokens, or as long")
     if not splits.test:
         print("no sts-test.csv: no test figure will be reported")
     elif repeated := repeated_in_test(splits):
-        print(f"{repeated} of the {len(splits.test)} test pairs are also in sts-dev.csv")
-    if few := few_pairs(len(splits.validation)):
+        print(f"{repeated} of the {len(splits.test.rows)} test pairs are also in sts-dev.csv")
+    if few := few_rows(len(splits.validation.rows)):
         print(few)
     if splits.unread:
         print(unread_line(splits.unread))
@@ -75,16 +87,19 @@ def epoch_line(number: int, epoch: Epoch, steps: int) -> str:
     return f"{line} | {len(epoch.left_out)} left out{next_epoch if steps > batches else ''}"
 
 
-def evaluation_line(step: int, scores: dict, better: bool) -> str:
-    """What is printed after an evaluation in training."""
-    figures = f"validation spearman {scores['spearman']:.4f} | pearson {scores['pearson']:.4f}"
-    return f"step {step} | {figures}{' | best' * better}"
+def evaluation_line(step: int, metric: str, scores: dict, seconds: float, note: str = "") -> str:
+    """What is printed after an evaluation in training: the metric that chooses, then the others."""
+    others = [name for name, value in scores.items() if isinstance(value, float) and name != metric]
+    figures = [f"{name} {scores[name]:.4f}" for name in (metric, *others)]
+    parts = [f"step {step}", f"validation {figures[0]}", *figures[1:], f"{seconds:.1f} s", note]
+    return " | ".join(filter(None, parts))
 
 
 def last_line(results: dict, path: str) -> str:
     """What a finished run prints last, and again when it is started once more."""
     parts = [f"done | {results['split']} {results['metric']} {results['best']:.4f} (step {results['step']})"]
-    parts += [few] if (few := few_pairs(results["validation"]["pairs"])) else []
+    rows = results["validation"].get("pairs") or results["validation"]["queries"]
+    parts += [few] if (few := few_rows(rows)) else []
     parts.append(f"{results['base']:.4f} without adapter")
     parts += [f"test spearman {results['test']['spearman']:.4f}"] if results["test"] else []
     return " | ".join([*parts, f"{results['seconds']:.0f} s", f"results in {path}"])
@@ -92,19 +107,19 @@ def last_line(results: dict, path: str) -> str:
 
 def report(scores: dict[str, dict | None], splits: Splits, evaluations: list[dict], config: Config) -> str:
     """report.md. scores: of each split; evaluations: those of metrics.jsonl."""
+    dev = splits.validation
     lines = [f"# {config.model} on {config.data_dir}", ""]
-    lines += ["Correlation of the cosine with people's scores. The step was chosen on validation: its row flatters."]
-    lines += [f"**{few.capitalize()}.**"] if (few := few_pairs(len(splits.validation))) else []
+    lines += [f"The step was chosen by {dev.metric} on validation, {dev.data}: its row flatters."]
+    lines += ["Correlations are of the cosine with people's scores; figures of a search are means over its queries."]
+    lines += [f"**{few.capitalize()}.**"] if (few := few_rows(len(dev.rows))) else []
     lines += [f"These are of the model in best/ as it is saved, adapter merged, computed with amp {config.amp}."]
     if splits.test:
-        repeated = f"{repeated_in_test(splits)} of its {len(splits.test)} pairs"
+        repeated = f"{repeated_in_test(splits)} of its {len(splits.test.rows)} pairs"
         lines += [f"Nothing was chosen on test; {repeated} are also in sts-dev.csv.", ""]
     else:
         lines += ["There is no test split: no test figure.", ""]
-    columns = ["pairs", "spearman", "pearson"]
-    rows = [[name, *(values[column] for column in columns)] for name, values in scores.items() if values]
-    lines += table(["split", *columns], rows)
-    columns = ["step", "epoch", "spearman", "pearson"]
+    lines += tables({name: values for name, values in scores.items() if values})
+    columns = ["step", "epoch", *(name for name, value in scores["validation"].items() if isinstance(value, float))]
     lines += ["## Steps (validation, before merging, as the step was chosen; 0: without adapter)", ""]
     lines += table(columns, [[record[column] for column in columns] for record in evaluations])
     return "\n".join(lines)

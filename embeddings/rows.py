@@ -4,13 +4,35 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, NamedTuple, TypeVar
 
 import regex
 from pydantic import BaseModel, BeforeValidator, ValidationError
 
 from common.checkpoint import UserError
 from common.checkpoint.files import first_repeated, parse_object, unread_keys
+
+
+class Triplet(NamedTuple):
+    """A text, one that means the same, follows or answers, any number that do not, and where they stand."""
+
+    anchor: str
+    positive: str
+    negatives: tuple[str, ...]
+    line: int
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        return self.anchor, self.positive, *self.negatives
+
+
+class Pair(NamedTuple):
+    """Two texts, people's score of how alike they are, and where they stand."""
+
+    sentence1: str
+    sentence2: str
+    score: float
+    line: int
 
 
 def normalize(text: str) -> str:
@@ -82,13 +104,12 @@ def parse_line(path: Path, number: int, line: str) -> dict:
         raise UserError(f"{path}, line {number}: {error}") from error
 
 
-def parse_row(schema: type[Row], path: Path, number: int, line: str, unread: Counter[str]) -> Row:
-    """A line's JSON object as the schema's; keys that nobody reads are counted.
+def parse_row(schema: type[Row], path: Path, number: int, row: dict, unread: Counter[str]) -> Row:
+    """A JSON object as the schema's; keys that nobody reads are counted.
 
     Raises UserError naming file, line, value and what was expected.
     """
     known = [field.alias or name for name, field in schema.model_fields.items()]
-    row = parse_line(path, number, line)
     try:
         unread.update(unread_keys(row, known, NEAR))
         return schema.model_validate(row)

@@ -30,10 +30,10 @@ from common.checkpoint.environment import autocast_dtype, environment
 from common.checkpoint.progress import Best, Progress, StopSignal, TrainedParameters
 from common.checkpoint.run import Run, read_results
 from common.seed import seed_everything, seed_micro_batch
-from embeddings.batching import Tokens, chunk_texts, draw_epochs, pad, rows_missed, tokenize_pairs, tokenize_rows
+from embeddings.batching import Tokens, chunk_texts, draw_epochs, pad, rows_missed, tokenize, tokenize_rows
 from embeddings.cli import displayed, run_path, run_script, run_settings
 from embeddings.config import Config
-from embeddings.dataset import Triplet, fingerprint, load_splits
+from embeddings.dataset import fingerprint, load_splits
 from embeddings.evaluate import evaluate_run, validate
 from embeddings.grad_cache import cached_backward
 from embeddings.lora import save_adapter
@@ -41,6 +41,7 @@ from embeddings.loss import info_nce, parse_dims
 from embeddings.model import Embedder, build_model, find_tokenizer, save_merged
 from embeddings.parallel import all_reduce, all_reduce_gradients, barrier, end_processes, rank_0_first, start_processes
 from embeddings.report import epoch_line, evaluation_line, last_line, print_summary
+from embeddings.rows import Triplet
 
 
 def make_optimizer(model: Embedder, config: Config) -> tuple[Optimizer, LRScheduler]:
@@ -101,12 +102,13 @@ def embed_chunk(
 def batch_loss(order: np.ndarray, scaler: torch.amp.GradScaler, config: Config, vectors: Tensor) -> Tensor:
     """This process's part of the batch's mean loss, scaled: the gradients of all parts are summed.
 
-    order: (3 or 2, b), where each text of its rows is among the vectors.
+    order: (2 + K, b), where each text of its rows is among the vectors, -1 where it has fewer than K negatives.
     """
     margin = config.false_negative_margin if config.mask_false_negatives else None
     dims = parse_dims(config.matryoshka_dims)
-    vectors = vectors[torch.from_numpy(order).to(vectors.device)]  # (3 or 2, b, D)
-    return scaler.scale(info_nce(vectors, config.temperature, dims, margin) / config.batch_size)
+    places = torch.from_numpy(order).to(vectors.device)
+    loss = info_nce(vectors[places], config.temperature, dims, margin, places >= 0)  # vectors (2 + K, b, D)
+    return scaler.scale(loss / config.batch_size)
 
 
 def main(config: Config, check: bool = False) -> int | None:
@@ -129,10 +131,12 @@ def main(config: Config, check: bool = False) -> int | None:
     tokenizer = find_tokenizer(config)
     splits = load_splits(config)
     tokens, rows = tokenize_rows(splits.train, tokenizer, config)
-    dev_tokens = tokenize_pairs(splits.validation, tokenizer, config, "sts-dev.csv")
-    tokenize_pairs(splits.test, tokenizer, config, "sts-test.csv")  # a text that cannot be scored is said now
+    dev = splits.validation
+    dev_tokens = tokenize(dev.texts, tokenizer, config, True, dev.place)
+    if splits.test:  # a text that cannot be scored is said now
+        tokenize(splits.test.texts, tokenizer, config, True, splits.test.place)
     missed = rows_missed(rows, config.batch_size, config.seed, config.max_steps)
-    print_summary(splits, tokens.lengths, rows.identities[:, 0], missed, config)
+    print_summary(splits, tokens.lengths, dev_tokens.lengths, rows, missed, config)
 
     # Model
     model = build_model(config, device, dtype)
@@ -147,16 +151,17 @@ def main(config: Config, check: bool = False) -> int | None:
     # Resume
     best, progress, trained = Best("max", config.patience), Progress(), TrainedParameters(model)
     state = dict(model=trained, optimizer=optimizer, scheduler=scheduler, scaler=scaler, best=best, progress=progress)
-    score_dev = partial(validate, model, dev_tokens, splits.validation, config, processes)
+    score_dev = partial(validate, model, dev_tokens, dev, config, processes)
     if not check:
         same = {"data_sha256": fingerprint(splits), "autocast": str(dtype), "processes": world}
         run = rank_0_first(partial(Run, path, run_settings(config), same, info, writes=rank == 0), processes)
         start = f"resuming from step {progress.step} of {total_steps}" if run.restore(state) else "starting"
         print(f"{start} in {displayed(path)}")
         if progress.step == 0:
+            progress.start()
             base = score_dev()
             run.log({"event": "evaluation", "epoch": 0, "step": 0, **base})
-            print(f"step 0 | validation spearman {base['spearman']:.4f} without adapter")
+            print(evaluation_line(0, dev.metric, base, progress.add_time(), "without adapter"))
 
     # Loop
     with StopSignal() as stop, tqdm(total=total_steps, initial=progress.step, disable=rank > 0 or None) as bar:
@@ -169,7 +174,7 @@ def main(config: Config, check: bool = False) -> int | None:
             for batch in batches[progress.step_in_epoch :][: total_steps - progress.step]:
                 # Anchors, positives and negatives of this process's rows, in chunks of like length
                 model.train()
-                texts = rows.texts[batch[rank::world]].T  # (3 or 2, b)
+                texts = rows.texts[batch[rank::world]].T  # (2 + K, b)
                 chunks, order = chunk_texts(tokens, texts, config.chunk_tokens)
 
                 # GradCache: all vectors, the gradient of the loss on them, and each chunk again to take its part of it
@@ -191,7 +196,8 @@ def main(config: Config, check: bool = False) -> int | None:
                 skipped = not update(optimizer, scheduler, scaler)
 
                 # Log
-                seen_tokens = int(tokens.lengths_of(rows.texts[batch]).sum())
+                texts = rows.texts[batch]  # of all processes
+                seen_tokens = int(tokens.lengths_of(texts[texts >= 0]).sum())
                 progress.add_step(loss * len(batch), len(batch), seen_tokens, skipped)
                 bar.update()
                 if progress.step % config.logging_steps == 0:
@@ -204,10 +210,10 @@ def main(config: Config, check: bool = False) -> int | None:
                 if evaluated := progress.step % config.eval_steps == 0 or progress.step == total_steps:
                     scores = score_dev()
                     run.log({"event": "evaluation", "epoch": epoch + 1, "step": progress.step, **scores})
-                    if better := best.update(scores["spearman"], epoch + 1, progress.step):
+                    if better := best.update(scores[dev.metric], epoch + 1, progress.step):
                         run.save_best(lambda folder: save_adapter(model.encoder, folder / "adapter", config.model))
-                    bar.write(evaluation_line(progress.step, scores, better))
-                    progress.add_time()
+                    seconds = progress.add_time()
+                    bar.write(evaluation_line(progress.step, dev.metric, scores, seconds, "best" * better))
 
                 # Save
                 if evaluated or stopped or progress.step % config.save_steps == 0:
@@ -220,7 +226,8 @@ def main(config: Config, check: bool = False) -> int | None:
                     end_processes()
                     return 128 + (stop.number or signal.SIGTERM)  # the signal may have gone to another process
                 if best.exhausted and progress.step < total_steps:
-                    bar.write(f"stopped by patience: {best.stale_evaluations} evaluations without a better spearman")
+                    stale = f"{best.stale_evaluations} evaluations without a better {dev.metric}"
+                    bar.write(f"stopped by patience: {stale}")
                     break
     end_processes()
     if rank:
@@ -228,13 +235,13 @@ def main(config: Config, check: bool = False) -> int | None:
 
     # Final evaluation, of the merged model, which takes the room of this one
     model.to("meta")
-    base = run.evaluations()[0]["spearman"]
+    base = run.evaluations()[0][dev.metric]
     if best.score <= base:
-        print(f"warning: no step's spearman is above the {base:.4f} without adapter: it does not pay here")
+        print(f"warning: no step's {dev.metric} is above the {base:.4f} without adapter: it does not pay here")
     run.save_best(partial(save_merged, config, tokenizer, path / "best"))
     scores = evaluate_run(run, splits, config)
     progress.note_memory(device)
-    print(last_line(run.finish("spearman", best, progress, base=base, **scores), displayed(path)))
+    print(last_line(run.finish(dev.metric, best, progress, base=base, chosen_on=dev.data, **scores), displayed(path)))
     return None
 
 

@@ -6,7 +6,7 @@ import shutil
 import socket
 from collections.abc import Callable
 from functools import partial
-from itertools import combinations, count
+from itertools import combinations, count, product
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -25,10 +25,12 @@ from common.checkpoint import UserError
 from embeddings import train
 from embeddings.batching import Rows, Tokens, chunk_texts, epoch_batches, tokenize, tokenize_rows
 from embeddings.bidirectional import check_bidirectional, make_bidirectional
-from embeddings.dataset import Pair, Splits, load_splits, read_pairs, read_triplets, repeated_in_test
+from embeddings.dataset import Splits, load_splits, read_pairs, read_triplets, repeated_in_test
+from embeddings.dev import sts_dev
 from embeddings.lora import LoRALinear, adapters, add_adapters, load_adapter, merge_adapters, save_adapter
 from embeddings.loss import info_nce
 from embeddings.model import Embedder, embed_tokens, find_tokenizer, pool
+from embeddings.rows import Pair
 from embeddings.tokenizer import end_in_eos, save_tokenizer
 
 sample = partial(config_of, "embeddings")
@@ -70,7 +72,7 @@ STS = "g\tf\ty\t3\t{}\t{}\tsecond"
 def test_triplets_and_pairs_are_read_whatever_their_line_ends_spaces_and_quotes(tmp_path):
     path, row = tmp_path / "rows", json.dumps(TRIPLET | {"anchor": " A  man\tsleeps "})
     path.write_bytes(f"\ufeff{row}\r\n\n{row}".encode())
-    assert read_triplets(path) == [("A man sleeps", "v", "w", 1), ("A man sleeps", "v", "w", 3)]
+    assert read_triplets(path) == [("A man sleeps", "v", ("w",), 1), ("A man sleeps", "v", ("w",), 3)]
 
     path.write_bytes(b'g\tf\ty\t1\t5.000\tA "man sleeps\tHe  sleeps\tx\ty\r\n\r\ng\tf\ty\t2\t0\ta\tb\n')
     assert read_pairs(path) == [('A "man sleeps', "He sleeps", 5.0, 1), ("a", "b", 0.0, 3)]
@@ -79,7 +81,7 @@ def test_triplets_and_pairs_are_read_whatever_their_line_ends_spaces_and_quotes(
     pairs = read_pairs(path)
     assert pairs == [("a b", "c", 4.5, 2), ("d", "e", 1.0, 3)]
     test = [Pair("C.", "A b!", 1.0, 1), Pair("d", "c", 1.0, 2)]
-    assert repeated_in_test(Splits([], pairs, test)) == 1  # in either order
+    assert repeated_in_test(Splits([], sts_dev("dev", pairs), sts_dev("test", test))) == 1  # in either order
 
 
 @pytest.mark.parametrize("column", TRIPLET)
@@ -158,7 +160,7 @@ def test_texts_are_the_same_in_any_case_and_tokenized_once_and_chunks_keep_to_th
     rows = read_triplets(few_rows("embeddings") / "train.jsonl")[:50]
     rows.append(rows[0]._replace(positive=rows[0].positive.upper()))
     tokens, numbers = tokenize_rows(rows, find_tokenizer(sample()), sample())
-    assert len(tokens.lengths) == len({text for row in rows for text in row[:3]})
+    assert len(tokens.lengths) == len({text for row in rows for text in row.texts})
     assert numbers.texts[-1, 1] != numbers.texts[0, 1] and (numbers.identities[-1] == numbers.identities[0]).all()
     assert np.array_equal(numbers.lengths, tokens.lengths[numbers.texts].max(1))
     chunks, order = chunk_texts(tokens, numbers.texts, 100)
@@ -358,14 +360,16 @@ def test_peft_gives_the_same_states_and_merges_the_same_with_the_saved_adapter(t
 # The loss
 
 
-def written_out(vectors: Tensor, temperature: float, dims=(), margin: float | None = None) -> Tensor:
-    """InfoNCE row by row, summed; vectors (2 or 3, rows, D)."""
+def written_out(vectors: Tensor, temperature: float, dims=(), margin: float | None = None, there=None) -> Tensor:
+    """InfoNCE row by row, summed; vectors (2 + K, rows, D), of which there has those that count; None: all."""
+    there = np.ones(vectors.shape[:2]) if there is None else there
     total, rows = 0.0, range(vectors.shape[1])
     for size in (*dims, vectors.shape[2]):
         unit = vectors[:, :, :size] / vectors[:, :, :size].norm(dim=2, keepdim=True)
         for row in rows:
             own = unit[0, row] @ unit[1, row]
-            brought = [(other, unit[0, row] @ side[other]) for side in unit[1:] for other in rows]
+            places = [(other, side) for other, side in product(rows, range(1, len(unit))) if there[side][other]]
+            brought = [(other, unit[0, row] @ unit[side, other]) for other, side in places]
             kept = [c for other, c in brought if other == row or margin is None or c <= own - margin]
             total = total + (torch.stack(kept) / temperature).logsumexp(0) - own / temperature
     return total / (len(dims) + 1)
@@ -374,28 +378,42 @@ def written_out(vectors: Tensor, temperature: float, dims=(), margin: float | No
 LOSSES = [(2, 0.05, [], None), (3, 0.05, [], None), (3, 0.2, [9, 5], None), (2, 0.1, [], 0.0), (3, 0.1, [], 0.2)]
 
 
-@pytest.mark.parametrize("width, temperature, dims, margin", [*LOSSES, (3, 0.3, [6], -0.3)])
+@pytest.mark.parametrize("width, temperature, dims, margin", [*LOSSES, (3, 0.3, [6], -0.3), (6, 0.2, [9], 0.1)])
 def test_the_loss_and_its_gradient_are_the_formula_in_fp32(width, temperature, dims, margin):
+    """Of 6 texts of a row some are not there."""
     vectors = (torch.randn(width, 7, 12) * (1 + 3 * torch.rand(width, 7, 1))).requires_grad_()
+    there = None if width < 6 else torch.arange(6)[:, None] < torch.tensor([2, 6, 3, 2, 5, 4, 3])
     with torch.autocast("cpu", torch.bfloat16):
-        found, low = info_nce(vectors, temperature, dims, margin), info_nce(vectors.bfloat16(), temperature)
-    expected = written_out(vectors, temperature, dims, margin)
+        found, low = info_nce(vectors, temperature, dims, margin, there), info_nce(vectors.bfloat16(), temperature)
+    expected = written_out(vectors, temperature, dims, margin, there)
     close(found, expected)
     close(low, info_nce(vectors.bfloat16().float(), temperature))
     close(*(torch.autograd.grad(loss, vectors)[0] for loss in (found, expected)), atol=1e-5, rtol=1e-4)
-    assert margin is None or (found - written_out(vectors, temperature, dims)).abs() > 0.1
+    assert margin is None or (found - written_out(vectors, temperature, dims, None, there)).abs() > 0.1
 
 
 # GradCache, and several processes
 
 
 @pytest.fixture
-def step(few_rows, tmp_path) -> Callable[..., FirstStep]:
+def several(few_rows, tmp_path) -> str:
+    """The few rows with 0 to 3 negatives, each of two rows."""
+    data = Path(shutil.copytree(few_rows("embeddings"), tmp_path / "several"))
+    rows = [json.loads(line) for line in (data / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+    negatives = [row.pop("negative") for row in rows] * 2
+    rows = [json.dumps(row | {"negatives": negatives[n : n + n % 4]}) for n, row in enumerate(rows)]
+    (data / "train.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    return str(data)
+
+
+@pytest.fixture
+def step(few_rows, several, tmp_path) -> Callable[..., FirstStep]:
     """A function: a run's first step, of a batch of 8 rows, with adapters as training leaves them."""
     settings = {"batch_size": 8, "max_grad_norm": 0.0, "adapter_dropout": 0.0, "data_dir": str(few_rows("embeddings"))}
     numbers = count()
 
     def first(**changes) -> FirstStep:
+        changes |= {"data_dir": several} if "query_prompt" in changes else {}
         config = sample(**settings | changes, run_dir=str(tmp_path / f"run {next(numbers)}"))
         return first_step(train, config, prepare=trained)
 
@@ -409,23 +427,36 @@ def close_gradients(found: FirstStep, expected: FirstStep, tolerance: float = 1e
 
 
 PARTS = {"chunk_tokens": 150, "mask_false_negatives": True, "false_negative_margin": 0.1, "matryoshka_dims": "24,8"}
-PARTS |= {"temperature": 0.2, "gradient_checkpointing": True}
+PARTS |= {"temperature": 0.2, "gradient_checkpointing": True, "query_prompt": "Ask: ", "document_prompt": "It says: "}
 UNASKED = {"false_negative_margin": 0.3}  # without mask_false_negatives it masks nothing
 
 
 @pytest.mark.parametrize("changes", [UNASKED, {"chunk_tokens": 1}, PARTS])
-def test_a_steps_gradient_is_that_of_its_batchs_mean_loss_however_it_is_cut(changes, step, few_rows, monkeypatch):
+def test_a_steps_gradient_is_that_of_its_batchs_mean_loss_however_it_is_cut(
+    changes, step, few_rows, several, monkeypatch
+):
+    """With PARTS the rows have 0 to 3 negatives, and prompts."""
     scaler = torch.amp.GradScaler  # as in fp16 on a GPU
     monkeypatch.setattr(torch.amp, "GradScaler", lambda *_, **__: scaler("cpu", init_scale=4.0))
-    found, config = step(**changes), sample(data_dir=str(few_rows("embeddings")), **changes)
+    data = several if changes is PARTS else str(few_rows("embeddings"))
+    found, config = step(**changes), sample(data_dir=data, **changes)
 
     tokenizer, triplets = find_tokenizer(config), load_splits(config).train
     batch = epoch_batches(tokenize_rows(triplets, tokenizer, config)[1], 8, config.seed, 0)[0]
-    ids = [torch.tensor([tokenizer(triplets[row][column])["input_ids"]]) for column in range(3) for row in batch]
-    vectors = torch.cat([found.model.encoder(one).last_hidden_state[:, -1] for one in ids]).view(3, 8, -1)
+    prompts = [config.query_prompt, *[config.document_prompt] * 4]
+    texts = [[a + b for a, b in zip(prompts, triplets[row].texts)] for row in batch]
+    width = max(map(len, texts))
+    there = np.array([[column < len(row) for row in texts] for column in range(width)])
+    ids = [
+        torch.tensor([tokenizer((row[column:] or ["none"])[0])["input_ids"]])
+        for column in range(width)
+        for row in texts
+    ]
+    vectors = torch.cat([found.model.encoder(one).last_hidden_state[:, -1] for one in ids]).view(width, 8, -1)
+    assert width == 3 or len({*map(len, texts)}) > 2
     margin, dims = (0.1, [24, 8]) if config.mask_false_negatives else (None, [])
     learns = {name: p for name, p in found.model.named_parameters() if p.requires_grad}
-    loss = written_out(vectors, config.temperature, dims, margin) / 8
+    loss = written_out(vectors, config.temperature, dims, margin, there) / 8
     expected = dict(zip(learns, torch.autograd.grad(loss, [*learns.values()])))
     close_gradients(found, FirstStep(found.model, expected, ()))
 

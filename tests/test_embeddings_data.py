@@ -17,8 +17,9 @@ from transformers import BertConfig, PreTrainedTokenizerFast
 from common.checkpoint import UserError
 from common.checkpoint.files import read_json
 from embeddings import train
+from embeddings.beir import Document, Query, read_texts
 from embeddings.dataset import Splits, load_splits, read_pairs, read_triplets, repeated_in_test
-from embeddings.local_tasks import Document, Query, read_texts
+from embeddings.dev import sts_dev
 from embeddings.mteb_encoder import TextEncoder
 from embeddings.nli import read_source
 
@@ -53,7 +54,7 @@ def data(tmp_path):
 
 @pytest.mark.parametrize(
     "key",
-    ("negative_1", "negatives", "hard_negative", "hard_negatives_2", "Hard-Negative", "Negative", "neg", "anchors"),
+    ("negative1", "negatives_1", "hard_negative", "hard_negatives_2", "Hard-Negative", "Negative", "neg", "anchors"),
 )
 def test_a_mistyped_key_ends_the_run_with_the_keys_that_are_known(key, tmp_path):
     rows = [{"anchor": "a", "positive": "b"}, {"anchor": "c", "positive": "d", key: "e"}]
@@ -136,7 +137,8 @@ def test_a_judged_text_in_another_writing_is_not_trained_on(text, other, data, t
             with pytest.raises(UserError, match=r"train.jsonl, line 1: .* stands in sts-dev.csv or sts-test.csv"):
                 load_splits(config_of("embeddings", data_dir=str(folder)))
     folder = data([ROW | {"anchor": text}, ROW], dev=(other, "q"), test=("q", text))
-    assert repeated_in_test(Splits([], *(read_pairs(folder / f"sts-{name}.csv") for name in ("dev", "test")))) == 1
+    judged = (sts_dev(name, read_pairs(folder / name)) for name in ("sts-dev.csv", "sts-test.csv"))
+    assert repeated_in_test(Splits([], *judged)) == 1
     out = ran("embeddings/prepare.py", "--nli", folder / "train.jsonl", "--sts", folder, "--data_dir", tmp_path / "out")
     assert "| text of the STS files | 1 |" in out and "| kept | 1 |" in out
 
@@ -152,7 +154,7 @@ def test_texts_that_differ_in_a_mark_a_symbol_or_a_separator_are_different(text,
     pairs = zip(NLI * 4, ("entailment", text, "a", "contradiction", text, "b", "entailment", other, "c"))
     lines = [dict([next(pairs) for _ in NLI]) for _ in range(3)]
     source = read_source(write(tmp_path / "nli.jsonl", *lines, dict(zip(NLI, ("contradiction", other, "d")))))
-    assert [row[:3] for row in source.triplets] == [(text, "a", "b"), (other, "c", "d")]
+    assert [row.texts for row in source.triplets] == [(text, "a", "b"), (other, "c", "d")]
 
 
 @pytest.mark.parametrize("text, other", SAME)
@@ -261,7 +263,8 @@ def test_only_documents_may_be_empty_and_a_prompt_fills_none(task, kind, score, 
     from embeddings.cli import parse
     from embeddings.model import load_embedder
 
-    config = parse(["--run_dir", str(short_run("embeddings")), "--document_prompt", "text: "], trained=True)[0]
+    config = parse(["--run_dir", str(short_run("embeddings"))], trained=True)[0]
+    config = config.model_copy(update={"document_prompt": "text: "})
     encoder = TextEncoder(*load_embedder(config), config, "embeddings/run")
     settings = {"task_metadata": mteb.get_task(task).metadata, "hf_split": "test", "hf_subset": "default"}
     vectors = encoder.encode([{"text": ["a cat", ""]}], **settings, prompt_type=PromptType(kind))

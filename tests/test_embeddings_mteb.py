@@ -18,9 +18,10 @@ from sentence_transformers import SentenceTransformer
 
 from common.checkpoint import UserError
 from embeddings import local_tasks, mteb_sts
+from embeddings.beir import Document, Query, read_qrels, read_texts
 from embeddings.cli import parse
 from embeddings.dataset import read_pairs
-from embeddings.local_tasks import read_qrels, read_texts, retrieval_task
+from embeddings.local_tasks import retrieval_task
 from embeddings.model import embed_texts, load_embedder
 from embeddings.mteb_encoder import TextEncoder, revision
 
@@ -94,8 +95,8 @@ def test_local_scores_are_scipys_and_trec_evals_by_brute_force(config, beir):
     first, second = (theirs.encode([pair[side] for pair in read_pairs(pairs)]) for side in (0, 1))
     expected = [spearmanr([pair.score for pair in read_pairs(pairs)], (first * second).sum(1)).statistic]
 
-    corpus, queries = read_texts(beir / "corpus.jsonl", local_tasks.Document), {}
-    for name, query in read_texts(beir / "queries.jsonl", local_tasks.Query).items():
+    corpus, queries = read_texts(beir / "corpus.jsonl", Document), {}
+    for name, query in read_texts(beir / "queries.jsonl", Query).items():
         queries[name] = query["text"]
     qrels, metrics = read_qrels(beir / "qrels/test.tsv", queries, corpus), []
     documents = theirs.encode([f"{row['title']} {row['text']}".strip() for row in corpus.values()])
@@ -107,9 +108,10 @@ def test_local_scores_are_scipys_and_trec_evals_by_brute_force(config, beir):
         places = [n for n, gain in enumerate(ranked) if gain > 0]
         relevant = len(places) or 1  # a query without a hit counts as 0
         precision = sum((k + 1) / (n + 1) for k, n in enumerate(places))
-        recalls = [sum(n < k for n in places) / relevant for k in (10, 100)]
-        metrics.append([dcg / (best or 1), precision / relevant, *recalls])
-    assert len(metrics) == 39 and metrics[0] == [0, 0, 0, 0]
+        recalls = [sum(n < k for n in places) / relevant for k in (1, 10, 100)]
+        reciprocal = 1 / (places[0] + 1) if places and places[0] < 10 else 0
+        metrics.append([dcg / (best or 1), reciprocal, precision / relevant, *recalls])
+    assert len(metrics) == 39 and metrics[0] == [0] * 6
     expected += np.mean(metrics, axis=0).tolist()
     rows = rows_of(out)
     assert [row[3] for row in rows] == [*local_tasks.METRICS.values()]

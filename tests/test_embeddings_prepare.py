@@ -59,7 +59,7 @@ def prepared(raw: Path, *nli: object) -> tuple[list[tuple], dict[str, list[str]]
     """The triplets that the script writes, and its table's counts by name, a list over the sources."""
     out = ran(*PREPARE, *nli, cwd=raw)
     cells = [line.strip("| ").split(" | ") for line in out.splitlines() if line.startswith("| ")]
-    return [row[:3] for row in read_triplets(raw / "out/train.jsonl")], {key: found for key, *found in cells}
+    return [row.texts for row in read_triplets(raw / "out/train.jsonl")], {key: found for key, *found in cells}
 
 
 COUNTS = {"rows": ["10"], "no gold label": ["1"], "empty text": ["1"], "premises without both hypotheses": ["2"]}

@@ -3,8 +3,6 @@
 P posts, C criteria, N examples (a post with one criterion, or with all), B of them in a batch, T tokens
 """
 
-import hashlib
-import json
 import signal
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -19,11 +17,12 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
 from common.checkpoint import ROOT, UserError
+from common.checkpoint.identity import file_digest
 from common.checkpoint.pretrained import check_ids, check_texts
 from common.seed import epoch_generator
 from redsm5_nli.config import Config
 from redsm5_nli.criteria import Criterion
-from redsm5_nli.redsm5 import Post, read_posts
+from redsm5_nli.redsm5 import ANNOTATIONS_FILES, POSTS_FILES, Post, find_file, read_posts
 from redsm5_nli.splits import split_posts
 from redsm5_nli.text import is_empty, same_text  # noqa: F401 - where every project has them
 
@@ -133,10 +132,12 @@ def load_splits(config: Config, collator: Collator) -> tuple[dict[str, Split], C
     return splits, kinds, unread
 
 
-def fingerprint(splits: dict[str, Split], criteria: tuple[Criterion, ...]) -> str:
-    """SHA-256 of the criteria, all posts, their labels and where they are."""
-    rows = {name: [post[:3] for post in split.posts] for name, split in splits.items()}
-    return hashlib.sha256(json.dumps([criteria, rows]).encode()).hexdigest()
+def data_digests(config: Config) -> dict[str, str]:
+    """SHA-256 of each file that defines posts, labels and criteria. Raises UserError where one is missing."""
+    folder = ROOT / config.data_dir
+    paths = [find_file(folder, POSTS_FILES), find_file(folder, ANNOTATIONS_FILES)]
+    paths += [ROOT / config.criteria_file] if config.criteria_file else []
+    return {path.name: file_digest(path) for path in paths}
 
 
 def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[list[int]]:

@@ -22,11 +22,11 @@ from tqdm import tqdm
 from common.checkpoint import UserError
 from common.checkpoint.environment import pick_device
 from common.checkpoint.files import read_json, write_text
-from common.checkpoint.run import Run, best_folder, read_best, warn_of_precision
+from common.checkpoint.run import Run, best_folder, compare_model, read_best, warn_of_precision
 from redsm5_nli.cli import run_path, run_script
 from redsm5_nli.config import Config
 from redsm5_nli.criteria import Criterion, load_criteria
-from redsm5_nli.dataset import LABELS, Collator, Split, fingerprint, load_splits, make_loader, sorted_batches
+from redsm5_nli.dataset import LABELS, Collator, Split, data_digests, load_splits, make_loader, sorted_batches
 from redsm5_nli.errors import error_lines, worst_errors
 from redsm5_nli.loss import class_weights, pair_loss
 from redsm5_nli.model import Matcher, build_model, decoder_dtype, find_collator, load_weights
@@ -175,10 +175,11 @@ def main(config: Config) -> None:
     path, device = run_path(config), pick_device()
     dtype = decoder_dtype(config.amp, device)
     best_folder(path)  # before the lock: where there is no run, none is made
+    compare_model(path, config.model)
     criteria = load_criteria(config.criteria_file)
+    run = Run(path, None, {}, data=data_digests(config))
     collator = find_collator(config, criteria)
     splits, *_ = load_splits(config, collator)
-    run = Run(path, None, {"data_sha256": fingerprint(splits, criteria)})
     warn_of_precision(path, dtype, "dtype")
     if run.results is None:
         print("the run is not finished: this is its best epoch so far", file=sys.stderr)

@@ -19,6 +19,7 @@ import numpy as np
 
 from common.checkpoint import UserError
 from common.checkpoint.environment import pick_device
+from common.checkpoint.rows import decode
 from common.checkpoint.run import best_folder, read_best, warn_of_precision
 from redsm5_nli.cli import run_path, run_script
 from redsm5_nli.config import Config
@@ -26,7 +27,7 @@ from redsm5_nli.criteria import Criterion, load_criteria
 from redsm5_nli.dataset import LABELS
 from redsm5_nli.evaluate import predict_logits, probabilities, read_thresholds, write_pairs
 from redsm5_nli.model import build_model, decoder_dtype, find_collator, load_weights
-from redsm5_nli.redsm5 import Post, decode, read_texts
+from redsm5_nli.redsm5 import Post, read_texts
 from redsm5_nli.report import unread_line
 from redsm5_nli.text import is_empty
 
@@ -43,7 +44,10 @@ def read_input(text: str | None, input: str) -> list[Post]:
             print(unread_line(unread), file=sys.stderr)
         return [Post(post, text, ()) for post, text in texts.items()]
     if text is None:
-        text = decode(sys.stdin.buffer.read(), "standard input")
+        try:
+            text = decode(sys.stdin.buffer.read())
+        except ValueError as error:
+            raise UserError(f"standard input: {error}") from error
     if is_empty(text):
         raise UserError("the text is empty: --text, --input or standard input gives one")
     try:

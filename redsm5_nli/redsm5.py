@@ -6,14 +6,13 @@ redsm5_annotations.csv  post_id, sentence_id, sentence_text, DSM5_symptom, statu
 status 1: a psychologist found the symptom in the sentence; 0: looked at it and rejected it, which is no positive.
 """
 
-import csv
-import io
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
 from common.checkpoint import UserError
 from common.checkpoint.files import first_repeated, unread_keys
+from common.checkpoint.rows import parse_table
 from redsm5_nli.criteria import CRITERIA, SPECIAL_CASE, Criterion
 from redsm5_nli.text import is_empty
 
@@ -21,8 +20,6 @@ POSTS_FILES = ("redsm5_posts.csv", "redsm5_full_posts.csv")  # names that the fi
 ANNOTATIONS_FILES = ("redsm5_annotations.csv", "redsm5_annotations_long.csv")
 OTHER_NAMES = {"symptom_label": "DSM5_symptom"}  # of columns, in redsm5_annotations_long.csv
 NOT_READ = ("sentence_id", "sentence_text", "explanation")  # columns of the annotations, of which nothing need be said
-
-csv.field_size_limit(2**30)  # a post may be longer than the module's 131,072 characters
 
 
 class Post(NamedTuple):
@@ -50,45 +47,26 @@ def find_file(folder: Path, names: tuple[str, ...]) -> Path:
     return paths[0]
 
 
-def decode(content: bytes, source: str | Path) -> str:
-    """Text of UTF-8 bytes, with or without a byte order mark. Raises UserError with the line that is not UTF-8."""
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line, byte = error.object.count(b"\n", 0, error.start) + 1, error.object[error.start]
-        raise UserError(f"{source}, line {line}: expected UTF-8, found byte {byte:#x} ({error.reason})") from error
-
-
 def read_table(path: Path, columns: tuple[str, ...], not_read: tuple[str, ...] = ()) -> tuple[list, Counter]:
-    """The line number and the fields of these columns of each row of a CSV file, and the rows of each column that
-    nobody reads, those in not_read aside. Raises UserError with file and line.
-
-    Quoted fields may hold commas, quotes and line breaks; blank lines are skipped.
+    """The line number and the cells of these columns of each row of a table, and the rows of each column that nobody
+    reads, those in not_read aside. Raises UserError with file and line.
     """
-    rows, line = [], 1
-    text = decode(path.read_bytes(), path)
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)  # Excel for Mac ends a line in \r
-    try:
-        header = [OTHER_NAMES.get(name.strip(), name.strip()) for name in next(reader, [])]
-        if missing := [name for name in columns if name not in header]:
-            present = " and ".join(header) or "nothing"
-            raise UserError(f"{path}, line 1: no column {missing[0]} between commas, found {present}")
-        if repeated := first_repeated([name for name in header if name]):
-            raise UserError(f"{path}, line 1: the column {repeated} stands there twice")
-        try:
-            unread = unread_keys(header, columns + not_read, near=OTHER_NAMES)
-        except ValueError as error:
-            raise UserError(f"{path}, line 1: {error}") from error
-        line = reader.line_num + 1
-        for row in reader:
-            if row and len(row) != len(header):
-                raise UserError(f"{path}, line {line}: expected {len(header)} fields, found {len(row)}")
-            if row:
-                rows.append((line, [row[header.index(name)].strip() for name in columns]))
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise UserError(f"{path}, line {line}: not a CSV row: {error}; is a quote left open?") from error
-    return rows, Counter({name or "without a name": len(rows) for name in unread})
+    rows, unread = [], []
+    for line, row in parse_table(path.read_bytes(), str(path)):
+        if isinstance(row, ValueError):
+            raise UserError(f"{path}, line {line}: {row}") from row
+        cells = {OTHER_NAMES.get(name, name): text.strip() for name, text in row.items()}
+        if not rows:
+            try:
+                if missing := [name for name in columns if name not in cells]:
+                    raise ValueError(f"no column {missing[0]}, found {' and '.join(row)}")
+                if repeated := first_repeated([OTHER_NAMES.get(name, name) for name in row]):
+                    raise ValueError(f"the column {repeated} stands there twice")
+                unread = unread_keys(cells, columns + not_read, near=OTHER_NAMES)
+            except ValueError as error:
+                raise UserError(f"{path}, line 1: {error}") from error
+        rows.append((line, [cells[name] for name in columns]))
+    return rows, Counter({name: len(rows) for name in unread})
 
 
 def read_texts(path: Path) -> tuple[dict[str, str], Counter]:
@@ -119,11 +97,14 @@ def read_posts(folder: Path, criteria: tuple[Criterion, ...]) -> tuple[list[Post
     known = numbers.keys() | {criterion.id for criterion in CRITERIA} | {SPECIAL_CASE}
     labels, kinds = {post: [None] * len(criteria) for post in texts}, Counter()  # None: no row
     for line, (post, symptom, status) in rows:
-        place = f"{path}, line {line}"
+        place, status = f"{path}, line {line}", status.removesuffix(".0")  # as pandas writes a number
         if post not in texts:
             raise UserError(f"{place}: post_id {post!r} is not in the posts file")
         if symptom not in known:
-            raise UserError(f"{place}: symptom {symptom!r} is unknown, expected {', '.join(sorted(known))}")
+            raise UserError(
+                f"{place}: symptom {symptom!r} is unknown, expected {', '.join(sorted(known))}; --criteria_file names "
+                "a list of your own"
+            )
         if status not in ("0", "1"):
             raise UserError(f"{place}: status is {status!r}, expected 1 (present) or 0 (rejected)")
 

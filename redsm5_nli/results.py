@@ -57,4 +57,4 @@ def main(config: Config, runs: list[str], sort: str | None) -> None:
 if __name__ == "__main__":
     own = {"runs": {"nargs": "+", "default": [], "help": "run folders; none: all of redsm5_nli/runs"}}
     own["sort"] = {"choices": SCORES, "help": "the validation score to sort by; none: the newest run first"}
-    sys.exit(run_script(main, __doc__, **own))
+    sys.exit(run_script(main, __doc__, shown=(), **own))

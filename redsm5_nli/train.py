@@ -28,7 +28,7 @@ from common.seed import seed_everything, seed_micro_batch
 from redsm5_nli.cli import displayed, run_path, run_script, run_settings
 from redsm5_nli.config import Config
 from redsm5_nli.criteria import load_criteria
-from redsm5_nli.dataset import Example, epoch_steps, fingerprint, load_splits, make_loader
+from redsm5_nli.dataset import Example, data_digests, epoch_steps, load_splits, make_loader
 from redsm5_nli.evaluate import evaluate_run, validate
 from redsm5_nli.loss import class_weights, pair_loss
 from redsm5_nli.model import Matcher, build_model, decoder_dtype, find_collator, save_model
@@ -75,7 +75,8 @@ def refuse_non_finite(
 def main(config: Config, check: bool = False) -> int | None:
     # Setup
     path = run_path(config)
-    if not check and (results := read_results(path, run_settings(config))):
+    criteria, data = load_criteria(config.criteria_file), data_digests(config)
+    if not check and (results := read_results(path, run_settings(config), data)):
         print(f"finished before\n{last_line(results, displayed(path))}")
         return None
     seed_everything(config.seed, config.deterministic)
@@ -87,7 +88,6 @@ def main(config: Config, check: bool = False) -> int | None:
         print("this machine has no bf16, and Gemma 3 overflows fp16: the decoder runs in fp32")
 
     # Data
-    criteria = load_criteria(config.criteria_file)
     collator = find_collator(config, criteria)
     splits, kinds, unread = load_splits(config, collator)
     print_summary(splits, kinds, unread, criteria, config)
@@ -113,8 +113,7 @@ def main(config: Config, check: bool = False) -> int | None:
     adapted = TrainedParameters(model)
     state = dict(model=adapted, optimizer=optimizer, scheduler=scheduler, best=best, progress=progress)
     if not check:
-        same = {"data_sha256": fingerprint(splits, criteria), "dtype": str(dtype)}
-        run = Run(path, run_settings(config), same, info)
+        run = Run(path, run_settings(config), {"dtype": str(dtype)}, info, data=data)
         start = f"resuming from step {progress.step} of {total_steps}" if run.restore(state) else "starting"
         print(f"{start} in {displayed(path)}")
 
@@ -193,4 +192,4 @@ def main(config: Config, check: bool = False) -> int | None:
 
 if __name__ == "__main__":
     flag = {"action": "store_true", "help": "read all data, run one batch, write nothing"}
-    sys.exit(run_script(main, __doc__, check=flag))
+    sys.exit(run_script(main, __doc__, resumes=True, check=flag))

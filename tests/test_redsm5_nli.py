@@ -339,7 +339,7 @@ def test_a_pair_is_positive_exactly_where_some_row_has_status_1(tmp_path):
         ("annotations", "{post},a,b,TIRED,1,x", ["'TIRED'", "FATIGUE"]),
         ("annotations", '{post},a,"b\nb",FATIGUE,1,x\n{post},a,b,FATIGUE,2,x', ["status", "'2'"]),
         ("annotations", "s_0_0,a,b,FATIGUE,1,x", ["'s_0_0'"]),
-        ("annotations", "{post},a,b", ["6 fields", "3"]),
+        ("annotations", "{post},a,b", ["6 cells", "3"]),
         ("posts", "{post},a", ["{post}", "line 2"]),
         ("posts", "s_0_0, ", ["text is empty"]),
     ],

@@ -217,7 +217,7 @@ def test_other_columns_are_counted_and_the_data_sets_own_need_no_word(few_rows, 
     assert read_posts(tmp_path, CRITERIA) == (
         expected,
         kinds,
-        {"lang": posts, "without a name": posts, "rater": labels},
+        {"lang": posts, "(no name)": posts, "rater": labels},
     )
     out = ran("redsm5_nli/train.py", "--sample", "--check", "--data_dir", tmp_path)
     (said,) = [line for line in out.splitlines() if "nobody reads" in line]

@@ -3,8 +3,6 @@
 B batch, W windows of a split, T tokens of the longest window
 """
 
-import hashlib
-import json
 import signal
 from collections.abc import Iterable
 from functools import partial
@@ -18,6 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
 from common.checkpoint import ROOT, UserError
+from common.checkpoint.identity import file_digest
 from common.seed import epoch_generator, mix
 from evidence_spans.config import Config
 from evidence_spans.formats import Example, Source, is_empty, merge_questions, same_text  # noqa: F401
@@ -40,7 +39,8 @@ class Split(NamedTuple):
 
 def read_source(config: Config) -> Source:
     """The examples of the config's path, in the config's form of question. Raises UserError with file and value."""
-    source = read_path(ROOT / config.data_dir, config)
+    files = find_files(ROOT / config.data_dir)
+    source = read_redsm5(*files, config) if files[0].suffix.lower() == ".csv" else read_squad(files, config)
     examples, test, questions = source.examples, source.test, source.questions
     if config.question_form == "empty":
         examples, test, questions = merge_questions(examples), merge_questions(test), {}
@@ -49,19 +49,19 @@ def read_source(config: Config) -> Source:
     return source._replace(examples=kept, test=test, questions=questions)
 
 
-def read_path(path: Path, config: Config) -> Source:
-    """What a path holds, in either format, with a question for each example. Raises UserError."""
+def find_files(path: Path) -> list[Path]:
+    """ReDSM5's posts and annotations, or SQuAD's files. Raises UserError where a path holds neither, or both."""
     if path.suffix.lower() == ".csv":
         raise UserError(f"{path}: --data_dir names the folder of ReDSM5's two CSV files, or a JSON file")
     if path.is_file():
-        return read_squad([path], config)
+        return [path]
 
     posts, annotations = sorted(path.glob("redsm5_*posts.csv")), sorted(path.glob("redsm5_annotations*.csv"))
     files = sorted(path.glob("*.json"))
     if len(posts) == len(annotations) == 1 and not files:
-        return read_redsm5(posts[0], annotations[0], config)
+        return [*posts, *annotations]
     if files and not posts and not annotations:
-        return read_squad(files, config)
+        return files
     names = [file.name for file in (*posts, *annotations, *files)]
     problem = f"holds {' and '.join(names) or 'no data'}" if path.exists() else "does not exist"
     raise UserError(
@@ -92,14 +92,9 @@ def find_cautions(splits: dict[str, list[Example]]) -> list[str]:
     return said + [f"{name} {why}" for name in lacking]
 
 
-def fingerprint(splits: dict[str, list[Example]]) -> str:
-    """SHA-256 of all examples and where they are; a context that several share counts once."""
-    numbers: dict[str, int] = {}
-    rows = {
-        name: [e._replace(context=numbers.setdefault(e.context, len(numbers))) for e in examples]
-        for name, examples in splits.items()
-    }
-    return hashlib.sha256(json.dumps([rows, list(numbers)]).encode()).hexdigest()
+def data_digests(config: Config) -> dict[str, str]:
+    """SHA-256 of each file of the config's data. Raises UserError."""
+    return {file.name: file_digest(file) for file in find_files(ROOT / config.data_dir)}
 
 
 def make_split(examples: list[Example], tokenizer: PreTrainedTokenizerFast, config: Config) -> Split:

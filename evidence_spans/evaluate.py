@@ -31,8 +31,8 @@ from evidence_spans.cli import run_path, run_script
 from evidence_spans.config import Config
 from evidence_spans.dataset import (
     Split,
+    data_digests,
     find_cautions,
-    fingerprint,
     load_examples,
     make_loader,
     make_split,
@@ -182,8 +182,8 @@ def main(config: Config, split: str, metrics_output: str, predictions_output: st
             raise UserError(f"{output}: there is no such folder")
     dtype = autocast_dtype(config.amp, pick_device())
     best_folder(path)  # before the lock: where there is no run, none is made
+    run = Run(path, None, {}, data=data_digests(config))
     examples, _ = load_examples(config)
-    run = Run(path, None, {"data_sha256": fingerprint(examples)})
     warn_of_precision(path, dtype)
     if run.results is None:
         print("the run is not finished: this is its best epoch so far", file=sys.stderr)

@@ -6,8 +6,6 @@ redsm5_annotations.csv  post_id, sentence_id, sentence_text, DSM5_symptom, statu
 status 1: the sentence is evidence for the symptom; 0: a clinician looked at it and rejected it.
 """
 
-import csv
-import io
 import re
 import unicodedata
 from collections import Counter, defaultdict
@@ -20,8 +18,9 @@ from tqdm import tqdm
 
 from common.checkpoint import UserError
 from common.checkpoint.files import first_repeated, unread_keys
+from common.checkpoint.rows import parse_table
 from evidence_spans.config import Config
-from evidence_spans.formats import KINDS, Example, Source, character_edges, is_empty, read_text
+from evidence_spans.formats import KINDS, Example, Source, character_edges, is_empty
 
 OTHER_NAMES = {"symptom_label": "DSM5_symptom"}  # of columns, in redsm5_annotations_long.csv
 SPECIAL_CASE = "SPECIAL_CASE"  # the label of what an expert marked but is none of the nine
@@ -42,39 +41,31 @@ CRITERIA = {
 
 WORD = regex.compile(r"[\w\p{N}]")  # what words are made of, their marks too
 
-csv.field_size_limit(2**30)  # a post may be longer than the module's 131,072 characters
-
 
 def read_table(
     path: Path, columns: tuple[str, ...], unread: Counter, unused: tuple[str, ...] = ()
 ) -> Iterator[tuple[int, list[str]]]:
-    """The line number and the fields of these columns of each row of a CSV file. Raises UserError with file and line.
+    """The line number and the cells of these columns of each row of a table. Raises UserError with file and line.
 
-    Quoted fields may hold commas, quotes and line breaks; blank lines are skipped. unread: counts the rows with each
-    column that nobody reads, the unused ones aside, which ReDSM5 has.
+    unread: counts the rows with each column that nobody reads, the unused ones aside, which ReDSM5 has.
     """
-    line = 1
-    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)  # Excel for Mac ends a line in \r
-    try:
-        header = [OTHER_NAMES.get(name.strip(), name.strip()) for name in next(reader, [])]
-        if missing := [name for name in columns if name not in header]:
-            present = " and ".join(header) or "nothing"
-            raise UserError(f"{path}, line 1: no column {missing[0]} between commas, found {present}")
-        if twice := first_repeated([name for name in header if name]):
-            raise UserError(f"{path}, line 1: the column {twice} stands there twice")
-        others = [name or "(no name)" for name in unread_keys(header, (*columns, *unused), OTHER_NAMES)]
-        line = reader.line_num + 1
-        for row in reader:
-            if row and len(row) != len(header):
-                raise UserError(f"{path}, line {line}: expected {len(header)} fields, found {len(row)}")
-            if row:
-                unread.update(others)
-                yield line, [row[header.index(name)] for name in columns]
-            line = reader.line_num + 1
-    except ValueError as error:  # a mistyped column
-        raise UserError(f"{path}, line 1: {error}") from error
-    except csv.Error as error:
-        raise UserError(f"{path}, line {line}: not a CSV row: {error}; is a quote left open?") from error
+    header: list[str] = []
+    for line, row in parse_table(path.read_bytes(), str(path)):
+        if isinstance(row, ValueError):
+            raise UserError(f"{path}, line {line}: {row}")
+        if not header:
+            header = [OTHER_NAMES.get(name, name) for name in row]
+            if missing := [name for name in columns if name not in header]:
+                raise UserError(f"{path}, line 1: no column {missing[0]}, found {', '.join(header)}")
+            if twice := first_repeated(header):
+                raise UserError(f"{path}, line 1: the column {twice!r} stands there twice")
+            try:
+                others = unread_keys(header, (*columns, *unused), OTHER_NAMES)
+            except ValueError as error:  # a mistyped column
+                raise UserError(f"{path}, line 1: {error}") from error
+        unread.update(others)
+        cells = dict(zip(header, row.values()))
+        yield line, [cells[name] for name in columns]
 
 
 def read_posts(path: Path, unread: Counter) -> dict[str, str]:

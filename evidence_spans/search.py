@@ -26,7 +26,7 @@ from common.checkpoint.run import Run
 from evidence_spans import train
 from evidence_spans.cli import displayed, first_error, run_path, run_script, run_settings
 from evidence_spans.config import Config
-from evidence_spans.dataset import fingerprint, load_examples
+from evidence_spans.dataset import data_digests
 from evidence_spans.report import table
 from evidence_spans.windows import UnfitSettings
 
@@ -124,8 +124,7 @@ def main(config: Config, trials: int, eta: int, search_seed: int) -> int | None:
     # Resume: the folder is a run whose evaluations are the trials' outcomes, one at each rung
     study = {"trials": trials, "eta": eta, "search_seed": search_seed}
     dtype = autocast_dtype(config.amp, pick_device())
-    same = {"data_sha256": fingerprint(load_examples(config)[0]), "autocast": str(dtype)}
-    run = Run(folder, run_settings(config) | study, same)
+    run = Run(folder, run_settings(config) | study, {"autocast": str(dtype)}, data=data_digests(config))
     run.restore({})  # cuts off what a kill left of a line
     lines = [line for line in run.evaluations() if line["settings"] == drawn[line["trial"]]]
     outcomes = {line["trial"]: line for line in lines}  # the last of each trial

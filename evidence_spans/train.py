@@ -28,9 +28,9 @@ from evidence_spans.cli import displayed, run_path, run_script, run_settings
 from evidence_spans.config import Config
 from evidence_spans.dataset import (
     Split,
+    data_digests,
     epoch_steps,
     find_cautions,
-    fingerprint,
     load_examples,
     make_loader,
     make_split,
@@ -99,7 +99,8 @@ def main(config: Config, check: bool = False, pause_after: int = 0) -> int | Non
     """pause_after: return after so many epochs, without a final evaluation; the schedule is the whole run's."""
     # Setup
     path = run_path(config)
-    if not check and (results := read_results(path, run_settings(config))):
+    data = data_digests(config)
+    if not check and (results := read_results(path, run_settings(config), data)):
         print(f"finished before\n{last_line(results, displayed(path))}")
         return None
     seed_everything(config.seed, config.deterministic)
@@ -135,7 +136,7 @@ def main(config: Config, check: bool = False, pause_after: int = 0) -> int | Non
     best, progress = Best("max", config.patience), Progress()
     state = dict(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler, best=best, progress=progress)
     if not check:
-        run = Run(path, run_settings(config), {"data_sha256": fingerprint(examples), "autocast": str(dtype)}, info)
+        run = Run(path, run_settings(config), {"autocast": str(dtype)}, info, data=data)
         start = f"resuming from step {progress.step} of {total_steps}" if run.restore(state) else "starting"
         print(f"{start} in {displayed(path)}")
         if source.not_found:
@@ -225,4 +226,4 @@ def main(config: Config, check: bool = False, pause_after: int = 0) -> int | Non
 
 if __name__ == "__main__":
     flag = {"action": "store_true", "help": "read all data, run one batch, write nothing"}
-    sys.exit(run_script(main, __doc__, check=flag))
+    sys.exit(run_script(main, __doc__, resumes=True, check=flag))

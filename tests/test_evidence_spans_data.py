@@ -216,10 +216,10 @@ def test_a_key_twice_is_refused_and_others_are_counted_and_said_once(tmp_path):
 @pytest.mark.parametrize(
     "file, header, words",
     [
-        (POSTS, "post_id,text,text", "line 1: the column text stands there twice"),
+        (POSTS, "post_id,text,text", "line 1: the column 'text' stands there twice"),
         (POSTS, "post_id,text,Text", "line 1: .*'Text'; known are post_id, text"),
-        (ANNOTATIONS, HEADER.replace("explanation", "status"), "line 1: the column status stands there twice"),
-        (ANNOTATIONS, HEADER.replace("explanation", "symptom_label"), "line 1: the column DSM5_symptom stands"),
+        (ANNOTATIONS, HEADER.replace("explanation", "status"), "line 1: the column 'status' stands there twice"),
+        (ANNOTATIONS, HEADER.replace("explanation", "symptom_label"), "line 1: the column 'DSM5_symptom' stands"),
         (ANNOTATIONS, HEADER.replace("explanation", "sentence_texts"), "line 1: .*'sentence_texts'; known are"),
         (ANNOTATIONS, HEADER.replace("explanation", "Symptom_Labels"), "line 1: .*'Symptom_Labels'; known are"),
         (ANNOTATIONS, HEADER.replace("sentence_id", "rater"), None),
@@ -333,7 +333,7 @@ def test_an_epoch_takes_each_window_of_what_is_drawn_once(few_rows):
         ("post_id,text\ns_1_1, \n", "", ["line 2", "text is empty"]),
         ("post_id,text\ns_1_1,\u200b\ufeff\u3164\n", "", ["line 2", "text is empty"]),
         (None, "s_1_1,0,\u2060,FATIGUE,1,w\n", ["line 2", "sentence_text is empty"]),
-        ("post_id,text\ns_1_1,I weep.,more\n", "", ["line 2", "expected 2 fields, found 3"]),
+        ("post_id,text\ns_1_1,I weep.,more\n", "", ["line 2", "expected 2 cells", "found 3"]),
         ('post_id,text\ns_1_1,"I weep.\n', "", ["line 2", "quote"]),
         (None, "\nx,0,I weep.,FATIGUE,1,w\n", ["line 3", "'x'", POSTS]),  # a blank line is none, but counts
         (None, "s_1_1,0,I weep.,TIRED,1,w\n", ["line 2", "'TIRED'", "FATIGUE"]),

@@ -11,7 +11,7 @@ from launch import config_of, ran, read_lines, run_here, short_flags
 from common.checkpoint import UserError
 from evidence_spans import evaluate, search, train
 from evidence_spans.answers import read_decoding
-from evidence_spans.dataset import find_cautions, fingerprint
+from evidence_spans.dataset import find_cautions
 from evidence_spans.evaluate import load_best
 from evidence_spans.formats import Example
 from evidence_spans.model import find_tokenizer, load_model, save_model
@@ -61,26 +61,6 @@ def test_cautions_stand_in_the_table_the_report_and_the_last_line(few_rows, tmp_
     written = (tmp_path / "run/report.md").read_text(encoding="utf-8")
     assert written.count(f"- {caution}\n- {low}\n") == 1 and "character" in written
     assert caution in ran("evidence_spans/evaluate.py", "--run_dir", tmp_path / "run", "--split", "val")
-
-
-def test_a_fingerprint_tells_where_each_context_stands(monkeypatch):
-    """And hashes a context that a thousand examples share once."""
-    example, sizes, dumps = ANSWERED._replace(context="I weep. " * 10_000), [], json.dumps
-    monkeypatch.setattr(json, "dumps", lambda value: sizes.append(len(dumps(value))) or dumps(value))
-    other = example._replace(context=example.context + "x")
-    found = {
-        fingerprint(splits)
-        for splits in (
-            {"train": [example] * 1000, "test": [example]},
-            {"train": [example] * 999 + [other], "test": [example]},
-            {"train": [other] + [example] * 999, "test": [example]},
-            {"train": [example] * 1000, "test": [other]},
-            {"train": [example] * 1001, "test": []},
-            {"train": [example._replace(answers=((0, 2),))] * 1000, "test": [example]},
-            {"train": [example] * 1000, "test": [example]},
-        )
-    }
-    assert len(found) == 6 and max(sizes) < 300_000
 
 
 def test_thresholds_and_weights_are_of_one_epoch(short_run, tmp_path, monkeypatch):

@@ -36,11 +36,12 @@ from transformers import (
 from afqmc import dataset, train
 from afqmc.cli import run_script
 from afqmc.config import Config
-from afqmc.dataset import load_splits, read_pairs
+from afqmc.dataset import find_data, load_splits, read_pairs
 from afqmc.model import find_tokenizer
 from afqmc.report import table
-from common.checkpoint import ROOT, UserError
+from common.checkpoint import UserError
 from common.checkpoint.environment import autocast_dtype, environment, peak_memory_bytes, pick_device
+from common.checkpoint.files import read_json
 from common.seed import seed_everything
 
 SIDES = ("ours", "ours with FGM", "padded to max_length", "Trainer, random", "Trainer, group_by_length")
@@ -65,8 +66,8 @@ def run_ours(side: str, config: Config, seed: int, counts: list[int]) -> float:
             train.main(config)
         finally:
             dataset.collate = collate
-        progress = torch.load(Path(folder, "last.pt"), weights_only=True)["state"]["progress"]
-    return progress["train_seconds"]
+        results = read_json(Path(folder, "results.json"))
+    return counts[0] / results["tokens_per_second"]
 
 
 def run_trainer(side: str, config: Config, seed: int, counts: list[int]) -> float:
@@ -131,7 +132,7 @@ def make_round(config: Config, pairs: int, layers: int, folder: Path) -> Config:
     tokenizer = find_tokenizer(config)
     tokenizer.save_pretrained(folder)
     BertConfig(vocab_size=21128, num_hidden_layers=layers, num_labels=2).save_pretrained(folder)
-    rows = read_pairs(ROOT / config.data_dir / "train.json")[: round(pairs / (1 - config.validation_fraction))]
+    rows = read_pairs(find_data(config)["train"])[: round(pairs / (1 - config.validation_fraction))]
     lines = [json.dumps(dict(zip(("sentence1", "sentence2", "label"), row))) + "\n" for row in rows]
     (folder / "train.json").write_text("".join(lines), encoding="utf-8")
     changes = {"model": str(folder), "data_dir": str(folder), "init": "random", "epochs": 1, "max_steps": 0}

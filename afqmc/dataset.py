@@ -1,4 +1,4 @@
-"""Pairs of sentences: JSON lines -> Pair rows -> splits with their lengths -> batches of token ids.
+"""Pairs of sentences: JSON lines, CSV or TSV -> Pair rows -> splits with their lengths -> batches of token ids.
 
 Format (CLUE, arXiv 2004.05986): {"sentence1": "...", "sentence2": "...", "label": "0" or "1"}; test.json has an id
 and no label. Own labels are texts or whole numbers, and those of train.json are all that there are. Texts are tokenised
@@ -7,8 +7,6 @@ once for their lengths, and again, a batch in one call, when a batch is made.
 N pairs, B batch, T tokens
 """
 
-import hashlib
-import json
 import math
 import re
 import signal
@@ -28,8 +26,10 @@ from transformers import PreTrainedTokenizerFast
 
 from afqmc.config import Config
 from common.checkpoint import ROOT, UserError
-from common.checkpoint.files import parse_object, unread_keys
+from common.checkpoint.files import unread_keys
+from common.checkpoint.identity import file_digest
 from common.checkpoint.pretrained import check_ids, check_texts
+from common.checkpoint.rows import data_file, read_rows
 from common.seed import epoch_generator
 
 LABELS = ("0", "1")  # AFQMC's; 1: the two sentences mean the same
@@ -110,13 +110,8 @@ def label_names(pairs: Iterable[Pair]) -> tuple[str, ...]:
     return tuple(sorted(names, key=int) if all(re.fullmatch("-?[0-9]{1,18}", name) for name in names) else names)
 
 
-def parse_pair(line: bytes, number: int, labelled: bool) -> Pair:
-    """One JSON line as a Pair. Raises ValueError saying what is wrong with it."""
-    try:
-        text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"expected UTF-8, found byte {error.object[error.start]:#x} ({error.reason})") from error
-    row = parse_object(text)
+def parse_pair(row: dict, number: int, labelled: bool) -> Pair:
+    """A row of a file as a Pair; number: of its line. Raises ValueError saying what is wrong with it."""
     unread = tuple(unread_keys(row, KEYS))
     for name in KEYS[: 2 + labelled]:
         if name not in row:
@@ -131,23 +126,18 @@ def parse_pair(line: bytes, number: int, labelled: bool) -> Pair:
 
 
 def read_pairs(path: Path, labelled: bool = True, names: Collection[str] = ()) -> list[Pair]:
-    """All pairs of a JSON-lines file; blank lines are skipped. names: the labels that there are; (): any.
+    """All pairs of a file; blank lines are skipped. names: the labels that there are; (): any.
 
     Raises UserError naming file and line for a malformed line, another label, a missing or empty sentence.
     """
-    if not path.is_file():
-        ways = "--data_dir names your folder, `python afqmc/download.py` gets AFQMC, --sample needs neither"
-        raise UserError(f"{path} not found: {ways}")
     pairs = []
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    pairs.append(parse_pair(line, number, labelled))
-                    if names and pairs[-1].label not in names:
-                        raise ValueError(f"label is {pairs[-1].label!r}, train.json's are {listed(names)}")
-                except ValueError as error:  # JSON and UTF-8 errors are ValueErrors too
-                    raise UserError(f"{path}, line {number}: {error}") from error
+    for number, row in read_rows(path):
+        try:
+            pairs.append(parse_pair(row, number, labelled))
+            if names and pairs[-1].label not in names:
+                raise ValueError(f"label is {pairs[-1].label!r}, those of training are {listed(names)}")
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: {error}") from error
     if not pairs:
         raise UserError(f"{path} holds no pair")
     return pairs
@@ -200,15 +190,30 @@ def listed(names: Collection[str]) -> str:
     return ", ".join([*names][:10]) + f" and {len(names) - 10} more" * (len(names) > 10)
 
 
+def find_data(config: Config) -> dict[str, Path]:
+    """The files of train and, where it is there, dev. Raises UserError."""
+    folder = ROOT / config.data_dir
+    found = {name: path for name in ("train", "dev") if (path := data_file(folder, name))}
+    if "train" not in found:
+        ways = "--data_dir names your folder, `python afqmc/download.py` gets AFQMC, --sample needs neither"
+        raise UserError(f"{folder / 'train.json'} not found (nor .jsonl, .csv, .tsv): {ways}")
+    return found
+
+
+def data_digests(config: Config) -> dict[str, str]:
+    """The SHA-256 of each file that load_splits reads, by name. Raises UserError."""
+    return {path.name: file_digest(path) for path in find_data(config).values()}
+
+
 def load_splits(config: Config, tokenizer: PreTrainedTokenizerFast) -> dict[str, Split]:
     """train and validation from train.json, and test from dev.json, or by test_fraction. Raises UserError."""
-    path, dev = (ROOT / config.data_dir / name for name in ("train.json", "dev.json"))
-    pairs, test = read_pairs(path), []
+    files = find_data(config)
+    path, pairs, test = files["train"], read_pairs(files["train"]), []
     names = label_names(pairs)
-    if dev.exists():
+    if "dev" in files:
         if config.test_fraction:
-            raise UserError(f"{dev} is the test split already: test_fraction {config.test_fraction} has no use")
-        test = read_pairs(dev, names=names)
+            raise UserError(f"{files['dev']} is the test split: test_fraction {config.test_fraction} has no use")
+        test = read_pairs(files["dev"], names=names)
     try:
         if config.test_fraction:
             pairs, test = split_pairs(pairs, config.test_fraction, config.split_seed)
@@ -232,12 +237,6 @@ def make_split(pairs: list[Pair], tokenizer: PreTrainedTokenizerFast, names: tup
         unknown += sum(row.count(tokenizer.unk_token_id) for row in ids)
     labels = [-1 if pair.label is None else names.index(pair.label) for pair in pairs]
     return Split(pairs, np.array(lengths, dtype=np.int64), torch.tensor(labels), names, unknown)
-
-
-def fingerprint(splits: dict[str, Split]) -> str:
-    """SHA-256 of all pairs and where they are: equal only for the same rows in the same splits."""
-    rows = {name: [pair[:3] for pair in split.pairs] for name, split in splits.items()}
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 def count_unread(pairs: Iterable[Pair]) -> Counter:

@@ -16,11 +16,12 @@ import numpy as np
 
 from afqmc.cli import run_script
 from afqmc.config import Config
-from afqmc.dataset import Pair, Split, count_unread, label_names, make_split, read_pairs
+from afqmc.dataset import Pair, Split, count_unread, find_data, label_names, make_split, read_pairs
 from afqmc.loss import class_weights
 from afqmc.model import find_tokenizer
 from afqmc.report import label_shares, table, unread_line
 from common.checkpoint import ROOT
+from common.checkpoint.rows import data_file
 
 
 def histogram(lengths: np.ndarray, bins: int = 12, width: int = 50) -> list[str]:
@@ -78,12 +79,13 @@ def length_rows(files: dict[str, Split]) -> list[list]:
 
 def main(config: Config) -> None:
     # train.json, which must be there, and dev.json and test.json where they are; test.json has no labels
-    folder, tokenizer = ROOT / config.data_dir, find_tokenizer(config)
-    names = ["train", *(name for name in ("dev", "test") if (folder / f"{name}.json").exists())]
-    pairs, labels = {}, ()
-    for name in names:
-        pairs[name] = read_pairs(folder / f"{name}.json", name != "test", labels if name == "dev" else ())
-        labels = labels or label_names(pairs[name])
+    paths, tokenizer = find_data(config), find_tokenizer(config)
+    pairs = {"train": read_pairs(paths["train"])}
+    labels = label_names(pairs["train"])
+    if "dev" in paths:
+        pairs["dev"] = read_pairs(paths["dev"], names=labels)
+    if path := data_file(ROOT / config.data_dir, "test"):
+        pairs["test"] = read_pairs(path, labelled=False)
     files = {name: make_split(some, tokenizer, labels) for name, some in pairs.items()}
     train = files["train"]
 

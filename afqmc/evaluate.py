@@ -1,6 +1,7 @@
-"""Score a run's best model on validation and, where there is one, on test; write report.md and predictions/.
+"""Score a run's best model on validation and, where there is one, on test; write report.md, .html and predictions/.
 
     python afqmc/evaluate.py --run_dir afqmc/runs/...
+    python afqmc/evaluate.py --run_dir afqmc/runs/... --data my_pairs/more.csv    # any labelled file; writes nothing
 """
 
 import json
@@ -19,14 +20,25 @@ from transformers import PreTrainedTokenizerFast
 
 from afqmc.cli import run_path, run_script
 from afqmc.config import Config
-from afqmc.dataset import Split, fingerprint, load_splits, make_loader, sorted_batches
+from afqmc.dataset import (
+    Split,
+    data_digests,
+    find_data,
+    load_splits,
+    make_loader,
+    make_split,
+    read_pairs,
+    sorted_batches,
+)
+from afqmc.html_report import page
 from afqmc.loss import class_weights, pair_loss
 from afqmc.model import PairClassifier, find_tokenizer, load_model
-from afqmc.report import report
+from afqmc.report import WRITING, detail_tables, errors_table, report, score_table
 from common.checkpoint import UserError
 from common.checkpoint.environment import autocast_dtype, pick_device
 from common.checkpoint.files import read_json, write_text
-from common.checkpoint.run import Run, read_best, warn_of_precision
+from common.checkpoint.identity import file_digest
+from common.checkpoint.run import Run, best_folder, read_best, read_run, warn_of_precision
 
 
 def predict_logits(
@@ -41,7 +53,8 @@ def predict_logits(
     logits = torch.empty(len(split.pairs), len(model.names))
     device = next(model.parameters()).device
     model.eval()
-    bar = tqdm(make_loader(split.pairs, batches, tokenizer, config), leave=False, disable=None, desc="evaluating")
+    loader = make_loader(split.pairs, batches, tokenizer, config)
+    bar = tqdm(loader, "evaluating", leave=False, disable=None, delay=5)
     with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype is not None):
         for rows, batch in zip(batches, bar):
             batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
@@ -133,6 +146,12 @@ def validate(
     return result | tuned
 
 
+def load_best(config: Config, folder: Path) -> tuple[PairClassifier, PreTrainedTokenizerFast, float | None]:
+    """Model, tokenizer and threshold of a best folder; None for more than two labels. Raises UserError."""
+    model = load_model(folder)
+    return model, find_tokenizer(config, folder), read_threshold(folder, model)
+
+
 def read_threshold(folder: Path, model: PairClassifier) -> float | None:
     """The threshold that was tuned with the model in a best folder; None for more than two labels."""
     if len(model.names) > 2:
@@ -150,33 +169,69 @@ def evaluate_run(
     config: Config,
     dtype: torch.dtype | None,
 ) -> dict:
-    """Scores of the best model on every split but train; writes predictions/ and report.md into the run."""
-    model, threshold = read_best(
-        run.path, lambda folder: (model := load_model(folder), read_threshold(folder, model))
-    )
+    """Scores of the best model on every split but train; writes predictions/, report.md and .html into the run."""
+    model, tokenizer, threshold = read_best(run.path, partial(load_best, config))
     model.to(pick_device())
     weights = class_weights(config.class_weights, splits["train"])
-    scores: dict = {"threshold": threshold, "test": None}
+    scores, errors = {"threshold": threshold, "test": None}, []
     (run.path / "predictions").mkdir(exist_ok=True)
     for name in [name for name in splits if name != "train"]:
         logits = predict_logits(model, splits[name], tokenizer, config, dtype)
         scores[name] = score_split(logits, splits[name], threshold, weights, config)
-        lines = []
+        errors, lines = worst_errors(splits[name], probabilities(logits), threshold), []
         for pair, answer in zip(splits[name].pairs, answers(probabilities(logits), threshold, model.names)):
             row = {"line": pair.line, "sentence1": pair.sentence1, "sentence2": pair.sentence2}
             row |= {"label": pair.label, "predicted": answer.pop("label")} | answer
             lines.append(json.dumps(row, ensure_ascii=False) + "\n")
         write_text(run.path / "predictions" / f"{name}_predictions.jsonl", "".join(lines))
-    write_text(run.path / "report.md", report(scores, splits, run.evaluations(), config))
+    text = report(scores, splits, errors, run.evaluations(), config)
+    write_text(run.path / "report.md", text)
+    write_text(run.path / "report.html", page(text, run.records(), config.metric))
     return scores
 
 
-def main(config: Config) -> None:
+def worst_errors(split: Split, probability: np.ndarray, threshold: float | None) -> list[list]:
+    """Of each wrong answer: line, sentences, label, answer, the label's probability, the lowest first."""
+    decided, of_label = decide(probability, threshold), probability[range(len(split.pairs)), split.labels]
+    wrong = [row for row in of_label.argsort(kind="stable").tolist() if decided[row] != split.labels[row]]
+    named = [(split.pairs[row], split.names[decided[row]], float(of_label[row])) for row in wrong]
+    return [[pair.line, *pair[:3], answer, p] for pair, answer, p in named]
+
+
+def evaluate_file(config: Config, file: Path, dtype: torch.dtype | None) -> None:
+    """Print what the run's best model and threshold score on any labelled file; nothing is written."""
     path = run_path(config)
-    dtype = autocast_dtype(config.amp, pick_device())
-    tokenizer = read_best(path, partial(find_tokenizer, config))  # before the lock: where there is no run, none is made
+    model, tokenizer, threshold = read_best(path, partial(load_best, config))
+    warn_of_precision(path, dtype)
+    split = make_split(read_pairs(file, names=model.names), tokenizer, model.names)
+    logits = predict_logits(model.to(pick_device()), split, tokenizer, config, dtype)
+    scores = score_split(logits, split, threshold, None, config)
+
+    # What it is to the run
+    digests = read_run(path)["environment"].get("data") or {}
+    lines = [f"# {file}: {len(split.pairs)} rows", ""]
+    lines += [f"Scored by {path}, which chose its epoch and threshold on other rows; the loss is unweighted."]
+    lines += [f"But this very file is its {name}." for name, there in digests.items() if there == file_digest(file)]
+    try:
+        train = find_data(config)["train"]
+        if digests.get(train.name) != file_digest(train):
+            raise UserError(f"{train} is not the run's")
+        known = {pair.key for pair in read_pairs(train)}
+        lines += [f"{sum(pair.key in known for pair in split.pairs)} of the rows also stand in {train}{WRITING}.", ""]
+    except UserError as error:
+        lines += [f"How many of the rows the run was trained on is not known: {error}", ""]
+    lines += [*score_table({file.name: scores}, threshold), *detail_tables(file.name, scores, threshold)]
+    print("\n".join(lines + errors_table(file.name, worst_errors(split, probabilities(logits), threshold))))
+
+
+def main(config: Config, data: str = "") -> None:
+    path, dtype = run_path(config), autocast_dtype(config.amp, pick_device())
+    best_folder(path)  # where there is no run, none is made
+    if data:
+        return evaluate_file(config, Path(data), dtype)
+    run = Run(path, None, {}, data=data_digests(config))
+    tokenizer = read_best(path, partial(find_tokenizer, config))
     splits = load_splits(config, tokenizer)
-    run = Run(path, None, {"data_sha256": fingerprint(splits)})
     warn_of_precision(path, dtype)
     if run.results is None:
         print("the run is not finished: this is its best epoch so far", file=sys.stderr)
@@ -186,4 +241,6 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main, __doc__, trained=True))
+    flag = {"default": "", "help": "score this labelled file (JSON lines, .csv or .tsv) and write nothing"}
+    shown = ("run_dir", "data_dir", "eval_batch_size", "num_workers", "amp")
+    sys.exit(run_script(main, __doc__, trained=True, shown=shown, data=flag))

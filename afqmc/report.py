@@ -12,11 +12,15 @@ WRITING = " (case, width, punctuation and order aside)"  # when pairs are the sa
 
 def table(header: list[str], rows: list[list]) -> list[str]:
     """A Markdown table, floats with four decimals, "-" for what is undefined."""
-    cells = [header, ["---"] * len(header)]
+    cells = [[cell(name) for name in header], ["---"] * len(header)]
     for row in rows:
-        cells.append([f"{c:.4f}" if isinstance(c, float) else "-" if c is None else str(c) for c in row])
-    cells = [[cell.replace("|", "\\|") for cell in row] for row in cells]  # which a label can hold
+        cells.append([f"{c:.4f}" if isinstance(c, float) else "-" if c is None else cell(str(c)) for c in row])
     return ["| " + " | ".join(row) + " |" for row in cells] + [""]
+
+
+def cell(text: str) -> str:
+    """On one line, and nothing in it that ends a cell or that Markdown takes for HTML, a link or an image."""
+    return " ".join(text.split()).translate({ord(mark): f"&#{ord(mark)};" for mark in "|<&["})
 
 
 def print_summary(splits: dict[str, Split], config: Config) -> None:
@@ -74,17 +78,22 @@ def evaluation_line(epoch: int, scores: dict, better: bool) -> str:
 
 def last_line(results: dict, path: str) -> str:
     """What a finished run prints last, and again when it is started once more."""
-    small = small_split(supports(untuned(results["validation"])))
-    choice = f"epoch {results['epoch']}{f'; {small}' if small else ''}"
+    choice = "; ".join([f"epoch {results['epoch']}", *cautions(results)])
     parts = [f"done | {results['split']} {results['metric']} {results['best']:.4f} ({choice})"]
     if results["test"]:
         parts.append(f"test f1_macro {f1_macro(untuned(results['test']))}")
         if results["threshold"] is not None:
             tuned = f1_macro(results["test"]["at_threshold"])
             parts[-1] += f" at .5, {tuned} at the tuned threshold {results['threshold']:.4f}"
-    if label := only_answer(untuned(results["validation"])):
-        parts.append(f"every answer is label {label}: report.md says why that can be")
     return " | ".join([*parts, f"{results['seconds']:.0f} s", f"results in {path}"])
+
+
+def cautions(results: dict) -> list[str]:
+    """What to say beside a run's validation score."""
+    metrics = untuned(results["validation"])
+    label = only_answer(metrics)
+    found = [small_split(supports(metrics)), label and f"every answer is {label}: report.md says why that can be"]
+    return [caution for caution in found if caution]
 
 
 def untuned(scores: dict) -> dict:
@@ -126,19 +135,17 @@ def f1_macro(metrics: dict) -> str:
     return figure
 
 
-def report(scores: dict, splits: dict[str, Split], evaluations: list[dict], config: Config) -> str:
-    """report.md; its detail is of the test split, or of validation where there is no test.
+def report(
+    scores: dict, splits: dict[str, Split], errors: list[list], evaluations: list[dict], config: Config
+) -> str:
+    """report.md; its detail is of the test split, or of validation where there is no test, and so are errors.
 
     evaluations: those of metrics.jsonl.
     """
     threshold, detail = scores["threshold"], "test" if "test" in splits else "validation"
     lines = [f"# {config.model} on {config.data_dir}", ""]
-    if threshold is None:
-        rules = {"most_probable": "none"}
-        lines += ["The epoch was chosen on validation, so its own row flatters."]
-    else:
-        rules = {"at_half": "0.5", "at_threshold": f"{threshold:.4f}, tuned on validation"}
-        lines += ["The epoch and the tuned threshold were chosen on validation, so its own row at that one flatters."]
+    chosen, there = ("epoch was", "") if threshold is None else ("epoch and the tuned threshold were", " at that one")
+    lines += [f"The {chosen} chosen on validation, so its own row{there} flatters."]
     if small := small_split(supports(untuned(scores["validation"]))):
         lines += [f"Validation has {small}."]
     if detail == "test":
@@ -150,24 +157,46 @@ def report(scores: dict, splits: dict[str, Split], evaluations: list[dict], conf
         lines += [f"Every validation row is given label {label}. Why that can be, and what to try:", ""]
         lines += [*(f"- {cause}" for cause in causes(splits["train"], evaluations[-1]["step"], config)), ""]
 
-    # All splits at both thresholds
-    columns = ["accuracy", "f1_weighted"]
-    rows = [
-        [name, label, f1_macro(scores[name][key]), *(scores[name][key][c] for c in columns), scores[name]["loss"]]
-        for name in splits
-        if name != "train"
-        for key, label in rules.items()
-    ]
-    lines += table(["split", "threshold", "f1_macro", *columns, "loss"], rows)
-
-    # One split in detail, and the epochs
-    heading = f"## {detail}" if threshold is None else f"## {detail}, threshold 0.5"
-    lines += [heading, "", *class_tables(untuned(scores[detail]))]
-    if threshold not in (None, 0.5):
-        lines += [f"## {detail}, threshold {threshold:.4f}", "", *class_tables(scores[detail]["at_threshold"])]
+    lines += score_table({name: scores[name] for name in splits if name != "train"}, threshold)
+    lines += detail_tables(detail, scores[detail], threshold)
     columns = ["epoch", "step", "train_loss", "loss", "f1_macro", "accuracy"]
     lines += ["## Epochs (validation)", "", *table(columns, [[row[c] for c in columns] for row in evaluations])]
-    return "\n".join(lines)
+    return "\n".join(lines + errors_table(detail, errors))
+
+
+def score_table(scores: dict[str, dict], threshold: float | None) -> list[str]:
+    """Each split's scores, of two labels at both thresholds."""
+    columns = ["accuracy", "f1_weighted"]
+    rules = {"most_probable": "none"}
+    if threshold is not None:
+        rules = {"at_half": "0.5", "at_threshold": f"{threshold:.4f}, tuned on validation"}
+    rows = [
+        [name, rule, f1_macro(split[key]), *(split[key][column] for column in columns), split["loss"]]
+        for name, split in scores.items()
+        for key, rule in rules.items()
+    ]
+    return table(["split", "threshold", "f1_macro", *columns, "loss"], rows)
+
+
+def detail_tables(name: str, scores: dict, threshold: float | None) -> list[str]:
+    """One split label by label."""
+    lines = [f"## {name}{'' if threshold is None else ', threshold 0.5'}", "", *class_tables(untuned(scores))]
+    if threshold not in (None, 0.5):
+        lines += [f"## {name}, threshold {threshold:.4f}", "", *class_tables(scores["at_threshold"])]
+    return lines
+
+
+def errors_table(name: str, errors: list[list]) -> list[str]:
+    """The worst of the wrong answers with their texts. errors: rows as evaluate.worst_errors gives them."""
+    if not errors:
+        return [f"No answer on {name} is wrong.", ""]
+    header = ["line", "sentence1", "sentence2", "label", "predicted", "probability of the label"]
+    rows = [[line, cut(first), cut(second), *rest] for line, first, second, *rest in errors[:30]]
+    return [f"## The {len(rows)} worst of {len(errors)} errors ({name})", "", *table(header, rows)]
+
+
+def cut(text: str) -> str:
+    return text if len(text) <= 1000 else f"{text[:1000]}… (+{len(text) - 1000} characters)"
 
 
 def class_tables(metrics: dict) -> list[str]:

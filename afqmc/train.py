@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from afqmc.cli import displayed, run_path, run_script, run_settings
 from afqmc.config import Config
-from afqmc.dataset import Pair, epoch_steps, fingerprint, load_splits, make_loader
+from afqmc.dataset import Pair, data_digests, epoch_steps, load_splits, make_loader
 from afqmc.evaluate import evaluate_run, validate
 from afqmc.loss import class_weights, pair_loss
 from afqmc.model import PairClassifier, build_model, fgm_perturbation, find_tokenizer, save_model
@@ -73,15 +73,15 @@ def refuse_non_finite(
         if not math.isfinite(value):
             lines = ", ".join(str(pairs[row].line) for row in rows)
             raise UserError(
-                f"the {what} is {value} at step {step + 1}, in the batch of train.json lines {lines}; best/ is "
+                f"the {what} is {value} at step {step + 1}, in the batch of the training lines {lines}; best/ is "
                 "untouched. A lower learning_rate or amp off may help"
             )
 
 
 def main(config: Config, check: bool = False) -> int | None:
     # Setup
-    path = run_path(config)
-    if not check and (results := read_results(path, run_settings(config))):
+    path, data = run_path(config), data_digests(config)
+    if not check and (results := read_results(path, run_settings(config), data)):
         print(f"finished before\n{last_line(results, displayed(path))}")
         return None
     seed_everything(config.seed, config.deterministic)
@@ -115,7 +115,7 @@ def main(config: Config, check: bool = False) -> int | None:
     best, progress = Best("min" if config.metric == "loss" else "max", config.patience), Progress()
     state = dict(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler, best=best, progress=progress)
     if not check:
-        run = Run(path, run_settings(config), {"data_sha256": fingerprint(splits), "autocast": str(dtype)}, info)
+        run = Run(path, run_settings(config), {"autocast": str(dtype)}, info, data=data)
         start = f"resuming from step {progress.step} of {total_steps}" if run.restore(state) else "starting"
         print(f"{start} in {displayed(path)}")
 
@@ -204,4 +204,4 @@ def main(config: Config, check: bool = False) -> int | None:
 
 if __name__ == "__main__":
     flag = {"action": "store_true", "help": "read all data, run one batch, write nothing"}
-    sys.exit(run_script(main, __doc__, check=flag))
+    sys.exit(run_script(main, __doc__, resumes=True, check=flag))

@@ -15,7 +15,7 @@ from sklearn.utils.class_weight import compute_class_weight
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, pipeline
 
 from afqmc import dataset, download, train
-from afqmc.dataset import LABELS, Pair, collate, fingerprint, load_splits, make_split, split_pairs
+from afqmc.dataset import LABELS, Pair, collate, load_splits, make_split, split_pairs
 from afqmc.evaluate import evaluate_run, tune_threshold
 from afqmc.loss import pair_loss
 from afqmc.model import PairClassifier, build_model, fgm_perturbation, find_tokenizer, load_model, save_model
@@ -83,14 +83,11 @@ def test_the_split_is_stratified_and_no_pair_stands_on_both_sides_in_either_orde
         split_pairs([pair._replace(label=LABELS[i < 2]) for i, pair in enumerate(pairs[:100])], 0.1, 42)
 
 
-def test_dev_is_the_test_split_and_a_change_in_it_is_another_fingerprint(tokenizer, splits, config, few_rows, tmp_path):
+def test_dev_is_the_test_split(tokenizer, splits, config, few_rows, tmp_path):
     rows = read_lines(few_rows("afqmc") / "dev.json")
     assert [[*pair[:3]] for pair in splits["test"].pairs] == [[*row.values()] for row in rows]
     shutil.copy(few_rows("afqmc") / "train.json", tmp_path)
     assert load_splits(config(data_dir=str(tmp_path)), tokenizer).keys() == {"train", "validation"}
-    for name in GOOD:
-        write_lines(tmp_path / "dev.json", [*rows[:-1], rows[-1] | {name: str(1 - int(rows[-1]["label"]))}])
-        assert fingerprint(load_splits(config(data_dir=str(tmp_path)), tokenizer)) != fingerprint(splits)
 
 
 def test_a_batch_is_cls_a_sep_b_sep_with_types_and_is_cut_on_its_longer_side(tokenizer):
@@ -238,7 +235,7 @@ def test_fgms_step_has_length_epsilon_for_each_example_and_no_gradient_is_lost_t
 
 
 def test_a_gradient_that_is_no_number_ends_the_run_before_it_reaches_the_weights(config, tmp_path):
-    with pytest.raises(UserError, match=r"gradient norm is nan at step 1, .*train\.json"):
+    with pytest.raises(UserError, match=r"gradient norm is nan at step 1, .*training lines \d+, "):
         train.main(config(fgm_epsilon=1e30, save_steps=1, batch_size=8))
     assert not (tmp_path / "run" / "last.pt").exists()
 

@@ -18,7 +18,7 @@ from afqmc.dataset import (
     LABELS,
     Pair,
     Split,
-    fingerprint,
+    data_digests,
     load_splits,
     make_split,
     read_pairs,
@@ -127,7 +127,7 @@ def test_a_text_that_shows_nothing_is_refused_as_an_empty_one(text, tmp_path):
         with pytest.raises(UserError, match=f"train.json, line 2: {name} is .*, expected a non-empty string") as error:
             read_pairs(path)
         assert str(error.value).isascii()  # so that the user sees what is there
-    rows = [*predict.read_lines(path.open("rb"))]
+    rows = [*predict.read_lines(path.open("rb"), "")]
     assert isinstance(rows[0], Pair) and rows[1][0] == 2 and "sentence2 is " in rows[1][1]
     path.write_bytes(
         lines_of(*(GOOD | {"sentence1": shown} for shown in ("?", "。", "❤\ufe0f", "\u200ba", "ㅋ", "\u0301")))
@@ -144,7 +144,7 @@ def test_a_mistyped_key_ends_a_run_and_is_an_error_row_of_predict(key, tmp_path)
     path.write_bytes(lines_of(GOOD, GOOD, GOOD | {key: "1"}))
     with pytest.raises(UserError, match=f"train.json, line 3: .*{key}.*sentence1, sentence2, label, id"):
         read_pairs(path)
-    rows = [*predict.read_lines(path.open("rb"))]
+    rows = [*predict.read_lines(path.open("rb"), "")]
     assert rows[2][0] == 3 and key in rows[2][1] and isinstance(rows[1], Pair)
 
 
@@ -159,7 +159,7 @@ def test_a_key_twice_or_that_is_no_text_is_refused_by_line(tmp_path):
         )
         with pytest.raises(UserError, match=f"train.json, line 2: '{key}' .*twice"):
             read_pairs(path)
-        assert [*predict.read_lines(path.open("rb"))][1][0] == 2
+        assert [*predict.read_lines(path.open("rb"), "")][1][0] == 2
 
 
 def test_other_keys_are_counted_and_said_once(few_rows, short_run, tmp_path):
@@ -293,7 +293,7 @@ def test_threshold_and_weights_are_of_one_epoch_though_training_swaps_best(
     config = config_of("afqmc", data_dir=str(few_rows("afqmc")), run_dir=str(path))
     tokenizer = find_tokenizer(config)
     splits, model, loads = load_splits(config, tokenizer), load_model(path / "best"), []
-    run = Run(path, None, {"data_sha256": fingerprint(splits)})  # which training holds
+    run = Run(path, None, {}, data=data_digests(config))  # which training holds
 
     def load_and_swap(folder):
         loaded = load_model(folder)
@@ -304,7 +304,7 @@ def test_threshold_and_weights_are_of_one_epoch_though_training_swaps_best(
             run.save_best(partial(save_model, model, tokenizer, 0.9))
         return loaded
 
-    monkeypatch.setattr(script, "load_model", load_and_swap)
+    monkeypatch.setattr(evaluate, "load_model", load_and_swap)
     if script is evaluate:
         scores = evaluate.evaluate_run(run, splits, tokenizer, config, None)
         labels = splits["test"].labels.tolist()

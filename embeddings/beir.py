@@ -14,7 +14,8 @@ from pathlib import Path
 from pydantic import BaseModel, Field
 
 from common.checkpoint import UserError
-from embeddings.rows import Text, parse_line, parse_row, read_lines
+from common.checkpoint.rows import read_rows
+from embeddings.rows import Text, parse_row
 
 QRELS_HEADER = ["query-id", "corpus-id", "score"]
 
@@ -37,8 +38,8 @@ def read_texts(
 ) -> dict[str, dict]:
     """Id -> row of a corpus or of queries. Raises UserError naming file and line."""
     rows, unread = {}, Counter() if unread is None else unread
-    for number, line in read_lines(path):
-        row = parse_row(schema, path, number, parse_line(path, number, line), unread)
+    for number, row in read_rows(path):
+        row = parse_row(schema, path, number, row, unread)
         if row.id in rows:
             raise UserError(f"{path}, line {number}: _id {row.id!r} stands in an earlier line too")
         rows[row.id] = {name: value or "" for name, value in row}
@@ -50,18 +51,17 @@ def read_texts(
 
 def read_qrels(path: Path, queries: dict, corpus: dict) -> dict[str, dict[str, int]]:
     """Query id -> document id -> relevance. Raises UserError naming file and line, also for an unknown id."""
-    qrels, lines = {}, read_lines(path)
-    number, header = next(lines, (1, ""))
-    if header.split("\t") != QRELS_HEADER:
-        expected = f"{' '.join(QRELS_HEADER)} with tabs between"
-        raise UserError(f"{path}, line {number}: the header is {header[:60]!r}, expected {expected}")
-    for number, line in lines:
+    qrels = {}
+    for number, row in read_rows(path):
         try:
-            query, document, relevance = line.split("\t")
+            query, document, relevance = (row[name] for name in QRELS_HEADER)
             earlier = qrels.setdefault(query, {}).setdefault(document, int(relevance))
+        except KeyError as error:
+            header = f"the header is {' '.join(row)[:60]!r}, expected {' '.join(QRELS_HEADER)} with tabs between"
+            raise UserError(f"{path}, line 1: {header}") from error
         except ValueError as error:
-            expected = f"{' '.join(QRELS_HEADER)} with tabs between, the score a whole number"
-            raise UserError(f"{path}, line {number}: {line[:60]!r}, expected {expected}") from error
+            reason = f"the score is {relevance[:60]!r}, expected a whole number"
+            raise UserError(f"{path}, line {number}: {reason}") from error
         if query not in queries or document not in corpus:
             unknown = f"{query!r} is not in queries.jsonl, or {document!r} not in corpus.jsonl"
             raise UserError(f"{path}, line {number}: {unknown}")

@@ -1,12 +1,10 @@
 """Triplets and scored pairs: files -> rows -> splits (batching.py goes on from there).
 
 train.jsonl: {"anchor": "...", "positive": "...", "negative": "..."} a line, or "negatives": [...] of any number, or
-neither in all of them. One of three chooses the step (load_dev): sts-dev.csv (STS-B's own file; SICK's is read too),
-dev.jsonl (triplets that are not trained on), or a collection in BEIR's format. prepare.py makes train.jsonl of NLI
-corpora.
+neither in all of them; or train.csv or train.tsv with such columns. One of three chooses the step: sts-dev.csv (STS-B's
+own file; SICK's is read too), dev.jsonl (triplets that are not trained on), or a collection in BEIR's format.
 """
 
-import hashlib
 import math
 import re
 from collections import Counter
@@ -18,21 +16,14 @@ from pydantic import BaseModel, create_model
 from tqdm import tqdm
 
 from common.checkpoint import ROOT, UserError
+from common.checkpoint.identity import file_digest
+from common.checkpoint.rows import TABLES, data_file, read_rows
+from embeddings.beir import beir_files
 from embeddings.config import Config
 from embeddings.dev import Dev, beir_dev, sts_dev, triplets_dev
-from embeddings.rows import (
-    Pair,
-    Text,
-    Triplet,
-    is_empty,
-    normalize,
-    parse_line,
-    parse_row,
-    read_header,
-    read_lines,
-    same_text,
-)
+from embeddings.rows import Pair, Text, Triplet, is_empty, normalize, parse_row, read_header, read_lines, same_text
 
+TEST = "sts-test.csv"
 identity = cache(same_text)  # of training texts, which are compared more than once
 
 
@@ -51,14 +42,16 @@ def triplet_row(numbered: tuple[str, ...] = ()) -> type[BaseModel]:
 
 
 def read_triplets(path: Path, unread: Counter[str] | None = None) -> list[Triplet]:
-    """All rows of a JSON-lines file; keys that nobody reads are counted. Raises UserError naming file and line.
+    """All rows of JSON lines or a table; keys that nobody reads are counted. Raises UserError naming file and line.
 
     A row has as many negatives as it gives, under negative, negative_1, negative_2, ... and in the list of negatives;
-    one that stands there twice counts once.
+    one that stands there twice counts once. In a table an empty cell is none.
     """
     rows, unread, first_gives = [], Counter() if unread is None else unread, None
-    for number, line in tqdm(read_lines(path), desc="reading", unit=" rows", leave=False, disable=None):
-        row = parse_line(path, number, line)
+    for number, row in tqdm(read_rows(path), desc="reading", unit=" rows", leave=False, disable=None):
+        if path.suffix.lower() in TABLES:
+            row = {key: cell or None for key, cell in row.items()}
+            row |= {"negatives": []} if any(key.startswith("negative") for key in row) else {}
         numbered = tuple(key for key in row if re.fullmatch(r"negative_\d+", key))
         parsed = parse_row(triplet_row(numbered), path, number, row, unread)
         anchor, positive, *single, several = (value for _, value in parsed)
@@ -110,23 +103,48 @@ def read_pairs(path: Path, unread: Counter[str] | None = None) -> list[Pair]:
     return pairs
 
 
-def load_splits(config: Config) -> Splits:
-    """The data_dir's files. Raises UserError, also for a training row with a text that only a split may hold."""
-    folder, unread = ROOT / config.data_dir, Counter()
-    train, test = folder / "train.jsonl", folder / "sts-test.csv"
-    if not train.is_file():
+def data_files(config: Config) -> dict[str, Path]:
+    """Name -> file of all that a run reads: rows to train on, what chooses the step, and sts-test.csv, if it is there.
+
+    Raises UserError where there are no rows, and where not exactly one of three can choose the step.
+    """
+    folder, beir = ROOT / config.data_dir, ROOT / config.dev_beir
+    train, sts, dev, test = data_file(folder, "train"), folder / "sts-dev.csv", data_file(folder, "dev"), folder / TEST
+    if train is None:
         ways = "`python embeddings/prepare.py` makes it, --data_dir names your folder, --sample needs neither"
-        raise UserError(f"{train} not found{'' if folder.is_dir() else ', nor the folder'}: {ways}")
-    splits = Splits(
-        read_triplets(train, unread),
-        load_dev(config, unread),
-        sts_dev(test.name, read_pairs(test, unread)) if test.exists() else None,
-        unread,
-    )
-    judges = [split for split in splits[1:3] if split]
+        raise UserError(f"{folder / 'train.jsonl'} not found{'' if folder.is_dir() else ', nor the folder'}: {ways}")
+    judges = [path for path in (sts, dev) if path and path.is_file()]
+    names = [path.name for path in judges] + [f"--dev_beir {config.dev_beir}"] * bool(config.dev_beir)
+    if len(names) != 1:
+        reason = "one of sts-dev.csv (scored pairs), dev.jsonl (triplets) and --dev_beir chooses the step"
+        raise UserError(f"{folder}: {reason}, found {' and '.join(names) or 'none'}")
+    if config.dev_beir:
+        split = "dev" if (beir / "qrels/dev.tsv").is_file() else "test"
+        judges = beir_files(beir, split)
+    named = {path.relative_to(beir if config.dev_beir else folder).as_posix(): path for path in judges}
+    return {train.name: train, **named} | ({TEST: test} if test.is_file() else {})
+
+
+def data_digests(config: Config) -> dict[str, str]:
+    """Name -> SHA-256 of each of data_files: a run goes on with the data that it was begun with. Raises UserError."""
+    return {name: file_digest(path) for name, path in data_files(config).items()}
+
+
+def load_splits(config: Config) -> Splits:
+    """The rows of data_files. Raises UserError, also for a training row with a text that only a split may hold."""
+    files, unread = data_files(config), Counter()
+    train, *judges = files.values()
+    if config.dev_beir:
+        dev = beir_dev(judges[:3], config, unread)
+    elif judges[0].name == "sts-dev.csv":
+        dev = sts_dev(judges[0].name, read_pairs(judges[0], unread))
+    else:
+        dev = triplets_dev(judges[0].name, read_triplets(judges[0], unread), config)
+    rows = read_triplets(train, unread)
+    test = sts_dev(TEST, read_pairs(files[TEST], unread)) if TEST in files else None
+    judges = [split for split in (dev, test) if split]
     judged = set().union(*(texts for split in judges for texts in split.identities))
-    held = [(row, text) for row in splits.train for text in row.texts if identity(text) in judged]
-    if held:
+    if held := [(row, text) for row in rows for text in row.texts if identity(text) in judged]:
         row, text = held[0]
         names = " or ".join(split.data for split in judges)
         raise UserError(
@@ -134,35 +152,9 @@ def load_splits(config: Config) -> Splits:
             f"{len(held) - 1} more texts): leave such rows out, as `python embeddings/prepare.py --nli train.jsonl "
             "--sts ...` does for the STS files; of dev.jsonl and --dev_beir only the queries count, not the documents"
         )
-    return splits
-
-
-def load_dev(config: Config, unread: Counter[str]) -> Dev:
-    """What chooses the step: the one of three that is there. Raises UserError where none is, or several are."""
-    folder = ROOT / config.data_dir
-    there = [name for name in ("sts-dev.csv", "dev.jsonl") if (folder / name).is_file()]
-    there += [f"--dev_beir {config.dev_beir}"] * bool(config.dev_beir)
-    if len(there) != 1:
-        reason = "one of sts-dev.csv (scored pairs), dev.jsonl (triplets) and --dev_beir chooses the step"
-        raise UserError(f"{folder}: {reason}, found {' and '.join(there) or 'none'}")
-    if config.dev_beir:
-        return beir_dev(config, unread)
-    path = folder / there[0]
-    if path.suffix == ".csv":
-        return sts_dev(path.name, read_pairs(path, unread))
-    return triplets_dev(path.name, read_triplets(path, unread), config)
+    return Splits(rows, dev, test, unread)
 
 
 def repeated_in_test(splits: Splits) -> int:
     """How many test pairs, in either order, also stand in sts-dev.csv, case and punctuation aside."""
     return sum(texts in {*splits.validation.identities} for texts in splits.test.identities)
-
-
-def fingerprint(splits: Splits) -> str:
-    """A digest of all texts and scores: a run goes on with the data that it was begun with."""
-    digest = hashlib.sha256()
-    for rows in (splits.train, *(part for split in splits[1:3] if split for part in (split.texts, split.rows))):
-        for row in rows:
-            digest.update(repr(row).encode())
-        digest.update(b"|")
-    return digest.hexdigest()

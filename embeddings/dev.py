@@ -6,14 +6,15 @@ Q queries, M documents, N texts, D dimensions
 
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from common.checkpoint import ROOT, UserError
-from embeddings.beir import beir_files, read_beir
+from common.checkpoint import UserError
+from embeddings.beir import read_beir
 from embeddings.config import Config
 from embeddings.rows import Pair, Triplet, is_empty, same_text
 
@@ -101,18 +102,16 @@ def triplets_dev(file: str, triplets: list[Triplet], config: Config) -> Dev:
     return search_dev(file, "MRR@10", asked, found, list(relevance.values()), config, places.__getitem__)
 
 
-def beir_dev(config: Config, unread: Counter[str]) -> Dev:
-    """A collection in BEIR's format, by its qrels/dev.tsv, or test.tsv where that is missing."""
-    folder = ROOT / config.dev_beir
-    split = "dev" if (folder / "qrels/dev.tsv").is_file() else "test"
-    corpus, queries, qrels = read_beir(beir_files(folder, split), unread)
+def beir_dev(files: list[Path], config: Config, unread: Counter[str]) -> Dev:
+    """A collection in BEIR's format: its corpus, queries and qrels."""
+    corpus, queries, qrels = read_beir(files, unread)
     documents = {name: f"{row['title']} {row['text']}".strip() for name, row in corpus.items()}
     documents = dict(sorted(documents.items(), key=lambda document: is_empty(document[1])))  # the empty ones last
     places = {name: place for place, name in enumerate(documents)}
     relevance = [{places[name]: gain for name, gain in judged.items() if gain > 0} for judged in qrels.values()]
     names = [f"queries.jsonl, _id {name}" for name in qrels] + [f"corpus.jsonl, _id {name}" for name in documents]
     asked = [queries[name]["text"] for name in qrels]
-    data = f"{config.dev_beir}/qrels/{split}.tsv"
+    data = f"{config.dev_beir}/qrels/{files[2].name}"
     return search_dev(data, "nDCG@10", asked, list(documents.values()), relevance, config, names.__getitem__)
 
 

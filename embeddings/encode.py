@@ -4,45 +4,104 @@
     echo "a line" | python embeddings/encode.py --run_dir embeddings/runs/...           # JSON lines on stdout
     python embeddings/encode.py --run_dir embeddings/runs/... --input lines.txt --query "what to look for"
 
+An --input that ends in .csv, .tsv, .json or .jsonl holds rows with a "text" (JSON lines, or a table with a header).
 A JSON line: {"line": its number, "vector": [...]}; blank lines are skipped. A .npy file is an array (lines, D) in fp32,
 row n for line n + 1, so a blank line is refused. A line that is not UTF-8 is reported on stderr, gives {"line": ...,
 "error": ...} and makes the exit status 1; for a .npy and a query it ends the script. --base takes the model without its
 adapter; then --model names one.
+
+From Python: predict(load("embeddings/runs/..."), ["a line"]) is what the script prints, as a list.
 """
 
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from threading import Lock
+from typing import BinaryIO, NamedTuple, TextIO
 
 if not __package__:  # run as a script: import from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
 
 from common.checkpoint import UserError
 from common.checkpoint.files import write_atomically
+from common.checkpoint.rows import SUFFIXES, decode, parse_rows
 from embeddings.batching import tokenize
-from embeddings.cli import run_script
+from embeddings.cli import run_config, run_script
 from embeddings.config import Config
-from embeddings.model import embed_tokens, load_embedder
-from embeddings.rows import decode, is_empty
+from embeddings.model import Embedder, embed_tokens, load_embedder, warn_of_use
+from embeddings.rows import is_empty
 
 BLOCK = 10_000  # lines that are sorted by length, encoded and written together
+
+
+class Encoder(NamedTuple):
+    """A model ready for use; one thread at a time takes its tokenizer, whose settings each call changes."""
+
+    model: Embedder
+    tokenizer: PreTrainedTokenizerFast
+    config: Config
+    lock: Lock
+
 
 Encode = Callable[[dict[int, str]], np.ndarray]  # of line number -> text
 
 
-def read_lines(stream: BinaryIO) -> Iterator[tuple[int, str | ValueError]]:
+def load(run_dir: str | Path) -> Encoder:
+    """The best model of a run. Raises UserError."""
+    config = run_config(run_dir)
+    return Encoder(*load_embedder(config), config, Lock())
+
+
+def predict(encoder: Encoder, rows: Sequence[str], prompt: str = "none") -> list[dict]:
+    """The script's JSON line of each text, {"line": from 1 on, "vector": of length 1}; safe in several threads.
+
+    prompt: "query" and "document" put the run's in front. Raises UserError naming the row.
+    """
+    for number, text in enumerate(rows, 1):
+        if not isinstance(text, str) or is_empty(text):
+            raise UserError(f"row {number} is {text!r:.60}, expected a text")
+    lines = {number: text.strip() for number, text in enumerate(rows, 1)}
+    return as_rows(lines, encode(encoder, lines, prompt, "row {}".format)[0])
+
+
+def as_rows(lines: Iterable[int], vectors: np.ndarray) -> list[dict]:
+    return [{"line": n, "vector": [round(float(x), 7) for x in vector]} for n, vector in zip(lines, vectors)]
+
+
+def encode(
+    encoder: Encoder, lines: dict[int, str], prompt: str, name: Callable[[int], str]
+) -> tuple[np.ndarray, int]:
+    """The vectors (N, D) of line number -> text, and how many texts were cut. Raises UserError naming the line."""
+    model, tokenizer, config, lock = encoder
+    front = {"none": "", "query": config.query_prompt, "document": config.document_prompt}[prompt]
+    texts, numbers = [front + text for text in lines.values()], [*lines]
+    with lock:
+        tokens = tokenize(texts, tokenizer, config, name=lambda place: name(numbers[place]))
+        full = [texts[number] for number in np.flatnonzero(tokens.lengths == config.max_length)]
+        longer = tokenizer(full, verbose=False)["input_ids"] if full else []
+    vectors = embed_tokens(model, tokens, np.arange(len(texts)), config).numpy()
+    return vectors, sum(len(ids) > config.max_length for ids in longer)
+
+
+def read_lines(stream: BinaryIO, name: str) -> Iterator[tuple[int, str | ValueError]]:
     """Each line's number, and its text, "" where that shows nothing, or what is wrong with it."""
+    if name.lower().endswith(SUFFIXES):
+        for number, row in parse_rows(stream, name):
+            if not isinstance(row, ValueError) and not isinstance(row.get("text"), str):
+                row = ValueError(f"has no 'text' that is one, only {', '.join(map(repr, row))}")
+            yield number, row if isinstance(row, ValueError) else row["text"].strip()
+        return
     for number, line in enumerate(stream, 1):
         try:
-            text = decode(line, number).strip()
+            text = decode(line).strip()
         except ValueError as error:
             yield number, error
         else:
@@ -52,7 +111,7 @@ def read_lines(stream: BinaryIO) -> Iterator[tuple[int, str | ValueError]]:
 def read_texts(stream: BinaryIO, name: str, skip_blank: bool) -> dict[int, str]:
     """Line number -> text. Raises UserError for what is not UTF-8, and for a blank line that may not be skipped."""
     texts = {}
-    for number, text in read_lines(stream):
+    for number, text in read_lines(stream, name):
         if isinstance(text, ValueError):
             raise UserError(f"{name}, line {number}: {text}")
         if text:
@@ -66,19 +125,18 @@ def read_texts(stream: BinaryIO, name: str, skip_blank: bool) -> dict[int, str]:
 
 def write_jsonl(stream: BinaryIO, name: str, encode: Encode, counts: Counter, file: TextIO) -> None:
     """A JSON line for each line that is not blank, block after block; counts those that are not UTF-8."""
-    lines = read_lines(stream)
+    lines = read_lines(stream, name)
     with tqdm(unit="line", disable=None) as bar:
         while block := list(islice(lines, BLOCK)):
             texts = {number: text for number, text in block if isinstance(text, str) and text}
-            vectors = iter(encode(texts) if texts else ())
+            found = iter(as_rows(texts, encode(texts)) if texts else ())
             for number, text in block:
                 if isinstance(text, ValueError):
-                    counts["not UTF-8"] += 1
+                    counts["refused"] += 1
                     print(f"error: {name}, line {number}: {text}", file=sys.stderr)
-                    file.write(json.dumps({"line": number, "error": str(text)}) + "\n")
-                elif text:
-                    vector = [round(float(x), 7) for x in next(vectors)]
-                    file.write(json.dumps({"line": number, "vector": vector}) + "\n")
+                if text:
+                    row = {"line": number, "error": str(text)} if isinstance(text, ValueError) else next(found)
+                    file.write(json.dumps(row) + "\n")
             bar.update(len(block))
 
 
@@ -119,46 +177,45 @@ def check_flags(output: str, query: str | None, top: int, prompt: str) -> None:
 def main(config: Config, input: str, output: str, query: str | None, top: int, prompt: str, base: bool) -> int:
     check_flags(output, query, top, prompt)
     counts = Counter()
-    prompts = {"none": "", "query": config.query_prompt, "document": config.document_prompt}
-    model, tokenizer = load_embedder(config, base)
+    warn_of_use(config, base)
+    encoder = Encoder(*load_embedder(config, base), config, Lock())
 
-    def encode(lines: dict[int, str], kind: str = prompt) -> np.ndarray:
-        texts = [prompts[kind] + text for text in lines.values()]
-        names = [f"{input}, line {number}" if number else "--query" for number in lines]
-        tokens = tokenize(texts, tokenizer, config, name=names.__getitem__)
-        if full := [texts[number] for number in np.flatnonzero(tokens.lengths == config.max_length)]:
-            counts["cut"] += sum(len(ids) > config.max_length for ids in tokenizer(full, verbose=False)["input_ids"])
-        return embed_tokens(model, tokens, np.arange(len(texts)), config).numpy()
+    def vectors_of(lines: dict[int, str], kind: str = prompt) -> np.ndarray:
+        name = lambda number: f"{input}, line {number}" if number else "--query"  # noqa: E731
+        vectors, cut = encode(encoder, lines, kind, name)
+        counts["cut"] += cut
+        return vectors
 
     def write_lines(path: Path) -> None:
         with open(path, "w", encoding="utf-8", newline="\n") as file:
-            write_jsonl(stream, input, encode, counts, file)
+            write_jsonl(stream, input, vectors_of, counts, file)
 
     with open(sys.stdin.fileno() if input == "-" else input, "rb", closefd=input != "-") as stream:
         if query is not None:
             lines = read_texts(stream, input, skip_blank=True)
-            vectors = encode(lines, "document")
-            print_nearest(encode({0: query}, "query")[0], lines, vectors, top)
+            vectors = vectors_of(lines, "document")
+            print_nearest(vectors_of({0: query}, "query")[0], lines, vectors, top)
         elif output == "-":
-            write_jsonl(stream, input, encode, counts, sys.stdout)
+            write_jsonl(stream, input, vectors_of, counts, sys.stdout)
         elif output.endswith(".npy"):
             texts = read_texts(stream, input, skip_blank=False)
-            write_atomically(Path(output), partial(write_npy, texts, encode))
+            write_atomically(Path(output), partial(write_npy, texts, vectors_of))
         else:
             write_atomically(Path(output), write_lines)
     if counts["cut"]:
         cut = f"{counts['cut']} texts are longer than max_length {config.max_length}"
         print(f"{cut}: their ends were not read", file=sys.stderr)
-    return int(counts["not UTF-8"] > 0)
+    return int(counts["refused"] > 0)
 
 
 if __name__ == "__main__":
     flags = {
-        "input": {"default": "-", "help": "file with a text on each line; -: standard input"},
+        "input": {"default": "-", "help": "file with a text on each line, or rows with a text; -: standard input"},
         "output": {"default": "-", "help": "file that ends in .npy or .jsonl; -: JSON lines on standard output"},
         "query": {"help": "print the lines nearest to this text instead of vectors"},
         "top": {"type": int, "default": 5, "help": "lines printed for --query"},
         "prompt": {"choices": ["none", "query", "document"], "default": "none", "help": "put before each text, if set"},
         "base": {"action": "store_true", "help": "the model without its adapter"},
     }
-    sys.exit(run_script(main, __doc__, trained=True, **flags))
+    shown = ("run_dir", "model", "eval_tokens", "amp")
+    sys.exit(run_script(main, __doc__, trained=True, shown=shown, **flags))

@@ -23,7 +23,7 @@ from common.checkpoint.run import Run, best_folder
 from embeddings.batching import Tokens
 from embeddings.cli import run_path, run_script
 from embeddings.config import Config
-from embeddings.dataset import Splits, fingerprint, load_splits
+from embeddings.dataset import Splits, data_digests, load_splits
 from embeddings.dev import Dev
 from embeddings.model import Embedder, embed_texts, embed_tokens, load_embedder
 from embeddings.parallel import Processes, all_reduce
@@ -63,9 +63,8 @@ def main(config: Config, sts: list[str], beir: list[str], base: bool) -> None:
         raise UserError("--base goes with --sts or --beir; step 0 of report.md has the base's score on validation")
     path = run_path(config)
     best_folder(path)  # before the lock: where there is no run, none is made
-    splits = load_splits(config)
-    run = Run(path, None, {"data_sha256": fingerprint(splits)})
-    evaluate_run(run, splits, config)
+    run = Run(path, None, {}, data=data_digests(config))
+    evaluate_run(run, load_splits(config), config)
     run.close()
     print((path / "report.md").read_text(encoding="utf-8"))
 

@@ -27,7 +27,7 @@ from common.checkpoint.pretrained import (
     new_encoder,
 )
 from common.checkpoint.probe import check_architecture
-from common.checkpoint.run import read_best, warn_of_precision
+from common.checkpoint.run import best_folder, compare_model, read_best, warn_of_precision
 from common.seed import seed_everything
 from embeddings.batching import Tokens, make_chunks, pad, tokenize
 from embeddings.bidirectional import make_bidirectional
@@ -157,23 +157,33 @@ def load_merged(config: Config, adapter: Path, dtype: torch.dtype | None) -> nn.
 def load_embedder(config: Config, base: bool = False) -> tuple[Embedder, PreTrainedTokenizerFast]:
     """The run's best model, ready for use on this machine's device, and its tokenizer; base: the config's model itself.
 
-    Before the run's end best/ holds only the adapter: it is merged here. Raises UserError.
+    Before the run's end best/ holds only the adapter: it is merged here, if the config's model is that of the run.
+    Raises UserError.
     """
-    device = pick_device()
-    amp = autocast_dtype(config.amp, device)
-    dtype = amp or torch.float32
+    device, path = pick_device(), run_path(config)
+    dtype = autocast_dtype(config.amp, device) or torch.float32
 
-    def load(folder: Path | None) -> tuple[bool, PreTrainedTokenizerFast, nn.Module]:
-        if folder is None or (folder / "modules.json").exists():
-            return True, find_tokenizer(config, folder), load_backbone(config, dtype, folder)
-        return False, find_tokenizer(config), load_merged(config, folder / "adapter", dtype)
+    def load(folder: Path | None) -> tuple[PreTrainedTokenizerFast, nn.Module]:
+        if folder is not None and (folder / "modules.json").exists():
+            return find_tokenizer(config, folder), load_backbone(config, dtype, folder)
+        if (path / "config.json").exists():
+            compare_model(path, config.model)
+        if folder is None:
+            return find_tokenizer(config), load_backbone(config, dtype)
+        return find_tokenizer(config), load_merged(config, folder / "adapter", dtype)
 
-    finished, tokenizer, encoder = load(None) if base else read_best(run_path(config), load)
-    if not base:
-        warn_of_precision(run_path(config), amp)
-    if not finished:
-        print("the run is not finished: this is its best step so far", file=sys.stderr)
+    tokenizer, encoder = load(None) if base else read_best(path, load)
     return Embedder(encoder.to(device), config.pooling).eval(), tokenizer
+
+
+def warn_of_use(config: Config, base: bool = False) -> None:
+    """Tell where scores and vectors can differ from the run's own, or from those of its end. Raises UserError."""
+    if base:
+        return
+    path = run_path(config)
+    if not (best_folder(path) / "modules.json").exists():
+        print("the run is not finished: this is its best step so far", file=sys.stderr)
+    warn_of_precision(path, autocast_dtype(config.amp, pick_device()))
 
 
 # Saving

@@ -38,7 +38,7 @@ from common.checkpoint.files import read_json, write_json, write_text
 from embeddings.batching import tokenize
 from embeddings.cli import displayed, run_path
 from embeddings.config import Config
-from embeddings.model import Embedder, embed_tokens, load_embedder
+from embeddings.model import Embedder, embed_tokens, load_embedder, warn_of_use
 from embeddings.report import table
 from embeddings.rows import is_empty
 
@@ -124,6 +124,7 @@ def run_tasks(config: Config, base: bool, tasks: list[AbsTask]) -> tuple[ModelRe
         read_json(path)  # mteb's cache: a kill can leave half a file
     empty_path = folder / "empty_documents.json"
     empty = read_json(empty_path) if empty_path.exists() else {}
+    warn_of_use(config, base)
     encoder = TextEncoder(*load_embedder(config, base), config, f"embeddings/{folder.parent.name}{'-base' * base}")
     progress = sys.stderr.isatty()
     if not progress:

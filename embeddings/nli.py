@@ -4,7 +4,6 @@ prepare.py tells of the formats. Pairs become triplets by premise: of each that 
 hypothesis and the first contradicted one.
 """
 
-import csv
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import zip_longest
@@ -14,12 +13,13 @@ from typing import NamedTuple
 from pydantic import BaseModel, create_model
 
 from common.checkpoint import UserError
+from common.checkpoint.rows import TABLES
+from common.checkpoint.rows import read_rows as rows_of
 from embeddings.rows import (
     Triplet,
     decoded_lines,
     is_empty,
     normalize,
-    parse_line,
     parse_row,
     read_header,
     read_lines,
@@ -29,7 +29,7 @@ from embeddings.rows import (
 TRIPLET = ("anchor", "positive", "negative")
 SIMCSE = ("sent0", "sent1", "hard_neg")
 PAIR = ("gold_label", "sentence1", "sentence2")
-READY = ("SimCSE CSV", "triplet JSONL")  # formats with triplets, not pairs
+READY = ("SimCSE CSV", "triplet rows")  # formats with triplets, not pairs
 LABELS = ("entailment", "neutral", "contradiction", "-")  # -: the annotators did not agree
 
 Row = tuple[int, list[str | None]]  # its line, and the texts of SIMCSE, TRIPLET or PAIR
@@ -44,26 +44,15 @@ class Source(NamedTuple):
     unread: Counter
 
 
-# Lines of JSON, of which the first tells its format by its keys. A text may be empty: it is dropped and counted.
+# Rows, of which the first tells the format by its keys. A text may be empty: it is dropped and counted.
 PairRow = create_model("PairRow", **dict.fromkeys(PAIR, str))
 TripletRow = create_model("TripletRow", anchor=str, positive=str, negative=(str | None, None))
+SimcseRow = create_model("SimcseRow", **dict.fromkeys(SIMCSE, str))
 
 
-def read_jsonl(path: Path, schema: type[BaseModel], unread: Counter) -> Iterator[Row]:
-    for number, line in read_lines(path):
-        yield number, [value for _, value in parse_row(schema, path, number, parse_line(path, number, line), unread)]
-
-
-def read_csv(path: Path) -> Iterator[Row]:
-    """The number of its first line and the fields of each row; quotes may hold commas and line ends."""
-    reader, number = csv.reader((line for _, line in decoded_lines(path)), strict=True), 1
-    try:
-        for fields in reader:
-            if fields:
-                yield number, fields
-            number = reader.line_num + 1
-    except csv.Error as error:
-        raise UserError(f"{path}, line {number}: expected CSV with quotes ({error})") from error
+def as_schema(path: Path, schema: type[BaseModel], unread: Counter) -> Iterator[Row]:
+    for number, row in rows_of(path):
+        yield number, [value for _, value in parse_row(schema, path, number, row, unread)]
 
 
 def read_columns(path: Path, rows: Iterator[Row], names: tuple, unread: Counter) -> Iterator[Row]:
@@ -98,19 +87,17 @@ def read_rows(path: Path, unread: Counter) -> tuple[str, Iterator[Row]]:
     if path.name.startswith("s1."):
         return "parallel files", read_parallel(path)
     number, line = next(read_lines(path), (1, ""))
-    if line.lstrip().startswith("{"):
-        keys = parse_line(path, number, line).keys()
-        if keys >= set(PAIR):
-            return "NLI JSONL", read_jsonl(path, PairRow, unread)
-        if keys >= set(TRIPLET[:2]):
-            return "triplet JSONL", read_jsonl(path, TripletRow, unread)
-    if set(line.split("\t")) >= set(PAIR):
-        rows = ((number, line.split("\t")) for number, line in read_lines(path))
-        return "NLI TSV", read_columns(path, rows, PAIR, unread)
-    if set(line.replace('"', "").split(",")) >= set(SIMCSE):
-        return "SimCSE CSV", read_columns(path, read_csv(path), SIMCSE, unread)
+    if set(line.split("\t")) >= set(PAIR):  # quotes are text
+        lines = ((number, line.split("\t")) for number, line in read_lines(path))
+        return "NLI TSV", read_columns(path, lines, PAIR, unread)
+    if line.lstrip().startswith("{") or path.suffix.lower() in TABLES:
+        _, row = next(rows_of(path), (number, {}))
+        forms = {"NLI rows": PairRow, "SimCSE CSV": SimcseRow, "triplet rows": TripletRow}
+        for form, schema in forms.items():
+            if all(name in row for name, field in schema.model_fields.items() if field.is_required()):
+                return form, as_schema(path, schema, unread)
     simcse, pair, triplet = (", ".join(names) for names in (SIMCSE, PAIR, TRIPLET))
-    formats = f"a header with {simcse} or {pair} (with tabs), or JSON with the latter or {triplet}"
+    formats = f"JSON lines or a .csv or .tsv with a header, with {simcse}, {pair} or {triplet}"
     raise UserError(f"{path}, line {number}: {line.strip()!r:.160} is of no known format: {formats}")
 
 

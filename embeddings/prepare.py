@@ -8,7 +8,7 @@ What --nli takes, told apart by content:
   SimCSE CSV      its header has sent0, sent1, hard_neg: a triplet a row
   NLI JSONL, TSV  SNLI's and MultiNLI's own files: gold_label, sentence1, sentence2 (TSV by its header, quotes are text)
   parallel files  s1.x, s2.x, labels.x: a folder of them (each x in it), or the path of one s1.x
-  triplet JSONL   anchor, positive and, in all rows of all sources or in none, negative
+  triplet rows    anchor, positive and, in all rows of all sources or in none, negative (JSON lines, .csv or .tsv)
 
 Pairs become triplets by premise: each premise with entailed and contradicted hypotheses gives one, of the first of
 each. Further ones would repeat the anchor, and no two rows of a batch may. data_dir gets train.jsonl, sts-dev.csv, if

@@ -10,7 +10,8 @@ import regex
 from pydantic import BaseModel, BeforeValidator, ValidationError
 
 from common.checkpoint import UserError
-from common.checkpoint.files import first_repeated, parse_object, unread_keys
+from common.checkpoint.files import first_repeated, unread_keys
+from common.checkpoint.rows import NO_NAME, decode
 
 
 class Triplet(NamedTuple):
@@ -71,20 +72,12 @@ Text = Annotated[str, BeforeValidator(filled)]
 Row = TypeVar("Row", bound=BaseModel)
 
 
-def decode(line: bytes, number: int) -> str:
-    """A line's text. Raises ValueError for what is not UTF-8."""
-    try:
-        return line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"expected UTF-8, found byte {error.object[error.start]:#x} ({error.reason})") from error
-
-
 def decoded_lines(path: Path) -> Iterator[tuple[int, str]]:
     """The number and text of every line, with its end. Raises UserError for what is not UTF-8."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                yield number, decode(line, number)
+                yield number, decode(line)
             except ValueError as error:
                 raise UserError(f"{path}, line {number}: {error}") from error
 
@@ -96,16 +89,8 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
             yield number, text.rstrip("\r\n")
 
 
-def parse_line(path: Path, number: int, line: str) -> dict:
-    """A line's JSON object. Raises UserError naming file and line."""
-    try:
-        return parse_object(line)
-    except ValueError as error:
-        raise UserError(f"{path}, line {number}: {error}") from error
-
-
 def parse_row(schema: type[Row], path: Path, number: int, row: dict, unread: Counter[str]) -> Row:
-    """A JSON object as the schema's; keys that nobody reads are counted.
+    """A row as the schema's; keys that nobody reads are counted.
 
     Raises UserError naming file, line, value and what was expected.
     """
@@ -130,6 +115,6 @@ def read_header(path: Path, number: int, header: list[str], known: tuple[str, ..
     try:
         if repeated := first_repeated([name for name in header if name]):
             raise ValueError(f"the column {repeated!r} stands there twice")
-        return [header.index(name) for name in known], [n or "(no name)" for n in unread_keys(header, known, NEAR)]
+        return [header.index(name) for name in known], [n or NO_NAME for n in unread_keys(header, known, NEAR)]
     except ValueError as error:
         raise UserError(f"{path}, line {number}: {error}") from error

@@ -33,7 +33,7 @@ from common.seed import seed_everything, seed_micro_batch
 from embeddings.batching import Tokens, chunk_texts, draw_epochs, pad, rows_missed, tokenize, tokenize_rows
 from embeddings.cli import displayed, run_path, run_script, run_settings
 from embeddings.config import Config
-from embeddings.dataset import fingerprint, load_splits
+from embeddings.dataset import data_digests, load_splits
 from embeddings.evaluate import evaluate_run, validate
 from embeddings.grad_cache import cached_backward
 from embeddings.lora import save_adapter
@@ -116,7 +116,8 @@ def main(config: Config, check: bool = False) -> int | None:
     path = run_path(config)
     processes = start_processes()
     rank, world, device = processes
-    if not check and (results := read_results(path, run_settings(config))):
+    data = data_digests(config)
+    if not check and (results := read_results(path, run_settings(config), data)):
         print(f"finished before\n{last_line(results, displayed(path))}")
         return end_processes()
     seed_everything(config.seed, config.deterministic)
@@ -153,8 +154,8 @@ def main(config: Config, check: bool = False) -> int | None:
     state = dict(model=trained, optimizer=optimizer, scheduler=scheduler, scaler=scaler, best=best, progress=progress)
     score_dev = partial(validate, model, dev_tokens, dev, config, processes)
     if not check:
-        same = {"data_sha256": fingerprint(splits), "autocast": str(dtype), "processes": world}
-        run = rank_0_first(partial(Run, path, run_settings(config), same, info, writes=rank == 0), processes)
+        same = {"autocast": str(dtype), "processes": world}
+        run = rank_0_first(partial(Run, path, run_settings(config), same, info, rank == 0, data), processes)
         start = f"resuming from step {progress.step} of {total_steps}" if run.restore(state) else "starting"
         print(f"{start} in {displayed(path)}")
         if progress.step == 0:
@@ -247,4 +248,4 @@ def main(config: Config, check: bool = False) -> int | None:
 
 if __name__ == "__main__":
     flag = {"action": "store_true", "help": "read all data, run one batch, write nothing"}
-    sys.exit(run_script(main, __doc__, check=flag))
+    sys.exit(run_script(main, __doc__, resumes=True, check=flag))

@@ -101,7 +101,7 @@ def test_what_teaches_nothing_or_is_judged_is_dropped_and_counted_by_reason_and_
 @pytest.mark.parametrize(
     "name, text, words",
     [
-        ("nli.csv", 'sent0,sent1,hard_neg\n"a\nb",b,c\na,"b,c\n', ["line 4", "quotes"]),
+        ("nli.csv", 'sent0,sent1,hard_neg\n"a\nb",b,c\na,"b,c\n', ["line 4", "quote"]),
         ("nli.csv", "sent0,sent1,negative\na,b,c\n", ["line 1", "no known format"]),
         ("snli.jsonl", json.dumps(dict(zip(KEYS, ("maybe", "a", "b")))), ["line 1", "label is 'maybe'"]),
         ("snli.tsv", "\t".join(KEYS) + "\nentailment\ta\tCaf\udce9\n", ["line 2", "UTF-8", "0xe9"]),

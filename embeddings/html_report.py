@@ -60,7 +60,7 @@ def tables(markdown: str) -> str:
             parts, rows = [*parts, "</table>"], []
         if found := re.match("(#+|-)? *(.+)", line):
             tag = {"#": "h1", "##": "h2", None: "p", "-": "p"}.get(found[1], "h3")
-            parts.append(f"<{tag} dir=auto>{escape(unescape(found[2]))}</{tag}>")
+            parts.append(f"<{tag} dir=auto>{escape(found[2])}</{tag}>")
     return "\n".join(parts)
 
 

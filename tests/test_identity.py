@@ -40,9 +40,10 @@ def test_train_goes_on_with_the_settings_of_the_run_it_is_given(project, short_r
     said = ran(script, "--run_dir", run, cwd=tmp_path).splitlines()
     assert "config.py has otherwise" in said[0] and "max_steps 0 (there 6)" in said[0] and "run_dir" not in said[0]
     assert said[1] == "finished before" and said[2].startswith("done | ")
-    flags = ("--run_dir", run, "--sample")
-    assert "batch_size 1" not in ran(script, *flags, "--max_steps", "6", "--batch_size", "16").split("\n")[0]
+    flags = ("--run_dir", run, *short_flags(project))  # as it was begun
+    assert len(ran(script, *flags).splitlines()) == 2
     refused(run_here(script, *flags, "--seed", "7"), "--seed", "42", "fixed", code=2)
+    refused(run_here(script, "--run_dir", run, "--sample"), "--preset sample", "fixed", code=2)
     refused(run_here(script, "--run_dir", run, "--max_steps", "7"), "--max_steps", "6", "fixed", code=2)
 
 

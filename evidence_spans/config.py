@@ -10,7 +10,7 @@ class Config(BaseModel, frozen=True, extra="forbid", strict=True, validate_defau
     model: str = Field("SpanBERT/spanbert-base-cased", min_length=1, description="encoder: name on the hub or a folder")
     init: Literal["pretrained", "random"] = Field("pretrained", description="random: the model's shape, new weights")
     data_dir: str = Field("evidence_spans/data", description="folder of ReDSM5's or SQuAD's files, or a JSON file")
-    run_dir: str = Field("", description="folder of the run; empty: evidence_spans/runs/<model>-<8 hex of the config>")
+    run_dir: str = Field("", description="folder of the run; empty: evidence_spans/runs/<model>-<data>-<8 hex>")
     validation_fraction: float = Field(0.1, gt=0, le=0.45, description="share of the posts that chooses the epoch")
     test_fraction: float = Field(0.1, gt=0, le=0.45, description="share of the posts for test")
     split_seed: int = Field(42, ge=0, lt=2**32, description="seed of the splits; stays while seed varies")

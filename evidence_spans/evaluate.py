@@ -3,7 +3,8 @@
     python evidence_spans/evaluate.py --run_dir evidence_spans/runs/...
     python evidence_spans/evaluate.py --run_dir evidence_spans/runs/... --split val --metrics_output val.json
 
-With --split only that split is scored, its table printed, and nothing in the run is written.
+With --split only that split is scored, its table printed, and nothing in the run is written; with --data the same of a
+labelled file that the run need not know, and its worst errors are printed too.
 """
 
 import json
@@ -11,7 +12,7 @@ import math
 import sys
 from dataclasses import asdict
 from functools import cache
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 
 if not __package__:  # run as a script: import from the repository root, not from this folder
@@ -25,9 +26,9 @@ from transformers import PreTrainedTokenizerFast
 from common.checkpoint import UserError
 from common.checkpoint.environment import autocast_dtype, pick_device
 from common.checkpoint.files import write_json, write_text
-from common.checkpoint.run import Run, best_folder, read_best, warn_of_precision
+from common.checkpoint.run import Run, best_folder, read_best, read_run, warn_of_precision
 from evidence_spans.answers import Decoding, answer, answer_row, no_answer_probability, several_answers
-from evidence_spans.cli import run_path, run_script
+from evidence_spans.cli import FREE, run_path, run_script
 from evidence_spans.config import Config
 from evidence_spans.dataset import (
     Split,
@@ -36,9 +37,13 @@ from evidence_spans.dataset import (
     load_examples,
     make_loader,
     make_split,
+    read_source,
+    same_text,
     sorted_batches,
 )
+from evidence_spans.errors import error_lines, error_page, worst_errors
 from evidence_spans.formats import Example
+from evidence_spans.html_report import page
 from evidence_spans.loss import span_loss
 from evidence_spans.model import MODEL_INPUTS, SpanModel, find_tokenizer, load_model
 from evidence_spans.postprocess import Prediction, best_spans, merge_windows, sentences
@@ -142,68 +147,99 @@ def write_lines(path: Path, rows: list[dict]) -> None:
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def evaluate_run(
-    run: Run,
+def score_splits(
     splits: dict[str, Split],
     best: tuple[PreTrainedTokenizerFast, SpanModel, Decoding],
     cautions: list[str],
     config: Config,
     dtype: torch.dtype | None,
-) -> tuple[dict, list[dict]]:
-    """Scores of the best model, as load_best gives it, on the given splits but train, and a row for each example.
-
-    Where both validation and test are given, predictions/ and report.md are written into the run.
-    """
+) -> tuple[dict, dict[str, list[dict]]]:
+    """Scores of a best model, as load_best gives it, on the given splits but train, and of each a row an example."""
     tokenizer, model, decoding = best
     model.to(pick_device())
-    scores, rows = {"decoding": asdict(decoding)}, []
-    names = [name for name in splits if name != "train"]
-    for name in names:
+    scores, rows = {"decoding": asdict(decoding)}, {}
+    for name in (name for name in splits if name != "train"):
         predictions, loss = predict(model, splits[name], tokenizer, decoding.max_answer_length, config, dtype)
-        scores[name] = score_split(predictions, splits[name].examples, loss, decoding)
+        scores[name], rows[name] = score_split(predictions, splits[name].examples, loss, decoding), []
         for example, prediction in zip(splits[name].examples, predictions):
             more = {"post": example.post, "question": example.question, "gold": example.texts, "split": name}
-            rows.append(answer_row(example.id, example.context, prediction, decoding, **more))
-    scores["cautions"] = cautions + find_low_scores(scores)
-
-    if len(names) == 2:
-        (run.path / "predictions").mkdir(exist_ok=True)
-        for name in names:
-            lines = [{key: row[key] for key in row if key != "n_best"} for row in rows if row["split"] == name]
-            write_lines(run.path / "predictions" / f"{name}_predictions.jsonl", lines)
-        write_text(run.path / "report.md", report(scores, run.evaluations(), config))
-    return scores, rows
+            rows[name].append(answer_row(example.id, example.context, prediction, decoding, **more))
+    return scores | {"cautions": cautions + find_low_scores(scores)}, rows
 
 
-def main(config: Config, split: str, metrics_output: str, predictions_output: str) -> None:
-    path, names = run_path(config), SPLITS[split]
+def write_reports(run: Run, test: Split, scores: dict, rows: dict[str, list[dict]], config: Config) -> None:
+    """report.md, report.html and predictions/ of a run, from what score_splits gives."""
+    (run.path / "predictions").mkdir(exist_ok=True)
+    for name, some in rows.items():
+        lines = [{key: row[key] for key in row if key != "n_best"} for row in some]
+        write_lines(run.path / "predictions" / f"{name}_predictions.jsonl", lines)
+    lines, errors = report(scores, run.evaluations(), config), worst_errors(test.examples, rows["test"])
+    write_text(run.path / "report.md", "\n".join([*lines, *error_lines(errors, "test")]))
+    html = page("\n".join(lines), run.records(), config.metric, error_page(errors, "test"))
+    write_text(run.path / "report.html", html)
+
+
+def describe_data(data: Path, examples: list[Example], config: Config) -> list[str]:
+    """What a labelled file is to a run: its size, and how far the run was trained or chosen on it."""
+    lines = [f"# {data}", "", f"{len(examples)} examples, scored by the best model of {run_path(config)}: its epoch,"]
+    lines += ["thresholds and calibration were chosen on that run's own validation.", ""]
+    recorded = read_run(run_path(config))["environment"].get("data") or {}
+    here = data_digests(config.model_copy(update={"data_dir": str(data)}))
+    if same := [name for name, digest in here.items() if digest in recorded.values()]:
+        lines += [f"- The run was trained and chosen on this very file: {', '.join(same)}"]
+    try:
+        if data_digests(config) != recorded:
+            raise UserError("it has changed")
+        texts = {same_text(example.context) for example in load_examples(config)[0]["train"]}
+    except (UserError, OSError) as error:
+        return [*lines, f"- How many of its texts the run was trained on is not known, its data is not there: {error}"]
+    known = sum(same_text(example.context) in texts for example in examples)
+    return [*lines, f"- {known} of the {len(examples)} examples have a text that the run was trained on"]
+
+
+def main(config: Config, split: str, data: str, metrics_output: str, predictions_output: str) -> None:
+    path = run_path(config)
     for output in filter(None, (metrics_output, predictions_output)):
         if not Path(output).absolute().parent.is_dir():
             raise UserError(f"{output}: there is no such folder")
     dtype = autocast_dtype(config.amp, pick_device())
     best_folder(path)  # before the lock: where there is no run, none is made
-    run = Run(path, None, {}, data=data_digests(config))
-    examples, _ = load_examples(config)
+    run = None
+    if data:
+        source = read_source(config.model_copy(update={"data_dir": str(Path(data).resolve())}))
+        examples, cautions = {"data": source.examples + source.test}, []
+        lines = [*describe_data(Path(data).resolve(), examples["data"], config), ""]
+    else:
+        run = Run(path, None, {}, data=data_digests(config))
+        examples, _ = load_examples(config)
+        lines, cautions = [], find_cautions(examples)
+        if run.results is None:
+            print("the run is not finished: this is its best epoch so far", file=sys.stderr)
     warn_of_precision(path, dtype)
-    if run.results is None:
-        print("the run is not finished: this is its best epoch so far", file=sys.stderr)
 
-    best, cautions = load_best(path, config), find_cautions(examples)
+    best, names = load_best(path, config), ("data",) if data else SPLITS[split]
     splits = {name: make_split(examples[name], best[0], config) for name in names}
-    scores, rows = evaluate_run(run, splits, best, cautions, config, dtype)
-    run.close()
-    lines = score_lines(scores, names)
-    print((path / "report.md").read_text(encoding="utf-8") if split == "all" else "\n".join(lines))
+    scores, rows = score_splits(splits, best, cautions, config, dtype)
+    lines += score_lines(scores, names)
+    if data:
+        lines += error_lines(worst_errors(examples["data"], rows["data"]), data)
+    elif split == "all":
+        write_reports(run, splits["test"], scores, rows, config)
+        lines = [(path / "report.md").read_text(encoding="utf-8")]
+    if run:
+        run.close()
+    print("\n".join(lines))
     if metrics_output:
         write_json(Path(metrics_output), scores)
     if predictions_output:
-        write_lines(Path(predictions_output), rows)
+        write_lines(Path(predictions_output), [*chain(*rows.values())])
 
 
 if __name__ == "__main__":
     flags = {
         "split": {"choices": SPLITS, "default": "all", "help": "which split; all writes the report"},
+        "data": {"default": "", "help": "a SQuAD file or folder that is scored instead; nothing in the run is written"},
         "metrics_output": {"default": "", "help": "JSON file for all scores"},
         "predictions_output": {"default": "", "help": "JSON-lines file for all predictions with their n best"},
     }
-    sys.exit(run_script(main, __doc__, trained=True, **flags))
+    sys.exit(run_script(main, __doc__, trained=True, shown=FREE - {"model"}, **flags))

@@ -1,6 +1,7 @@
 """Tables for people, in Markdown: what is trained on, and how good the result is."""
 
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -10,11 +11,16 @@ from evidence_spans.formats import KINDS, Source
 
 
 def table(header: list[str], rows: list[list]) -> list[str]:
-    """A Markdown table, floats with four decimals, "-" for what is undefined."""
-    cells = [header, ["---"] * len(header)]
+    """A Markdown table, floats with four decimals, "-" for what is undefined; a text stays in its cell."""
+    cells = [[*map(cell, header)], ["---"] * len(header)]
     for row in rows:
-        cells.append([f"{c:.4f}" if isinstance(c, float) else "-" if c is None else str(c) for c in row])
+        cells.append([f"{c:.4f}" if isinstance(c, float) else "-" if c is None else cell(str(c)) for c in row])
     return ["| " + " | ".join(row) + " |" for row in cells] + [""]
+
+
+def cell(text: str) -> str:
+    """On one line, and nothing in it that ends a cell or that Markdown takes for HTML, a link or an image."""
+    return " ".join(text.split()).translate({ord(mark): f"&#{ord(mark)};" for mark in "|<&["})
 
 
 def print_summary(splits: dict[str, Split], source: Source, cautions: list[str], config: Config) -> None:
@@ -90,14 +96,14 @@ def last_line(results: dict, path: str) -> str:
 
 def find_low_scores(scores: dict) -> list[str]:
     """What to say where hardly an answer is found, and why that can be."""
-    found = {name: scores[name]["at_threshold"]["has_answer"] for name in ("validation", "test") if name in scores}
+    found = {name: score["at_threshold"]["has_answer"] for name, score in scores.items() if name != "decoding"}
     low = [name for name, score in found.items() if score["rows"] and score["f1"] < 0.1]
     why = "too few steps or too low a learning_rate, windows of which most hold no answer (--negatives_per_positive 1 "
     why += "draws fewer), or a threshold for data of which most have none (--metric f1_balanced)"
     return [f"f1 of those with an answer is near 0 on {' and '.join(low)}: {why} can be the reason"] if low else []
 
 
-def score_table(scores: dict, names: list[str]) -> list[str]:
+def score_table(scores: dict, names: Sequence[str]) -> list[str]:
     """One row for each split and rule."""
     threshold = scores["decoding"]["threshold"]
     rules = {"at_threshold": "never" if threshold is None else f"{threshold:.4f}, tuned on validation"}
@@ -115,7 +121,7 @@ def score_table(scores: dict, names: list[str]) -> list[str]:
     return table([*header, "f1 with answer", "exact match with answer", "f1 without answer", "token f1"], rows)
 
 
-def score_lines(scores: dict, names: list[str]) -> list[str]:
+def score_lines(scores: dict, names: Sequence[str]) -> list[str]:
     """The scores of these splits, what to say beside them, and what is counted."""
     lines = score_table(scores, names)
     lines += [f"- {caution}" for caution in scores["cautions"]] + [""] * bool(scores["cautions"])
@@ -123,8 +129,8 @@ def score_lines(scores: dict, names: list[str]) -> list[str]:
     return [*lines, "character is one.", ""]
 
 
-def report(scores: dict, history: list[dict], config: Config) -> str:
-    """The readable evaluation, in Markdown."""
+def report(scores: dict, history: list[dict], config: Config) -> list[str]:
+    """The readable evaluation, in lines of Markdown."""
     names, decoding = [name for name in ("validation", "test") if name in scores], scores["decoding"]
     lines = [f"# {config.model} on {config.data_dir}", ""]
     lines += ["Epoch, thresholds and calibration were chosen on validation, so its own rows flatter; test is only"]
@@ -142,5 +148,4 @@ def report(scores: dict, history: list[dict], config: Config) -> str:
     lines += table(["split", "loss", "Brier score of no answer"], rows)
     columns = ["epoch", "step", "train_loss", "loss", "f1", "exact_match", "f1_balanced"]
     lines += ["## Evaluations (validation, tuned threshold)", ""]
-    lines += table(columns, [[record[column] for column in columns] for record in history])
-    return "\n".join(lines)
+    return lines + table(columns, [[record[column] for column in columns] for record in history])

@@ -35,7 +35,7 @@ from evidence_spans.dataset import (
     make_loader,
     make_split,
 )
-from evidence_spans.evaluate import evaluate_run, load_best, validate, write_lines
+from evidence_spans.evaluate import load_best, score_splits, validate, write_lines, write_reports
 from evidence_spans.loss import span_loss
 from evidence_spans.model import MODEL_INPUTS, SpanModel, build_model, find_tokenizer, save_model
 from evidence_spans.report import evaluation_line, last_line, print_summary
@@ -217,7 +217,8 @@ def main(config: Config, check: bool = False, pause_after: int = 0) -> int | Non
         return run.close()
 
     # Final evaluation
-    scores, _ = evaluate_run(run, splits, load_best(path, config), cautions, config, dtype)
+    scores, rows = score_splits(splits, load_best(path, config), cautions, config, dtype)
+    write_reports(run, splits["test"], scores, rows, config)
     progress.note_memory(device)
     scores["not_found"] = len(source.not_found)
     results = run.finish(config.metric, best, progress, **scores)

@@ -1,18 +1,31 @@
 """evidence_spans on data that people bring: long documents in SQuAD's format, and a search that finds nothing."""
 
 import json
+import re
+import shutil
 from collections import Counter
+from html import unescape
+from threading import Thread
 
+import numpy as np
 import pytest
-from launch import config_of, ran, read_lines
+from launch import config_of, listing, ran, read_lines
 from test_evidence_spans_data import write_squad
 
+from common.checkpoint import UserError
 from evidence_spans import search, train
+from evidence_spans.cli import run_config
 from evidence_spans.dataset import draw_windows, load_examples, make_split
+from evidence_spans.errors import error_lines, worst_errors
+from evidence_spans.evaluate import describe_data
+from evidence_spans.formats import Example
+from evidence_spans.marks import marked
 from evidence_spans.model import find_tokenizer
-from evidence_spans.predict import read_lines as lines_of
+from evidence_spans.predict import load, predict, read_input
 from evidence_spans.report import drawn_line, find_low_scores
 from evidence_spans.windows import UnfitSettings
+
+ANSWERED = Example("a", "p", "Why?", "I weep.", ((0, 1),), "answered", False)
 
 
 def test_of_a_long_documents_windows_those_without_its_answer_are_drawn(tmp_path):
@@ -63,8 +76,8 @@ def test_predict_asks_every_question_of_a_squad_file(short_run, tmp_path):
     assert ran(*script, tmp_path / "one.json") == ran(*script, tmp_path / "many.json") == expected
 
     config = config_of("evidence_spans", question_form="empty")  # of which each text is one example
-    asked = [json.loads(line) for _, line in lines_of(None, None, str(tmp_path / "one.json"), config, Counter())]
-    assert asked == [{"text": text} for text in contexts]
+    asked = read_input(None, None, str(tmp_path / "one.json"), config, Counter())
+    assert [row for _, row in asked] == [{"text": text} for text in contexts]
 
 
 @pytest.mark.parametrize("tied", [9, 3])
@@ -89,3 +102,94 @@ def test_a_search_says_its_space_and_its_ties(tied, few_rows, tmp_path, monkeypa
         assert "all 9 trials tie" in out and "best:" not in out and trained[-1].name != "winner"
     else:
         assert "best: trial 0, with which 2 others tie" in out and trained[-1].name == "winner"
+
+
+def test_from_python_and_from_threads_the_answers_are_the_scripts(short_run, tmp_path):
+    run = short_run("evidence_spans")
+    rows = [{"id": n, "text": f"{n} I lie awake. " * (n % 7 + 1), "question": f"Why {n}?"} for n in range(20)]
+    rows[3] = {"context": "I weep."}  # all criteria
+    (tmp_path / "rows").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    out = ran("evidence_spans/predict.py", "--run_dir", run, "--input", tmp_path / "rows")
+    expected, model = [json.loads(line) for line in out.splitlines()], load(run)
+    assert predict(model, rows) == expected and len(expected) == 19 + 9 and not predict(model, [])
+    found: list = [None] * 4
+    threads = [Thread(target=lambda n=n: found.__setitem__(n, predict(model, rows))) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [expected] * 4
+    with pytest.raises(UserError, match="row 2: text is ' '"):
+        predict(model, [rows[0], {"text": " "}])
+
+
+def test_a_labelled_file_is_scored_and_named_for_what_it_is(short_run, few_rows, tmp_path):
+    """How many of its texts the run was trained on; whether it is the run's own; nothing in the run is written."""
+    run = shutil.copytree(short_run("evidence_spans"), tmp_path / "run")
+    splits = load_examples(config_of("evidence_spans", data_dir=str(few_rows("evidence_spans"))))[0]
+    texts = [splits["train"][0].context.upper(), splits["test"][0].context, "I lie awake."]
+    write_squad(tmp_path / "x.json", *((text, f"e{n}", "Why?", [(text[:6], 0)]) for n, text in enumerate(texts)))
+    before, script = listing(run), ("evidence_spans/evaluate.py", "--run_dir", run, "--data")
+    out = ran(*script, tmp_path / "x.json", "--metrics_output", tmp_path / "m.json")
+    assert "x.json" in out and "1 of the 3 examples have a text that the run was trained on" in out
+    scores = json.loads((tmp_path / "m.json").read_text(encoding="utf-8"))
+    rows = Counter(line.split(" | ")[0] for line in out.splitlines())
+    assert scores["data"]["at_threshold"]["rows"] == 3 and rows["| data"] == 3 and "## The 30 worst errors" in out
+    assert listing(run) == before
+    config = run_config(run)
+    gone = describe_data(tmp_path / "x.json", [], config.model_copy(update={"data_dir": str(tmp_path / "gone")}))
+    assert "is not known" in gone[-1] and "very file" not in "".join(gone)
+    own = "\n".join(describe_data(few_rows("evidence_spans"), splits["train"], config))
+    assert "on this very file: redsm5_posts.csv, redsm5_annotations.csv" in own
+    assert f"{len(splits['train'])} of the {len(splits['train'])} examples" in own
+
+
+def test_the_worst_errors_are_those_whose_right_answer_is_least_probable():
+    text = "I weep. Tea. I lie awake."
+    wrong = [("e0", "Tea.", 0.2), ("e1", "", 0.6), ("e2", "Tea.", 0.0), ("e3", "I WEEP", 0.1)]
+    examples, rows = [], []
+    for name, found, probability in wrong:
+        examples.append(ANSWERED._replace(id=name, context=text, answers=((0, 7), (13, 25))))
+        start = text.lower().find(found.lower()) if found else None
+        n_best = [{"text": "I weep.", "probability": probability}, {"text": "Tea.", "probability": 0.3}]
+        end = start + len(found) if found else None
+        rows.append({"answer": found, "start": start, "end": end, "probability": 0.5, "n_best": n_best})
+    examples.append(ANSWERED._replace(id="e4", context=text, answers=()))
+    rows.append(rows[0] | {"n_best": [{"text": "", "probability": 0.1}]})
+    errors = worst_errors(examples, rows)
+    assert [(e.example.id, e.probability) for e in errors] == [("e2", 0.0), ("e4", 0.1), ("e0", 0.2), ("e1", 0.6)]
+    lines = error_lines(errors, "test")
+    assert (
+        "| e1 | Why? | &#91;&#91;I weep.]] Tea. I lie awake. / I weep. Tea. &#91;&#91;I lie awake.]] | none |"
+        in lines[9]
+    )
+    assert "4 answers" in lines[2] and len(error_lines([], "test")) == 4
+
+
+def test_each_character_is_marked_for_what_it_is():
+    """Of spans that overlap, with what HTML would take for markup; of long texts what stands beside them is kept."""
+    generator = np.random.default_rng(0)
+    kinds = {"": (False, False), "<mark>": (True, False)}
+    kinds |= {f'<mark class="{name}">': (name == "both", True) for name in ("wrong", "both")}
+    for _ in range(200):
+        text = "".join(generator.choice([*"ab <>&\"'\n", "\u05d0", "<mark>", "👩‍🚀"], 30))
+        gold, found = ([tuple(sorted(generator.choice(len(text) + 1, 2, replace=False).tolist()))
+                        for _ in range(generator.integers(0, 4))] for _ in range(2))  # fmt: skip
+        pieces = re.findall(r"(<mark[^>]*>)?((?:[^<]|&\w+;)+)(?:</mark>)?", marked(text, gold, found))
+        seen = [(letter, *kinds[tag]) for tag, piece in pieces for letter in unescape(piece)]
+        assert seen == [(letter, *(any(a <= n < b for a, b in spans) for spans in (gold, found)))
+                        for n, letter in enumerate(text)]  # fmt: skip
+    long = "a" * 500 + "bc" + "d" * 500
+    assert marked(long, [(500, 502)], [(501, 502)], 3) == ' … aaa<mark>b</mark><mark class="both">c</mark>ddd … '
+
+
+def test_texts_are_shown_as_a_page(short_run, tmp_path):
+    run, page = short_run("evidence_spans"), tmp_path / "spans.html"
+    text = "<script>alert(1)</script> I lie awake. " * 300
+    flags = ("--text", text, "--question", "<b>Why?", "--html", page, "--several")
+    out = ran("evidence_spans/predict.py", "--run_dir", run, *flags)
+    html = page.read_text(encoding="utf-8")
+    assert "<script" not in html and "<b>" not in html
+    assert len(json.loads(out)["answers"]) == html.count("<mark>")
+    report = (run / "report.html").read_text(encoding="utf-8")
+    assert report.count("<h3") <= 30 and '<mark class="wrong">' in report and "<svg" in report

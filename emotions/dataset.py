@@ -1,14 +1,13 @@
-"""Texts and their emotions: JSON lines -> rows -> splits with labels and lengths -> batches of token ids.
+"""Texts and their labels: JSON lines or tables -> rows -> splits with labels and lengths -> batches of token ids.
 
-A line: {"text": "...", "labels": ["joy", "love"], "known": [...], "source": "goemotions", "id": "..."}. known names the
+A row: {"text": "...", "labels": ["joy", "love"], "known": [...], "source": "goemotions", "id": "..."}. known names the
 labels that the row's source can express: the others are neither present nor absent and count nowhere. Without it all
-are known. labels.txt names all there are. prepare.py writes these files. sampling.py chooses the rows of an epoch.
+are known. In a table | stands between labels. labels.txt names all there are. prepare.py writes these files.
+sampling.py chooses the rows of an epoch.
 
 N rows, B draws in a batch, M of them with a partner, T tokens, L labels
 """
 
-import hashlib
-import json
 import signal
 import unicodedata
 from collections.abc import Sequence
@@ -27,8 +26,11 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from common.checkpoint import ROOT, UserError
-from common.checkpoint.files import parse_object, unread_keys
+from common.checkpoint.files import unread_keys
+from common.checkpoint.identity import file_digest
 from common.checkpoint.pretrained import check_ids, check_texts
+from common.checkpoint.rows import data_file
+from common.checkpoint.rows import read_rows as read_fields
 from common.seed import epoch_generator
 from emotions.config import Config
 from emotions.labels import clean_name, label_numbers, load_labels
@@ -51,7 +53,7 @@ Name = Annotated[str, AfterValidator(clean_name)]
 
 
 class JsonRow(BaseModel):
-    """A line as its author writes it."""
+    """A row as its author writes it."""
 
     model_config = ConfigDict(strict=True)
     text: Annotated[str, StringConstraints(strip_whitespace=True)]
@@ -96,27 +98,18 @@ class Draw(NamedTuple):
     share: float = 0.0  # of the partner
 
 
-def decode(line: bytes) -> str:
-    """The text of a line without a byte order mark. Raises ValueError."""
-    try:
-        return line.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"expected UTF-8, found byte {error.object[error.start]:#x} ({error.reason})") from error
-
-
 def first_error(error: ValidationError) -> str:
-    """What is wrong with a line, its value, and what was expected."""
+    """What is wrong with a row, its value, and what was expected."""
     first = error.errors()[0]
-    name, *place = first["loc"] or ["the row"]
+    name, *place = first["loc"]
     if first["type"] == "missing":
-        return f"{name} is missing"
+        return f"{name} is missing; the keys are {', '.join(first['input'])}"
     verb = "holds" if place and isinstance(place[0], int) else "is"
     return f"{name} {verb} {first['input']!r:.80}, {first['msg'].replace('Input should be', 'expected')}"
 
 
-def parse_row(line: bytes, number: int, names: tuple[str, ...]) -> Row:
-    """One JSON line as a Row. Raises ValueError saying what is wrong with it."""
-    fields = parse_object(decode(line).strip())
+def parse_row(fields: dict, number: int, names: tuple[str, ...]) -> Row:
+    """The keys of a line as a Row. Raises ValueError saying what is wrong with it."""
     unread = unread_keys(fields, JsonRow.model_fields)
     try:
         row = JsonRow.model_validate(fields)
@@ -140,21 +133,33 @@ def parse_row(line: bytes, number: int, names: tuple[str, ...]) -> Row:
 
 
 def read_rows(path: Path, names: tuple[str, ...]) -> list[Row]:
-    """All rows of a JSON-lines file; blank lines are skipped. Raises UserError naming file and line."""
-    if not path.is_file():
-        ways = "`python emotions/prepare.py` makes it, --data_dir names your folder, --sample needs neither"
-        raise UserError(f"{path} not found: {ways}")
-    rows = []
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    rows.append(parse_row(line, number, names))
-                except ValueError as error:
-                    raise UserError(f"{path}, line {number}: {error}") from error
-    if not rows:
+    """All rows of a file; blank lines are skipped. Raises UserError naming file and line."""
+    found = []
+    for number, fields in read_fields(path):
+        try:
+            found.append(parse_row(fields, number, names))
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: {error}") from error
+    if not found:
         raise UserError(f"{path} holds no row")
-    return rows
+    return found
+
+
+def split_files(config: Config) -> dict[str, Path]:
+    """The file of each split; test may be missing. Raises UserError."""
+    folder = ROOT / config.data_dir
+    files = {name: data_file(folder, name) for name in ("train", "validation", "test")}
+    for name in ("train", "validation"):
+        if files[name] is None:
+            ways = "`python emotions/prepare.py` makes it, --data_dir names your folder, --sample needs neither"
+            raise UserError(f"{folder / name}.jsonl not found: {ways}")
+    return {name: path for name, path in files.items() if path}
+
+
+def data_digests(config: Config) -> dict[str, str]:
+    """The SHA-256 of each file that is read of data_dir. Raises UserError."""
+    labels = ROOT / config.data_dir / "labels.txt"
+    return {path.name: file_digest(path) for path in (*split_files(config).values(), *[labels] * labels.exists())}
 
 
 def multi_hot(labels: Sequence[tuple[int, ...]], count: int) -> np.ndarray:
@@ -165,11 +170,13 @@ def multi_hot(labels: Sequence[tuple[int, ...]], count: int) -> np.ndarray:
     return matrix
 
 
-def make_split(rows: list[Row], names: tuple[str, ...], tokenizer: PreTrainedTokenizerFast) -> Split:
+def make_split(
+    rows: list[Row], names: tuple[str, ...], tokenizer: PreTrainedTokenizerFast, silent: bool = False
+) -> Split:
     """The rows, tokenised 1,000 at a time for their lengths. Raises UserError for a token without an embedding."""
     check_texts(tokenizer, [row.text for row in rows])
     lengths = []
-    for start in tqdm(range(0, len(rows), 1000), delay=5, leave=False, disable=None, desc="tokenizing"):
+    for start in tqdm(range(0, len(rows), 1000), delay=5, leave=False, disable=silent or None, desc="tokenizing"):
         part = rows[start : start + 1000]
         ids = tokenizer([row.text for row in part], verbose=False)["input_ids"]  # verbose warns of what will be cut
         check_ids(ids, tokenizer, lambda row, part=part: f"line {part[row].line}")
@@ -205,27 +212,25 @@ def load_splits(
 
     labels: a trained model's, where there is one; else they are the folder's.
     """
-    folder = ROOT / config.data_dir
-    names = ["train", "validation"] + ["test"] * (folder / "test.jsonl").exists()
-    labels = labels or load_labels(folder)
-    rows = {name: read_rows(folder / f"{name}.jsonl", labels) for name in names}
+    files, labels = split_files(config), labels or load_labels(ROOT / config.data_dir)
+    read = {name: read_rows(path, labels) for name, path in files.items()}
 
     # Validation chooses the epoch and the thresholds.
-    if not any(row.labels for row in rows["validation"]):
-        raise UserError(f"{folder / 'validation.jsonl'} holds no label: nothing could choose the epoch")
-    if (count := len(rows["validation"])) < FOLDS:
-        raise UserError(f"{folder / 'validation.jsonl'} holds {count} rows, expected {FOLDS} or more to tune on")
+    if not any(row.labels for row in read["validation"]):
+        raise UserError(f"{files['validation']} holds no label: nothing could choose the epoch")
+    if (count := len(read["validation"])) < FOLDS:
+        raise UserError(f"{files['validation']} holds {count} rows, expected {FOLDS} or more to tune on")
 
     # A text that is scored must not be trained on.
-    lines = {same_text(row.text): row.line for row in rows["train"]}
-    for name in names[1:]:
-        for row in rows[name]:
+    lines = {same_text(row.text): row.line for row in read["train"]}
+    for name in [name for name in files if name != "train"]:
+        for row in read[name]:
             if (line := lines.get(same_text(row.text))) is not None:
                 raise UserError(
-                    f"{folder / name}.jsonl, line {row.line}: its text is also in train.jsonl, line {line}; "
+                    f"{files[name]}, line {row.line}: its text is also in {files['train'].name}, line {line}; "
                     "a text that is scored must not be trained on: remove one"
                 )
-    return {name: make_split(rows[name], labels, tokenizer) for name in names}
+    return {name: make_split(part, labels, tokenizer) for name, part in read.items()}
 
 
 def repeated_in_test(splits: dict[str, Split]) -> int:
@@ -243,12 +248,6 @@ def positives(split: Split) -> dict[str, int]:
 def absent(split: Split) -> list[str]:
     """The labels that some row knows and none has."""
     return [name for name, count in positives(split).items() if count == 0]
-
-
-def fingerprint(splits: dict[str, Split]) -> str:
-    """SHA-256 of all rows, labels and where they are: equal only for the same rows in the same splits."""
-    rows = {name: [split.names, *(row[:4] for row in split.rows)] for name, split in splits.items()}
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 def collate(draws: list[Draw], split: Split, tokenizer: PreTrainedTokenizerFast, max_length: int) -> dict[str, Tensor]:
@@ -304,6 +303,7 @@ def make_loader(
         batch_size=None,
         collate_fn=partial(collate, split=split, tokenizer=tokenizer, max_length=config.max_length),
         num_workers=config.num_workers,
+        generator=torch.Generator(),  # else the caller's would be drawn from
         worker_init_fn=ignore_signals,
         pin_memory=torch.cuda.is_available(),
     )

@@ -1,10 +1,12 @@
-"""Score a run's best model on validation and, where there is one, on test; write report.md and predictions/.
+"""Score a run's best model on validation and, where there is one, on test; write report.md, .html and predictions/.
 
     python emotions/evaluate.py --run_dir emotions/runs/...
+    python emotions/evaluate.py --run_dir emotions/runs/... --data more.csv    # any labelled file; writes nothing
 """
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 if not __package__:  # run as a script: import from the repository root, not from this folder
@@ -16,19 +18,34 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from common.checkpoint import UserError
+from common.checkpoint import ROOT, UserError
 from common.checkpoint.environment import autocast_dtype, pick_device
 from common.checkpoint.files import write_text
+from common.checkpoint.identity import file_digest
 from common.checkpoint.pretrained import load_shape
-from common.checkpoint.run import Run, read_best, warn_of_precision
-from emotions.cli import run_path, run_script
+from common.checkpoint.rows import data_file
+from common.checkpoint.run import Run, best_folder, read_best, read_run, warn_of_precision
+from emotions.cli import displayed, run_path, run_script
 from emotions.config import Config
-from emotions.dataset import Draw, Split, absent, fingerprint, load_splits, make_loader, positives, sorted_batches
+from emotions.dataset import (
+    Draw,
+    Split,
+    absent,
+    data_digests,
+    load_splits,
+    make_loader,
+    make_split,
+    positives,
+    read_rows,
+    same_text,
+    sorted_batches,
+)
+from emotions.html_report import page
 from emotions.labels import groupings, label_numbers
 from emotions.loss import class_weights, emotion_loss
 from emotions.model import EmotionClassifier, find_tokenizer, label_names, load_model
 from emotions.parallel import Processes, all_reduce, watchdog
-from emotions.report import report
+from emotions.report import details, report, score_rows, table, worst_errors
 from emotions.sampling import draw_weights, rank_batches
 from emotions.thresholds import Thresholds, cross_fitted, read_thresholds, thresholds_json, tune
 
@@ -40,6 +57,7 @@ def predict_logits(
     config: Config,
     dtype: torch.dtype | None,
     processes: Processes | None = None,
+    silent: bool = False,
 ) -> Tensor:
     """Logits (N, L) in fp32 on the CPU, in the order of the rows, in every process; batches are sorted by length.
 
@@ -53,7 +71,7 @@ def predict_logits(
     logits = torch.zeros(len(split), model.config.num_labels)
     model.eval()
     loader = make_loader(draws, split, tokenizer, config)
-    bar = tqdm(loader, leave=False, disable=processes.rank > 0 or None, desc="evaluating")
+    bar = tqdm(loader, leave=False, disable=silent or processes.rank > 0 or None, desc="evaluating")
     autocast = torch.autocast(device.type, dtype, enabled=dtype is not None)
     # no_grad, not inference_mode: a sharded model keeps what it gathers here for the next training step
     with watchdog(config.stall_seconds) as restart_watchdog, torch.no_grad(), autocast:
@@ -99,7 +117,7 @@ def group_metrics(split: Split, predictions: np.ndarray, groups: dict[str, tuple
     return multilabel_metrics(true, predicted, tuple(groups), decided)
 
 
-def score_split(logits: Tensor, split: Split, thresholds: Thresholds, loss: float) -> dict:
+def score_split(logits: Tensor, split: Split, thresholds: Thresholds, loss: float | None) -> dict:
     """All scores of (N, L) logits: at .5, at the shared and at the per-label thresholds, which are probabilities."""
     from common.metrics import mean_average_precision
 
@@ -156,6 +174,11 @@ def validate(
     return scores, thresholds_json(thresholds, split.names)
 
 
+def one_answer(predictions: np.ndarray, names: tuple[str, ...]) -> list[str] | None:
+    """The labels that all rows of predictions (N, L) have; None where rows differ."""
+    return [names[n] for n in np.flatnonzero(predictions[0])] if (predictions == predictions[0]).all() else None
+
+
 def evaluate_run(
     run: Run,
     splits: dict[str, Split],
@@ -173,7 +196,8 @@ def evaluate_run(
     drawn = draw_weights(train, config)
     weights = class_weights(config.class_weights, drawn @ train.labels, drawn @ train.known)
     per_label = dict(zip(names, thresholds.per_label.tolist()))
-    scores: dict = {"thresholds": {"shared": thresholds.shared, "per_label": per_label}, "test": None}
+    scores: dict = {"thresholds": {"shared": thresholds.shared, "per_label": per_label}}
+    scores |= dict.fromkeys(("validation", "test"))
     (run.path / "predictions").mkdir(exist_ok=True)
     for name in [name for name in splits if name != "train"]:
         split = splits[name]
@@ -182,24 +206,66 @@ def evaluate_run(
         if name == "validation":
             scores[name]["cross_fitted"] = cross_fitted_scores(logits, split, config)
             scores[name]["too_few"] = too_few(len(split), positives(split))
-        lines = []
-        for row, probability in zip(split.rows, probabilities(logits)):
+        lines, found = [], probabilities(logits)
+        scores[name]["one_answer"] = one_answer(found >= thresholds.per_label, names)
+        errors = worst_errors(split, found, thresholds.per_label)  # of the last split, which is test if there is one
+        for row, probability in zip(split.rows, found):
             predicted, by_name = answer(probability, thresholds.per_label, names)
             line = {"line": row.line, "id": row.id, "text": row.text, "labels": [names[n] for n in row.labels]}
             line |= {"predicted": predicted, "probabilities": by_name}
             lines.append(json.dumps(line, ensure_ascii=False) + "\n")
         write_text(run.path / "predictions" / f"{name}_predictions.jsonl", "".join(lines))
-    write_text(run.path / "report.md", report(scores, splits, run.evaluations(), config))
+    text = report(scores, splits, run.evaluations(), errors, config)
+    write_text(run.path / "report.md", text)
+    write_text(run.path / "report.html", page(text, run.records(), config.metric))
     return scores
 
 
-def main(config: Config) -> None:
+def seen_rows(split: Split, config: Config, recorded: dict[str, str]) -> str:
+    """How many of the split's texts the run was trained on, if its training file is still there as recorded."""
+    path = data_file(ROOT / config.data_dir, "train")
+    if path is None or recorded.get(path.name) != file_digest(path):
+        return "Whether the run was trained on some of its texts is not known: its training file is not there."
+    texts = {same_text(row.text) for row in read_rows(path, split.names)}
+    return f"{sum(same_text(row.text) in texts for row in split.rows)} of its texts are also in the run's {path.name}."
+
+
+def score_file(config: Config, file: Path) -> list[str]:
+    """The scores of a run's best model on another labelled file, as Markdown; nothing is written."""
+    path, device = run_path(config), pick_device()
+    model, tokenizer, tuned = read_best(path, partial(load_best, config))
+    split = make_split(read_rows(file, names := label_names(model.config)), names, tokenizer)
+    dtype, recorded = autocast_dtype(config.amp, device), read_run(path)["environment"].get("data") or {}
+    warn_of_precision(path, dtype)
+    logits = predict_logits(model.to(device), split, tokenizer, config, dtype)
+    scores = {"thresholds": {"shared": tuned.shared, "per_label": dict(zip(names, tuned.per_label.tolist()))}}
+    scores[file.name] = score_split(logits, split, tuned, loss=None)
+
+    lines = [f"# {displayed(file)}, scored by {displayed(path)}", ""]
+    lines += [f"{len(split)} rows. The epoch and the thresholds were chosen on the run's own validation rows."]
+    uses = {"train": "trained on", "validation": "chosen by", "test": "scored on once already"}
+    if same := [name for name, digest in recorded.items() if digest == file_digest(file)]:
+        lines += [f"This is the run's own {same[0]}, the rows it was {uses[Path(same[0]).stem]}."]
+    lines += [seen_rows(split, config, recorded), "", *table(*score_rows(scores))]
+    return lines + details(file.name, scores) + worst_errors(split, probabilities(logits), tuned.per_label)
+
+
+def load_best(config: Config, folder: Path) -> tuple[EmotionClassifier, PreTrainedTokenizerFast, Thresholds]:
+    """All that is read of a best folder."""
+    model = load_model(folder, config)
+    return model, find_tokenizer(config, folder), read_thresholds(folder, label_names(model.config))
+
+
+def main(config: Config, data: Path | None) -> None:
+    if data:
+        print("\n".join(score_file(config, data)))
+        return
     path = run_path(config)
     dtype = autocast_dtype(config.amp, pick_device())
-    # Before the lock: where there is no run, none is made
+    best_folder(path)  # before the lock: where there is no run, none is made
+    run = Run(path, None, {}, data=data_digests(config))
     tokenizer, shape = read_best(path, lambda folder: (find_tokenizer(config, folder), load_shape(folder)))
     splits = load_splits(config, tokenizer, label_names(shape))
-    run = Run(path, None, {"data_sha256": fingerprint(splits)})
     warn_of_precision(path, dtype)
     if run.results is None:
         print("the run is not finished: this is its best epoch so far", file=sys.stderr)
@@ -209,4 +275,6 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main, __doc__, trained=True))
+    settings = ("run_dir", "data_dir", "eval_batch_size", "num_workers", "amp")
+    flag = {"type": Path, "help": "a labelled file to score, in the form of train.jsonl or a table; writes nothing"}
+    sys.exit(run_script(main, __doc__, trained=True, shown=settings, data=flag))

@@ -145,4 +145,5 @@ def watchdog(seconds: int) -> Iterator[Callable[[], None]]:
     try:
         yield restart
     finally:
-        faulthandler.cancel_dump_traceback_later()
+        if seconds:
+            faulthandler.cancel_dump_traceback_later()

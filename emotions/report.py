@@ -19,11 +19,16 @@ def first_three(names: Sequence[str]) -> str:
 
 
 def table(header: list[str], rows: list[list]) -> list[str]:
-    """A Markdown table, floats with four decimals, "-" for what is undefined."""
-    cells = [header, ["---"] * len(header)]
+    """A Markdown table, floats with four decimals, "-" for what is undefined; a text stays in its cell."""
+    cells = [list(map(cell, header)), ["---"] * len(header)]
     for row in rows:
-        cells.append([f"{c:.4f}" if isinstance(c, float) else "-" if c is None else str(c) for c in row])
+        cells.append([f"{c:.4f}" if isinstance(c, float) else "-" if c is None else cell(str(c)) for c in row])
     return ["| " + " | ".join(row) + " |" for row in cells] + [""]
+
+
+def cell(text: str) -> str:
+    """On one line, and nothing in it that ends a cell or that Markdown takes for HTML, a link or an image."""
+    return " ".join(text.split()).translate({ord(mark): f"&#{ord(mark)};" for mark in "|<&["})
 
 
 def print_summary(splits: dict[str, Split], config: Config) -> None:
@@ -86,6 +91,8 @@ def last_line(results: dict, path: str) -> str:
         half, tuned = (test[key]["f1_macro"] for key in ("at_half", "at_per_label"))
         parts.append(f"test f1_macro {half:.4f} at .5, {tuned:.4f} at the tuned thresholds")
         parts[-1] += without_absent(test, test["at_per_label"])
+    if validation.get("one_answer") is not None:
+        parts.append("every text gets the same labels: report.md says why that can be")
     return " | ".join([*parts, f"{results['seconds']:.0f} s", f"results in {path}"])
 
 
@@ -97,10 +104,12 @@ def without_absent(scores: dict, metrics: dict) -> str:
     return f" ({'-' if mean is None else f'{mean:.4f}'} without {first_three(missing)}, of which it has no positive)"
 
 
-def report(scores: dict, splits: dict[str, Split], evaluations: list[dict], config: Config) -> str:
+def report(
+    scores: dict, splits: dict[str, Split], evaluations: list[dict], errors: list[str], config: Config
+) -> str:
     """report.md; its detail is of the test split, or of validation where there is no test.
 
-    evaluations: those of metrics.jsonl.
+    evaluations: those of metrics.jsonl; errors: worst_errors of the same split.
     """
     detail = "test" if "test" in splits else "validation"
     lines = [f"# {config.model} on {config.data_dir}", ""]
@@ -118,36 +127,71 @@ def report(scores: dict, splits: dict[str, Split], evaluations: list[dict], conf
             lines += [f"{name.capitalize()} has no positive of {first_three(missing)}: each counts as 0 in f1_macro."]
             lines += ["The mean over the others is f1_macro_occurring.", ""]
 
+    if (answered := scores["validation"]["one_answer"]) is not None:
+        same = f"the same labels ({', '.join(answered) or 'none'})"
+        lines += [f"Every text of validation gets {same}: the model has learned how frequent labels are and no more."]
+        lines += [f"With init random (here {config.init}) more epochs (here {config.epochs}) and a learning_rate of"]
+        lines += [f"1e-3 to 5e-3 (here {config.learning_rate:g}) can help, and pretrained weights do.", ""]
+
     # All splits at all thresholds
-    columns = ["split", "thresholds", *METRICS, "map", "labels true", "labels predicted"]
-    lines += ["## Scores", "", *table(columns, score_rows(scores))]
+    lines += ["## Scores", "", *table(*score_rows(scores))]
 
     # One split in detail, and the epochs
-    for name in groupings(splits[detail].names):
-        groups = scores[detail][name]["at_per_label"]["per_label"]
+    lines += details(detail, scores)
+    columns = ["epoch", "step", "train_loss", "loss", "map", "f1_macro_at_half", "f1_macro"]
+    lines += ["## Epochs (validation; f1_macro at the shared threshold that is best there)", ""]
+    lines += table(columns, [[record[column] for column in columns] for record in evaluations])
+    return "\n".join(lines + errors)
+
+
+def details(split: str, scores: dict) -> list[str]:
+    """A split's groups of labels and its labels, as tables."""
+    lines = []
+    for name in groupings(tuple(scores["thresholds"]["per_label"])):
+        groups = scores[split][name]["at_per_label"]["per_label"]
         rows = [[group, *metrics.values()] for group, metrics in groups.items()]
-        lines += [f"## {detail}: {name}, per-label thresholds", ""]
+        lines += [f"## {split}: {name}, per-label thresholds", ""]
         lines += table(["group", "precision", "recall", "f1", "support"], rows)
 
-    at_half, at_shared, own = (scores[detail][rule]["per_label"] for rule in ("at_half", "at_shared", "at_per_label"))
+    at_half, at_shared, own = (scores[split][rule]["per_label"] for rule in ("at_half", "at_shared", "at_per_label"))
     thresholds = scores["thresholds"]["per_label"]
     columns = ["label", "precision", "recall", "f1", "support", "threshold", "f1 at .5", "f1 at shared"]
     rows = [
         [name, *metrics.values(), thresholds[name], at_half[name]["f1"], at_shared[name]["f1"]]
         for name, metrics in own.items()
     ]
-    lines += [f"## {detail}: labels", "", *table(columns, rows)]
-
-    columns = ["epoch", "step", "train_loss", "loss", "map", "f1_macro_at_half", "f1_macro"]
-    lines += ["## Epochs (validation; f1_macro at the shared threshold that is best there)", ""]
-    lines += table(columns, [[record[column] for column in columns] for record in evaluations])
-    return "\n".join(lines)
+    return [*lines, f"## {split}: labels", "", *table(columns, rows)]
 
 
-def score_rows(scores: dict) -> list[list]:
-    """A row for each split and way to set the thresholds."""
+def worst_errors(split: Split, probability: np.ndarray, thresholds: np.ndarray) -> list[str]:
+    """The texts with a wrong label, those first of whose wrong labels one's truth had the lowest probability.
+
+    probability: (N, L); thresholds: (L,). What a row does not know is not wrong.
+    """
+    wrong = ((probability >= thresholds) != split.labels) & split.known
+    of_truth = np.where(wrong, np.where(split.labels, probability, 1 - probability), 2.0)  # (N, L), 2: not wrong
+    order = np.argsort(of_truth.min(axis=1), kind="stable")[: min(30, int(wrong.any(axis=1).sum()))]
+    rows = []
+    for n in order.tolist():
+        row, label = split.rows[n], int(of_truth[n].argmin())
+        text = row.text if len(row.text) <= 1000 else f"{row.text[:1000]}… (+{len(row.text) - 1000} characters)"
+        places = (np.flatnonzero(wrong[n] & (split.labels[n] == there)) for there in (True, False))
+        missed, added = ([split.names[place] for place in part] for part in places)
+        worst = f"{split.names[label]} {probability[n, label]:.4f}"
+        rows.append([row.line, text, ", ".join(missed) or "-", ", ".join(added) or "-", worst])
+    if not rows:
+        return ["## The worst errors", "", "None: every text has its labels."]
+    return [
+        *(f"## The {len(rows)} worst errors", ""),
+        *table(["line", "text", "labels missed", "labels too many", "probability of the worst"], rows),
+    ]
+
+
+def score_rows(scores: dict) -> tuple[list[str], list[list]]:
+    """The columns, and a row for each split and way to set the thresholds; validation's were tuned on itself."""
+    columns = ["split", "thresholds", *METRICS, "map", "labels true", "labels predicted"]
     rows, shared = [], f"{scores['thresholds']['shared']:.4f}"
-    for split in [name for name in ("validation", "test") if scores[name]]:
+    for split in [name for name in scores if name != "thresholds" and scores[name]]:
         tuned = "tuned" if split == "validation" else "tuned on validation"
         ways = {".5": "at_half", f"{shared}, {tuned}": "at_shared", f"per label, {tuned}": "at_per_label"}
         ways = {title: scores[split][rule] for title, rule in ways.items()}
@@ -157,4 +201,4 @@ def score_rows(scores: dict) -> list[list]:
         for title, metrics in ways.items():
             cardinality = [metrics["cardinality_true"], metrics["cardinality_predicted"]]
             rows.append([split, title, *(metrics[name] for name in METRICS), scores[split]["map"], *cardinality])
-    return rows
+    return columns, rows

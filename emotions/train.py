@@ -30,7 +30,7 @@ from common.checkpoint.run import Run, read_results
 from common.seed import seed_everything, seed_micro_batch
 from emotions.cli import displayed, run_path, run_script, run_settings
 from emotions.config import Config
-from emotions.dataset import Draw, Split, fingerprint, load_splits, make_loader
+from emotions.dataset import Draw, Split, data_digests, load_splits, make_loader
 from emotions.evaluate import evaluate_run, validate
 from emotions.gradient_health import collapse, gradient_health, parameter_group
 from emotions.loss import class_weights, emotion_loss
@@ -92,7 +92,7 @@ def refuse_non_finite(losses: list[float], grad_norm: float, step: int, draws: l
         if not math.isfinite(value):
             lines = ", ".join(str(train.rows[draw.row].line) for draw in batch)
             raise UserError(
-                f"the {what} is {value} at step {step + 1}, in the batch of train.jsonl lines {lines}; best/ is "
+                f"the {what} is {value} at step {step + 1}, in the batch of lines {lines} of train; best/ is "
                 "untouched. A lower learning_rate or amp off may help"
             )
 
@@ -120,7 +120,8 @@ def main(config: Config, check: bool = False) -> int | None:
     # Setup
     path = run_path(config)
     rank, world, device = processes = start_processes(config.stall_seconds)
-    if not check and (results := read_results(path, run_settings(config))):
+    data = data_digests(config)
+    if not check and (results := read_results(path, run_settings(config), data)):
         print(f"finished before\n{last_line(results, displayed(path))}")
         return end_processes()
     seed_everything(config.seed, config.deterministic)
@@ -156,8 +157,8 @@ def main(config: Config, check: bool = False) -> int | None:
     state = stateful(model, optimizer, config.shard)  # of a sharded model formed by all processes together
     state |= {"scheduler": scheduler, "scaler": scaler, "best": best, "progress": progress}
     if not check:
-        same = {"data_sha256": fingerprint(splits), "autocast": str(dtype), "processes": world}
-        run = rank_0_first(partial(Run, path, run_settings(config), same, info, writes=rank == 0), processes)
+        same = {"autocast": str(dtype), "processes": world}
+        run = rank_0_first(partial(Run, path, run_settings(config), same, info, rank == 0, data), processes)
         start = f"resuming from step {progress.step} of {total_steps}" if run.restore(state) else "starting"
         print(f"{start} in {displayed(path)}")
 
@@ -254,4 +255,4 @@ def main(config: Config, check: bool = False) -> int | None:
 
 if __name__ == "__main__":
     flag = {"action": "store_true", "help": "read all data, run one batch, write nothing"}
-    sys.exit(run_script(main, __doc__, check=flag))
+    sys.exit(run_script(main, __doc__, resumes=True, check=flag))

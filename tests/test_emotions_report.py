@@ -11,7 +11,7 @@ from launch import config_of, ran, read_lines
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import f1_score
 
-from emotions import model
+from emotions import evaluate
 from emotions.dataset import absent, load_splits, make_split, parse_row, positives
 from emotions.labels import EMOTIONS
 from emotions.model import find_tokenizer
@@ -78,15 +78,18 @@ def test_an_emotion_that_no_row_knows_is_not_absent():
         {"text": str(number), "labels": labels, "known": known}
         for number, labels in enumerate([["joy"], ["joy", "love"]])
     ]
-    split = make_split(
-        [parse_row(json.dumps(row).encode(), 1, EMOTIONS) for row in rows], EMOTIONS, find_tokenizer(SAMPLE)
-    )
+    split = make_split([parse_row(row, 1, EMOTIONS) for row in rows], EMOTIONS, find_tokenizer(SAMPLE))
     assert positives(split) == {"fear": 0, "joy": 2, "love": 1} and absent(split) == ["fear"]
 
 
 def test_predict_reads_one_best_model_although_training_swaps_it_meanwhile(short_run, tmp_path, monkeypatch):
     run = shutil.copytree(short_run("emotions"), tmp_path / "run")
-    best, other, load, text = run / "best", shutil.copytree(run / "best", run / "best.tmp"), model.load_model, "Why me?"
+    best, other, load, text = (
+        run / "best",
+        shutil.copytree(run / "best", run / "best.tmp"),
+        evaluate.load_model,
+        "Why me?",
+    )
     weights = load_file(other / "model.safetensors")
     weights["classifier.bias"] += 3.0
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
@@ -102,7 +105,7 @@ def test_predict_reads_one_best_model_although_training_swaps_it_meanwhile(short
         return loaded
 
     before = json.loads(ran("emotions/predict.py", "--run_dir", run, text=text))
-    monkeypatch.setattr(model, "load_model", swap)
+    monkeypatch.setattr(evaluate, "load_model", swap)
     found = json.loads(ran("emotions/predict.py", "--run_dir", run, text=text))
     monkeypatch.undo()
     assert found == json.loads(ran("emotions/predict.py", "--run_dir", run, text=text))

@@ -13,7 +13,7 @@ class Config(BaseModel, frozen=True, extra="forbid", strict=True, validate_defau
     model: str = Field("google/gemma-3-1b-it", min_length=1, description="decoder: a name on the hub or a folder")
     data_dir: str = Field("redsm5_nli/data", description="folder of redsm5_posts.csv and redsm5_annotations.csv")
     criteria_file: str = Field("", description="JSON list of your own criteria; empty: DSM-5's nine (criteria.py)")
-    run_dir: str = Field("", description="folder of the run; empty: redsm5_nli/runs/<model>-<8 hex of the config>")
+    run_dir: str = Field("", description="folder of the run; empty: redsm5_nli/runs/<model>-<data>-<8 hex>")
     validation_fraction: Share = Field(0.15, description="share of the posts that chooses epoch and thresholds")
     test_fraction: Share = Field(0.15, description="share of the posts that is only reported; both in steps of .05")
     split_seed: int = Field(42, ge=0, lt=2**32, description="seed of the splits; stays while seed varies")

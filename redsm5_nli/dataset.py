@@ -186,4 +186,5 @@ def make_loader(
         num_workers=config.num_workers,
         worker_init_fn=ignore_signals,
         pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # otherwise it draws from the caller's
     )

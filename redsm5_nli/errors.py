@@ -1,4 +1,4 @@
-"""What a model got wrong on the test split, for report.md: confusion, rejected sentences, the worst errors.
+"""What a model got wrong: confusion, answers to pairs that were rejected, the worst errors with their texts.
 
 P posts, C criteria
 """
@@ -52,26 +52,28 @@ def worst_errors(
 
 def shortened(text: str) -> str:
     left_out = len(text) - CHARACTERS
-    return text if left_out <= 0 else f"{text[:CHARACTERS]} … ({left_out:,} more characters)"
+    return text if left_out <= 0 else f"{text[:CHARACTERS]} … (+{left_out:,} characters)"
 
 
 def error_lines(
-    split: Split, probability: np.ndarray, threshold: float, scores: dict, errors: list[Error]
+    name: str, split: Split, probability: np.ndarray, threshold: float, scores: dict, criteria: tuple[Criterion, ...]
 ) -> list[str]:
-    """The end of report.md, in Markdown. scores: the split's, as score_split gives them; errors: the worst."""
-    rows = [[rule, *np.ravel(scores[key]["confusion_matrix"])[::-1]] for key, rule in RULES.items()]
+    """What was answered on a split, and the worst errors, in Markdown. scores: as score_split gives them."""
     header = ["threshold", "yes, answered yes", "yes, answered no", "no, answered yes", "no, answered no"]
-    below = f"Below, yes starts at the one threshold, {threshold:.4f}."
-    lines = ["## Test errors", "", *table(header, rows), below, ""]
+    rows = [[rule, *np.ravel(scores[key]["confusion_matrix"])[::-1]] for key, rule in RULES.items()]
+    lines = [f"## {name}, what was answered", "", *table(header, rows)]
 
     answers, kinds, rows = probability >= threshold, annotations(split), []
     for kind, meaning in ANNOTATED.items():
         of_kind = answers[kinds == kind]
         share = float(of_kind.mean()) if of_kind.size else None
         rows.append([f"{kind} ({meaning})", of_kind.size, of_kind.sum(), share])
-    lines += table(["annotated", "pairs", "answered yes", "share"], rows)
+    lines += table(["annotated", "pairs", f"answered yes from {threshold:.4f} on", "share"], rows)
 
-    wrong = int((answers != split.labels).sum())
-    rows = [[*error[:-1], shortened(error.text)] for error in errors]
+    errors, wrong = worst_errors(split, probability, threshold, criteria), int((answers != split.labels).sum())
+    if not errors:
+        return [*lines, "## The worst errors", "", "No pair was answered wrongly.", ""]
     header = ["post", "criterion", "annotated", "answered", "probability of yes", "text"]
-    return [*lines, f"The {len(rows)} of {wrong} errors that the model was surest of:", "", *table(header, rows)]
+    rows = [[*error[:-1], shortened(error.text)] for error in errors]
+    said = f"Of {wrong} wrong answers those that the model was surest of; yes starts at {threshold:.4f}."
+    return [*lines, f"## The {len(errors)} worst errors", "", said, "", *table(header, rows)]

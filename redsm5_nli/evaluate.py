@@ -1,6 +1,7 @@
-"""Score a run's best model on validation and test; write report.md and predictions/.
+"""Score a run's best model on validation and test, and write report.md, report.html and predictions/ again.
 
     python redsm5_nli/evaluate.py --run_dir redsm5_nli/runs/...
+    python redsm5_nli/evaluate.py --run_dir redsm5_nli/runs/... --data FOLDER    # other labelled posts; writes nothing
 
 P posts, C criteria, N examples
 """
@@ -19,22 +20,29 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common.checkpoint import UserError
+from common.checkpoint import ROOT, UserError
 from common.checkpoint.environment import pick_device
-from common.checkpoint.files import read_json, write_text
-from common.checkpoint.run import Run, best_folder, compare_model, read_best, warn_of_precision
-from redsm5_nli.cli import run_path, run_script
+from common.checkpoint.files import write_text
+from common.checkpoint.identity import file_digest
+from common.checkpoint.run import Run, best_folder, compare_model, read_best, read_run, warn_of_precision
+from redsm5_nli.cli import displayed, run_path, run_script
 from redsm5_nli.config import Config
 from redsm5_nli.criteria import Criterion, load_criteria
 from redsm5_nli.dataset import LABELS, Collator, Split, data_digests, load_splits, make_loader, sorted_batches
-from redsm5_nli.errors import error_lines, worst_errors
+from redsm5_nli.errors import error_lines
+from redsm5_nli.html_report import page
 from redsm5_nli.loss import class_weights, pair_loss
 from redsm5_nli.model import Matcher, build_model, decoder_dtype, find_collator, load_weights
-from redsm5_nli.redsm5 import Post
-from redsm5_nli.report import COLUMNS, report
+from redsm5_nli.redsm5 import ANNOTATIONS_FILES, POSTS_FILES, Post, find_file, read_posts
+from redsm5_nli.report import COLUMNS, criterion_tables, pair_tables, report, unread_line
+from redsm5_nli.splits import split_posts
+from redsm5_nli.text import same_text
+from redsm5_nli.thresholds import read_thresholds, tune_thresholds
 
 
-def predict_logits(model: Matcher, split: Split, collator: Collator, config: Config) -> Tensor:
+def predict_logits(
+    model: Matcher, split: Split, collator: Collator, config: Config, bar: bool = True
+) -> Tensor:
     """Logits (P, C, 2) in fp32 on the CPU, in the order of the posts; batches are sorted by length."""
     batches = sorted_batches(split.lengths, config.eval_batch_size)
     device = next(model.parameters()).device
@@ -42,7 +50,7 @@ def predict_logits(model: Matcher, split: Split, collator: Collator, config: Con
     logits = torch.empty(len(split.examples), len(split.examples[0].criteria), len(LABELS))
     loader = make_loader(split.examples, batches, collator, config)
     with torch.inference_mode():
-        for rows, batch in zip(batches, tqdm(loader, leave=False, disable=None, desc="evaluating")):
+        for rows, batch in zip(batches, tqdm(loader, leave=False, disable=None if bar else True, desc="evaluating")):
             batch.pop("labels", None)
             logits[rows] = model(**{name: t.to(device, non_blocking=True) for name, t in batch.items()}).cpu()
     return logits.view(len(split.posts), -1, len(LABELS))  # N is P, or P * C
@@ -51,38 +59,6 @@ def predict_logits(model: Matcher, split: Split, collator: Collator, config: Con
 def probabilities(logits: Tensor) -> np.ndarray:
     """(..., 2) logits -> (...) probability of "yes"."""
     return logits.double().softmax(dim=-1)[..., 1].numpy()
-
-
-def tune_threshold(probability: np.ndarray, labels: np.ndarray) -> float:
-    """The threshold t whose rule "yes where probability >= t" has the best macro-F1 on these rows.
-
-    Exact over all cuts between distinct probabilities; the middle of the best gap, and .5 where .5 lies in it. Of
-    equally good gaps the one whose middle is nearest to .5.
-    """
-    # (N + 1,) for each number of rows taken as "yes", those of highest probability first
-    order = np.argsort(-probability, kind="stable")
-    ordered, n, positives = probability[order], len(labels), int(labels.sum())
-    taken = np.arange(n + 1)
-    true_positives = np.concatenate([[0], np.cumsum(labels[order])])
-    true_negatives = (n - positives) - (taken - true_positives)
-    f1_yes = 2 * true_positives / np.maximum(taken + positives, 1)
-    f1_no = 2 * true_negatives / np.maximum(2 * n - taken - positives, 1)
-
-    # The gap between the last row taken and the first one not taken holds t; between equal rows there is none
-    upper, lower = np.concatenate([[1.0], ordered]), np.concatenate([ordered, [0.0]])
-    middle = (upper + lower) / 2
-    middle = np.where(middle > lower, middle, upper)  # between neighbours of one rounding
-    scores = np.where(upper > lower, f1_yes + f1_no, -1.0)
-    best = np.flatnonzero(scores >= scores.max() - 1e-12)
-    best = best[np.abs(middle[best] - 0.5).argmin()]
-    return 0.5 if lower[best] < 0.5 <= upper[best] else float(middle[best])
-
-
-def tune_thresholds(probability: np.ndarray, labels: np.ndarray, criteria: tuple[Criterion, ...]) -> dict:
-    """One threshold for all pairs, and one for each criterion; where a criterion has no positive pair, the former."""
-    common = tune_threshold(probability.ravel(), labels.ravel())
-    columns = zip(criteria, probability.T, labels.T)
-    return {"global": common, "criteria": {c.id: tune_threshold(p, y) if y.any() else common for c, p, y in columns}}
 
 
 def score_split(logits: Tensor, labels: np.ndarray, thresholds: dict, weights: Tensor | None) -> dict:
@@ -117,7 +93,7 @@ def validate(
 def evaluate_run(
     run: Run, model: Matcher, splits: dict[str, Split], collator: Collator, config: Config
 ) -> dict:
-    """Scores of the best weights, loaded into model, on validation and test; writes predictions/ and report.md."""
+    """Scores of the best weights, loaded into model, on validation and test; writes predictions/ and the report."""
 
     def load(folder: Path) -> dict:
         load_weights(model, folder)
@@ -136,11 +112,11 @@ def evaluate_run(
         write_pairs(text, split.posts, collator.criteria, probability, more)
         write_text(run.path / "predictions" / f"{name}_predictions.csv", text.getvalue())
 
-    # What is wrong is shown of test, the last one
-    threshold = thresholds["global"]
-    errors = worst_errors(split, probability, threshold, collator.criteria)
-    wrong = error_lines(split, probability, threshold, scores[name], errors)
-    write_text(run.path / "report.md", "\n".join([report(scores, splits, run.evaluations(), config), *wrong]))
+    # Of test, the last one, also what was wrong
+    wrong = error_lines("Test", split, probability, thresholds["global"], scores[name], collator.criteria)
+    markdown = "\n".join([report(scores, splits, run.evaluations(), config), *wrong])
+    write_text(run.path / "report.md", markdown)
+    write_text(run.path / "report.html", page(markdown, run.records(), config.metric))
     return scores
 
 
@@ -156,25 +132,71 @@ def write_pairs(
             writer.writerow([post.id, criterion.id, f"{probability[row, column]:.6f}", *cells])
 
 
-def read_thresholds(folder: Path, criteria: tuple[Criterion, ...]) -> dict:
-    """The thresholds that were tuned with the model in a best folder. Raises UserError."""
-    path = folder / "thresholds.json"
-    thresholds = read_json(path)
-    ids = [criterion.id for criterion in criteria]
+def load_best(path: Path, config: Config) -> tuple[Matcher, Collator, dict]:
+    """The best model of a run, the collator of its criteria, and its thresholds. Raises UserError.
+
+    They are of one epoch, also while training saves another. The run's data is not needed.
+    """
+    best_folder(path)  # before the decoder, which takes long
+    compare_model(path, config.model)
+    device = pick_device()
+    model = build_model(config, device, decoder_dtype(config.amp, device))
+
+    def load(folder: Path) -> tuple[tuple[Criterion, ...], dict]:
+        load_weights(model, folder)
+        criteria = load_criteria(folder / "criteria.json")
+        return criteria, read_thresholds(folder, criteria)
+
+    criteria, thresholds = read_best(path, load)
+    return model, find_collator(config, criteria), thresholds
+
+
+def evaluate_folder(path: Path, config: Config, folder: Path) -> None:
+    """Print the scores and the worst errors of a run's best model on labelled posts of a folder. Raises UserError."""
+    model, collator, thresholds = load_best(path, config)
+    posts, _, unread = read_posts(folder, collator.criteria)
+    split, name = collator.make_split(posts), folder.resolve().name
+    logits = predict_logits(model, split, collator, config)
+    scores = score_split(logits, split.labels, thresholds, None)
+    lines = [
+        f"# {folder}: {len(posts)} posts, {split.labels.size} pairs, {split.labels.sum()} of them positive",
+        "",
+        f"Epoch and thresholds were chosen by {displayed(path)} on its own validation posts. The loss has no weights.",
+        seen_before(path, config, folder, posts, collator.criteria),
+        f"Posts that lost their tail at max_length {config.max_length}: {split.cut}.",
+        *([unread_line(unread)] if unread else []),
+        "",
+        *pair_tables({name: scores}),
+        *criterion_tables(name, scores, thresholds),
+        *error_lines(name, split, probabilities(logits), thresholds["global"], scores, collator.criteria),
+    ]
+    print("\n".join(lines))
+
+
+def seen_before(path: Path, config: Config, folder: Path, posts: list[Post], criteria: tuple[Criterion, ...]) -> str:
+    """What to say of posts to be scored that the run was trained on."""
+    recorded = read_run(path)["environment"].get("data") or {}
+    files = [find_file(folder, names) for names in (POSTS_FILES, ANNOTATIONS_FILES)]
+    if known := [file.name for file in files if file_digest(file) in recorded.values()]:
+        return f"The run was trained and chosen on this very {' and '.join(known)}."
     try:
-        values = [thresholds["global"], *thresholds["criteria"].values()]
-        valid = list(thresholds["criteria"]) == ids and all(0 <= value <= 1 for value in values)
-    except (KeyError, TypeError, AttributeError):
-        valid = False
-    if not valid:
-        raise UserError(f"{path} holds no thresholds from 0 to 1: global, and in criteria {', '.join(ids)}")
-    return thresholds
+        if data_digests(config) != recorded:
+            raise UserError(f"{ROOT / config.data_dir} does not hold the files that the run was begun with")
+        trained = split_posts(read_posts(ROOT / config.data_dir, criteria)[0], config)["train"]
+    except UserError as error:
+        return f"Whether training had these posts could not be looked at: {error}"
+    texts = {same_text(post.text) for post in trained}
+    seen = sum(same_text(post.text) in texts for post in posts)
+    return f"{seen} of the posts also stand in the run's training posts (same text)."
 
 
-def main(config: Config) -> None:
+def main(config: Config, data: str) -> None:
     path, device = run_path(config), pick_device()
     dtype = decoder_dtype(config.amp, device)
     best_folder(path)  # before the lock: where there is no run, none is made
+    if data:
+        warn_of_precision(path, dtype, "dtype")
+        return evaluate_folder(path, config, Path(data))
     compare_model(path, config.model)
     criteria = load_criteria(config.criteria_file)
     run = Run(path, None, {}, data=data_digests(config))
@@ -186,7 +208,10 @@ def main(config: Config) -> None:
     evaluate_run(run, build_model(config, device, dtype), splits, collator, config)
     run.close()
     print((path / "report.md").read_text(encoding="utf-8"))
+    return None
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main, __doc__, trained=True))
+    shown = ("run_dir", "data_dir", "criteria_file", "model", "eval_batch_size", "num_workers", "amp")
+    flag = {"default": "", "metavar": "FOLDER", "help": "score the labelled posts of this folder, and write nothing"}
+    sys.exit(run_script(main, __doc__, trained=True, shown=shown, data=flag))

@@ -15,7 +15,7 @@ COLUMNS = ("accuracy", "f1_macro", "f1_positive")
 
 def table(header: list[str], rows: list[list]) -> list[str]:
     """A Markdown table, floats with four decimals, "-" for what is undefined; a text stays in its cell."""
-    cells = [header, ["---"] * len(header)]
+    cells = [[cell(name) for name in header], ["---"] * len(header)]
     for row in rows:
         cells.append([f"{c:.4f}" if isinstance(c, float) else "-" if c is None else cell(str(c)) for c in row])
     return ["| " + " | ".join(row) + " |" for row in cells] + [""]
@@ -104,6 +104,37 @@ def last_line(results: dict, path: str) -> str:
     return " | ".join(["done", scores, *cautions(results), f"{results['seconds']:.0f} s", f"results in {path}"])
 
 
+def pair_tables(scores: dict[str, dict]) -> list[str]:
+    """Over all pairs: scores by split and threshold, areas and loss by split."""
+    by_rule, areas = [], []
+    for name, (key, rule) in product(scores, RULES.items()):
+        row, tuned_here = scores[name][key], name == "validation" and key != "at_half"
+        values = [row[column] for column in COLUMNS]
+        means = [row["criteria"][mean] for mean in ("f1_macro", "f1_macro_occurring")]
+        by_rule.append([name, rule + ", tuned here" * tuned_here, *values, *means])
+    for name in scores:
+        areas.append([name, *(scores[name][column] for column in ("auprc", "auc", "loss"))])
+    header = ["split", "threshold", *COLUMNS, "mean f1 of the criteria", "of those that occur"]
+    return ["## All pairs", "", *table(header, by_rule), *table(["split", "auprc", "auc", "loss"], areas)]
+
+
+def criterion_tables(name: str, scores: dict, thresholds: dict) -> list[str]:
+    """Of one split: a line for each criterion, and their mean."""
+    lines, columns = [], ("precision", "recall", "f1", "support")
+    per_label = scores["at_half"]["criteria"]["per_label"]
+    if absent := [criterion for criterion, row in per_label.items() if not row["support"]]:
+        lines += [f"{name} has no positive pair of {', '.join(absent)}, which are 0 in the means.", ""]
+    for key, rule in RULES.items():
+        means, rows = scores[key]["criteria"], []
+        for criterion, row in means["per_label"].items():
+            threshold = {"at_half": 0.5, "at_global": thresholds["global"]}.get(key, thresholds["criteria"][criterion])
+            rows.append([criterion, threshold, *(row[column] for column in columns)])
+        rows.append(["mean", "", *(means[f"{column}_macro"] for column in columns[:3]), ""])
+        rows += [["mean of those that occur", "", "", "", means["f1_macro_occurring"], ""]] if absent else []
+        lines += [f"## {name}, {rule}", "", *table(["criterion", "threshold", *columns], rows)]
+    return lines
+
+
 def report(scores: dict, splits: dict[str, Split], evaluations: list[dict], config: Config) -> str:
     """The readable evaluation, in Markdown."""
     cut = ", ".join(f"{name} {n} of {len(splits[name].posts)}" for name, n in scores["posts_cut"].items())
@@ -116,35 +147,9 @@ def report(scores: dict, splits: dict[str, Split], evaluations: list[dict], conf
         *(f"{caution[0].upper()}{caution[1:]}." for caution in cautions(scores)),
         "This is a text classifier and gives no diagnosis.",
         "",
-        "## All pairs",
-        "",
     ]
-
-    # Over all pairs: scores by split and rule, areas and loss by split
-    by_rule, areas = [], []
-    for name, (key, rule) in product(("validation", "test"), RULES.items()):
-        row, tuned_here = scores[name][key], name == "validation" and key != "at_half"
-        values = [row[column] for column in COLUMNS]
-        means = [row["criteria"][mean] for mean in ("f1_macro", "f1_macro_occurring")]
-        by_rule.append([name, rule + ", tuned here" * tuned_here, *values, *means])
-    for name in ("validation", "test"):
-        areas.append([name, *(scores[name][column] for column in ("auprc", "auc", "loss"))])
-    lines += table(["split", "threshold", *COLUMNS, "mean f1 of the criteria", "of those that occur"], by_rule)
-    lines += table(["split", "auprc", "auc", "loss"], areas)
-
-    # One line for each criterion, and their mean
-    test, thresholds, columns = scores["test"], scores["thresholds"], ("precision", "recall", "f1", "support")
-    per_label = test["at_half"]["criteria"]["per_label"]
-    if absent := [name for name, row in per_label.items() if not row["support"]]:
-        lines += [f"Without a positive test pair, and 0 in the means: {', '.join(absent)}.", ""]
-    for key, rule in RULES.items():
-        means, rows = test[key]["criteria"], []
-        for name, row in means["per_label"].items():
-            threshold = {"at_half": 0.5, "at_global": thresholds["global"]}.get(key, thresholds["criteria"][name])
-            rows.append([name, threshold, *(row[column] for column in columns)])
-        rows.append(["mean", "", *(means[f"{column}_macro"] for column in columns[:3]), ""])
-        rows += [["mean of those that occur", "", "", "", means["f1_macro_occurring"], ""]] if absent else []
-        lines += [f"## Test, {rule}", "", *table(["criterion", "threshold", *columns], rows)]
+    lines += pair_tables({name: scores[name] for name in ("validation", "test")})
+    lines += criterion_tables("Test", scores["test"], scores["thresholds"])
     chosen_by, posts = scores["validation"]["at_half"]["criteria"]["per_label"], len(splits["validation"].posts)
     if few := [name for name, row in chosen_by.items() if few_pairs(posts - row["support"], row["support"])]:
         lines += [f"Of these thresholds too few validation pairs chose those of {', '.join(few)}.", ""]

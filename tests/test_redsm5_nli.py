@@ -21,11 +21,12 @@ from redsm5_nli import dora, train
 from redsm5_nli.bidirectional import check_bidirectional, make_bidirectional
 from redsm5_nli.criteria import CRITERIA, load_criteria
 from redsm5_nli.dataset import join
-from redsm5_nli.evaluate import predict_logits, tune_threshold
+from redsm5_nli.evaluate import predict_logits
 from redsm5_nli.loss import class_weights, pair_loss
 from redsm5_nli.model import Matcher, build_model, find_collator, load_weights, save_model
 from redsm5_nli.redsm5 import Post, read_posts
 from redsm5_nli.splits import split_posts
+from redsm5_nli.thresholds import tune_threshold
 
 CPU, SAMPLE = torch.device("cpu"), ROOT / "redsm5_nli/sample"
 NAMES = [criterion.id for criterion in CRITERIA]

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from sklearn.model_selection import StratifiedGroupKFold
 
 from common.checkpoint import UserError
-from redsm5_nli import model
+from redsm5_nli import evaluate, model
 from redsm5_nli.criteria import CRITERIA, Criterion, load_criteria
 from redsm5_nli.dataset import Split
 from redsm5_nli.evaluate import score_split
@@ -165,7 +165,7 @@ def test_a_text_that_shows_nothing_is_refused_like_an_empty_one(text, tmp_path):
         with pytest.raises(UserError, match=rf"{path}: 0.{key} .*is empty"):
             load_criteria(path)
     shows = f"{text}é{text}"
-    assert [post.text for post in read_input(shows, "-")] == [shows.strip()]
+    assert read_input(shows, "-") == [{"text": shows}]
 
 
 # Columns and keys
@@ -443,6 +443,7 @@ def test_weights_and_thresholds_are_of_one_epoch_while_training_swaps_best(scrip
         load_weights(*arguments) if moment == "before" else None
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model, "load_weights", overtaken)
+        for place in (model, evaluate):
+            patch.setattr(place, "load_weights", overtaken)
         said = ran(*flags)
     assert len(calls) == 2 and said == ran(*flags) and "0.1230" in said

@@ -4,19 +4,23 @@ import csv
 import html
 import json
 import shutil
+import signal
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
 import torch
-from launch import ran
-from sklearn.metrics import precision_recall_fscore_support
+from launch import ROOT, listing, ran, refused, run_here, short_flags
+from sklearn.metrics import f1_score, precision_recall_fscore_support
 
+from common.checkpoint import UserError
 from redsm5_nli.criteria import CRITERIA
 from redsm5_nli.cross_validate import pooled_scores
 from redsm5_nli.dataset import Split
 from redsm5_nli.errors import error_lines, worst_errors
 from redsm5_nli.evaluate import score_split
+from redsm5_nli.predict import load, predict
 from redsm5_nli.redsm5 import Post
 from redsm5_nli.report import table
 
@@ -92,18 +96,20 @@ def test_the_report_shows_the_worst_errors_and_answers_to_rejected_pairs_by_brut
             right = p if kind == "present" else 1 - p
             wrong.append((right, [*pair, kind, "yes" if p >= limit else "no", p, " ".join(texts[pair[0]].split())]))
 
-    confusion, annotated, errors = read_tables((run / "report.md").read_text(encoding="utf-8"), "Test errors")
+    report = (run / "report.md").read_text(encoding="utf-8")
+    confusion, annotated = read_tables(report, "Test, what was answered")
+    (errors,) = read_tables(report, f"The {min(30, len(wrong))} worst errors")
     assert pairs["rejected"] and len(wrong) > 3
     for row, (kind, answers) in zip(annotated, pairs.items(), strict=True):
         assert row["annotated"].startswith(kind)
-        assert [row["pairs"], row["answered yes"]] == [str(len(answers)), str(sum(answers))]
+        assert [row["pairs"], row[f"answered yes from {limit:.4f} on"]] == [str(len(answers)), str(sum(answers))]
         assert float(row["share"]) == pytest.approx(np.mean(answers), abs=1e-4)
     shown = [[*list(row.values())[:4], float(row["probability of yes"]), html.unescape(row["text"])] for row in errors]
     expected = sorted(wrong)[:30]
     assert [row[4] for row in shown] == pytest.approx([row[4] for _, row in expected], abs=1e-4)
     whole = {tuple(map(str, row[:4])): row[5] for _, row in wrong}
     assert len({(post, name) for post, name, *_ in shown}) == len(shown) == len(expected)
-    assert all(whole[tuple(row[:4])].startswith(row[5].split(" … (")[0]) for row in shown)
+    assert all(whole[tuple(row[:4])].startswith(row[5].split(" … (+")[0]) for row in shown)
     cells = {row["threshold"]: [int(count) for count in list(row.values())[1:]] for row in confusion}
     caught, of_rest = sum(pairs["present"]), sum(pairs["rejected"]) + sum(pairs["not annotated"])
     assert cells["one threshold"][:3] == [caught, len(pairs["present"]) - caught, of_rest]
@@ -125,16 +131,16 @@ def test_thirty_errors_are_shown_whatever_their_texts_hold(wrong):
     logits = torch.from_numpy(np.log(np.stack([1 - probability, probability], -1)))
     scores = score_split(logits, labels, {"global": limit, "criteria": limits}, None)
     errors = worst_errors(split, probability, limit, CRITERIA)
-    lines = "\n".join(error_lines(split, probability, limit, scores, errors))
+    lines = "\n".join(error_lines("Test", split, probability, limit, scores, CRITERIA))
     if not wrong:
-        assert errors == [] and "The 0 of 0 errors" in lines
+        assert errors == [] and "No pair was answered wrongly" in lines
         return
-    assert len(errors) == 30 and f"The 30 of {labels.size - 2} errors" in lines
+    assert len(errors) == 30 and f"Of {labels.size - 2} wrong answers" in lines
     assert [error.text for error in errors[:3]] == texts[:3]
-    rows = read_tables(lines, "Test errors")[2]
+    (rows,) = read_tables(lines, "The 30 worst errors")
     assert [row["annotated"] for row in rows[:3]] == ["present", "rejected", "present"]
     assert rows[0]["text"].endswith("c &#60;script>alert(1)&#60;/script>") and rows[2]["text"] == texts[2]
-    assert rows[1]["text"] == "x" * 1000 + " … (9,000 more characters)" and rows[1]["probability of yes"] == "0.9800"
+    assert rows[1]["text"] == "x" * 1000 + " … (+9,000 characters)" and rows[1]["probability of yes"] == "0.9800"
 
 
 # Folds
@@ -158,3 +164,119 @@ def test_pooled_scores_are_of_the_answers_of_all_folds_each_at_its_own_threshold
     for row, y, x in zip(pooled.values(), [*labels.T, labels.ravel()], [*answers.T, answers.ravel()]):
         expected = precision_recall_fscore_support(y, x, average="binary")[:3]
         assert list(row.values()) == [y.sum(), x.sum(), *map(pytest.approx, expected)]
+
+
+# Other posts, and from Python
+
+
+@pytest.fixture(scope="module")
+def model(short_run):
+    return load(short_run("redsm5_nli"))
+
+
+def test_evaluate_scores_a_labelled_folder_and_says_what_of_it_was_trained_on(short_run, few_rows, model, tmp_path):
+    """The run's test posts are scored as the run scored them; with two training posts, and two of them changed."""
+    run, data = short_run("redsm5_nli"), few_rows("redsm5_nli")
+    tested = {row["post_id"]: "" for row in read_csv(run / "predictions/test_predictions.csv")}
+    chosen = tested | {row["post_id"]: "" for row in read_csv(run / "predictions/validation_predictions.csv")}
+    posts, annotations = (read_csv(data / f"redsm5_{name}.csv") for name in ("posts", "annotations"))
+    trained = [row for row in posts if row["post_id"] not in chosen]
+    mine = [row for row in posts if row["post_id"] in tested] + trained[:3]
+    mine[-1] = mine[-1] | {"text": "I am well."}
+    ids = {row["post_id"] for row in mine}
+    for name, rows in (("posts", mine), ("annotations", [row for row in annotations if row["post_id"] in ids])):
+        with open(tmp_path / f"redsm5_{name}.csv", "w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, rows[0], delimiter=";")
+            writer.writeheader()
+            writer.writerows(rows)
+
+    before, flags = listing(run), ("redsm5_nli/evaluate.py", "--run_dir", run, "--data")
+    out = ran(*flags, tmp_path)
+    assert f"{len(mine)} posts" in out.split("\n")[0] and "\n2 of the posts also stand in the run's training" in out
+    answers = {(row["post_id"], row["criterion"]): row["predicted"] for row in predict(model, strip(mine))}
+    said = {(row["post_id"], row["DSM5_symptom"]) for row in annotations if row["status"] == "1"}
+    y, x = [int(pair in said) for pair in answers], [*answers.values()]
+    (row,) = [row for row in read_tables(out, "All pairs")[0] if row["threshold"] == "one threshold"]
+    assert row["f1_positive"] == f"{f1_score(y, x):.4f}" and row["accuracy"] == f"{np.mean(np.equal(y, x)):.4f}"
+    wrong = sum(a != b for a, b in zip(y, x))
+    assert len(read_tables(out, f"The {min(30, wrong)} worst errors")[0]) == min(30, wrong)
+
+    # The run's own files; and where its data is no longer there
+    out = ran(*flags, data)
+    assert "trained and chosen on this very redsm5_posts.csv and redsm5_annotations.csv" in out
+    out = ran(*flags, tmp_path, "--data_dir", tmp_path / "gone")
+    assert "could not be looked at" in out and row["f1_positive"] in out and listing(run) == before
+
+
+def strip(rows: list[dict]) -> list[dict]:
+    return [{"post_id": row["post_id"], "text": row["text"]} for row in rows]
+
+
+def test_two_threads_answer_as_one_and_as_the_script(short_run, few_rows, model, capfd, tmp_path):
+    rows = strip(read_csv(few_rows("redsm5_nli") / "redsm5_posts.csv")[:8])
+    rows[3]["text"] *= 40  # cut
+    state, handler, threads = torch.get_rng_state(), signal.getsignal(signal.SIGINT), []
+    alone = [predict(model, rows[n : n + 2]) for n in range(0, 8, 2)]
+    found = {}
+    for offset in range(2):
+
+        def answer(offset: int = offset) -> None:
+            for n in range(2 * offset, 8, 4):
+                found[n // 2] = predict(model, rows[n : n + 2])
+
+        threads.append(Thread(target=answer))
+        threads[-1].start()
+    for thread in threads:
+        thread.join()
+    assert [found[n] for n in range(4)] == alone and capfd.readouterr() == ("", "")
+    assert torch.equal(torch.get_rng_state(), state) and signal.getsignal(signal.SIGINT) is handler
+
+    with open(tmp_path / "posts.csv", "w", encoding="utf-8", newline="") as file:
+        csv.writer(file, delimiter="\t").writerows([["post_id", "text"], *(row.values() for row in rows)])
+    code, out, err = run_here(
+        "redsm5_nli/predict.py", "--run_dir", short_run("redsm5_nli"), "--input", tmp_path / "posts.csv"
+    )
+    assert code == 0 and "1 posts are longer than max_length" in err
+    for row, line in zip(predict(model, rows), csv.DictReader(out.splitlines()), strict=True):
+        assert [f"{cell:.6f}" if isinstance(cell, float) else str(cell) for cell in row.values()] == [*line.values()]
+        assert list(row) == list(line)
+
+
+BAD_ROWS = [
+    {"text": "\u200b"},
+    {"text": None},
+    {},
+    {"text": "a", "post_id": 3},
+    {"text": "a", "Text": "b"},
+    "a",
+    {"text": "\ud800"},
+]
+
+
+@pytest.mark.parametrize("row", BAD_ROWS, ids=ascii)
+def test_a_bad_row_is_an_error_with_its_number(row, model):
+    with pytest.raises(UserError, match=r"^row 2: "):
+        predict(model, [{"text": "I sleep."}, row])
+    assert predict(model, []) == []
+
+
+@pytest.mark.slow
+def test_a_base_or_criteria_of_other_content_are_refused_and_copies_elsewhere_are_not(few_rows, tmp_path):
+    base = shutil.copytree(ROOT / "redsm5_nli/sample/model", tmp_path / "base")
+    own = tmp_path / "own.json"
+    own.write_text(json.dumps([criterion._asdict() for criterion in CRITERIA[4:6]]), encoding="utf-8")
+    flags = short_flags("redsm5_nli", "--data_dir", few_rows("redsm5_nli"), "--run_dir", tmp_path / "run")
+    ran("redsm5_nli/train.py", *flags, "--model", base, "--criteria_file", own)
+    run = (tmp_path / "run").rename(tmp_path / "moved")
+    base, own = base.rename(tmp_path / "base elsewhere"), own.rename(tmp_path / "moved" / own.name)
+    places = ("--run_dir", run, "--model", base, "--criteria_file", own)
+    ran("redsm5_nli/evaluate.py", *places)
+    assert "finished before" in ran("redsm5_nli/train.py", *places)
+
+    own.write_text(own.read_text(encoding="utf-8").replace("others notice", "nobody notices"), encoding="utf-8")
+    for script in ("train", "evaluate"):
+        refused(run_here(f"redsm5_nli/{script}.py", *places), "own.json has changed")
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    (base / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-5}), encoding="utf-8")
+    for words in (("evaluate.py",), ("predict.py", "--text", "a"), ("evaluate.py", "--data", few_rows("redsm5_nli"))):
+        refused(run_here(f"redsm5_nli/{words[0]}", *places, *words[1:]), "another model", "config.json has changed")

@@ -112,6 +112,7 @@ def stand_in(flag: str, value: str, project: str, rows: Path, folder: Path) -> P
         (folder / value).write_text(f"{LINE}\n", encoding="utf-8")
         return next((path for path in rows.iterdir() if path.name.endswith(f"_{value}")), folder / value)
     own = {"beir": ROOT / project / "sample/beir", "raw_dir": folder / "raw", "runs": folder / "runs/short"}
+    own |= {"criteria_file": folder / "runs/short/best/criteria.json", "data": None if "." in value else rows}
     own |= {"nli": rows / "train.jsonl", "sts": rows / "sts-dev.csv" if "." in value else rows, "num_rows": 50}
     return None if Path(value).is_absolute() else own.get(flag)  # absolute: it is the sample's
 

@@ -32,6 +32,7 @@ class Dev(NamedTuple):
     rows: list[dict]  # what is judged
     identities: list[frozenset[str]]  # of each row: same_text of what no training row may hold
     score: Callable[[Tensor], tuple[dict, list[dict]]]  # vectors (N, D) -> scores, and what each row got
+    errors: Callable[[list[dict]], list[dict]]  # rows with what they got -> the wrong ones, the worst first
     summary: dict[str, object]  # its column of the data table
 
 
@@ -55,6 +56,7 @@ def sts_dev(file: str, pairs: list[Pair]) -> Dev:
         [pair._asdict() for pair in pairs],
         [frozenset(map(same_text, pair[:2])) for pair in pairs],
         score,
+        misplaced,
         {"pairs": len(pairs), "mean score": f"{np.mean(people):.2f}", "scores 5 / 50 / 95 %": spread},
     )
 
@@ -72,6 +74,16 @@ def correlation(vectors: Tensor, pairs: list[Pair]) -> tuple[dict, np.ndarray]:
     if np.ptp(cosines) < 1e-6:  # rounding alone
         raise UserError("all pairs have the same cosine")
     return correlation_metrics([pair.score for pair in pairs], cosines.tolist()), cosines
+
+
+def misplaced(rows: list[dict]) -> list[dict]:
+    """Pairs by how far their place by cosine is from that by people's scores; equal ones have their mean place."""
+    from scipy.stats import rankdata
+
+    people, model = (rankdata([row[name] for row in rows]) for name in ("score", "cosine"))
+    order = np.argsort(-np.abs(people - model), kind="stable")
+    places = [{"place by people": f"{people[n]:g} of {len(rows)}", "by cosine": f"{model[n]:g}"} for n in order]
+    return [rows[n] | place for n, place in zip(order, places) if people[n] != model[n]]
 
 
 def check_finite(vectors: Tensor) -> None:
@@ -149,8 +161,15 @@ def search_dev(
         rows,
         [frozenset([same_text(text)]) for text in queries],
         score,
+        not_first,
         summary,
     )
+
+
+def not_first(rows: list[dict]) -> list[dict]:
+    """Queries whose first document is not relevant; those first for which no relevant one is near."""
+    wrong = [row | {"rank": row["rank"] or f"over {RANKED}"} for row in rows if row["rank"] != 1 and row["relevant"]]
+    return sorted(wrong, key=lambda row: row["rank"] if isinstance(row["rank"], int) else RANKED + 1, reverse=True)
 
 
 def search_metrics(vectors: Tensor, relevance: list[dict[int, int]]) -> tuple[dict, list[dict]]:

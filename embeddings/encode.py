@@ -177,8 +177,8 @@ def check_flags(output: str, query: str | None, top: int, prompt: str) -> None:
 def main(config: Config, input: str, output: str, query: str | None, top: int, prompt: str, base: bool) -> int:
     check_flags(output, query, top, prompt)
     counts = Counter()
-    warn_of_use(config, base)
     encoder = Encoder(*load_embedder(config, base), config, Lock())
+    warn_of_use(config, base)
 
     def vectors_of(lines: dict[int, str], kind: str = prompt) -> np.ndarray:
         name = lambda number: f"{input}, line {number}" if number else "--query"  # noqa: E731

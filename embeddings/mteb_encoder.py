@@ -124,8 +124,8 @@ def run_tasks(config: Config, base: bool, tasks: list[AbsTask]) -> tuple[ModelRe
         read_json(path)  # mteb's cache: a kill can leave half a file
     empty_path = folder / "empty_documents.json"
     empty = read_json(empty_path) if empty_path.exists() else {}
-    warn_of_use(config, base)
     encoder = TextEncoder(*load_embedder(config, base), config, f"embeddings/{folder.parent.name}{'-base' * base}")
+    warn_of_use(config, base)
     progress = sys.stderr.isatty()
     if not progress:
         datasets.disable_progress_bars()

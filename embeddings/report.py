@@ -12,11 +12,28 @@ from embeddings.dataset import Splits, repeated_in_test
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence]) -> list[str]:
-    """A Markdown table, floats with four decimals, "-" for what is undefined."""
-    cells = [header, ["---"] * len(header)]
+    """A Markdown table, floats with four decimals, "-" for what is undefined; a text stays in its cell."""
+    cells = [[cell(name) for name in header], ["---"] * len(header)]
     for row in rows:
-        cells.append([f"{c:.4f}" if isinstance(c, float) else "-" if c is None else str(c) for c in row])
+        cells.append([f"{c:.4f}" if isinstance(c, float) else "-" if c is None else cell(str(c)) for c in row])
     return ["| " + " | ".join(row) + " |" for row in cells] + [""]
+
+
+def cell(text: str) -> str:
+    """On one line, and nothing in it that ends a cell or that Markdown takes for HTML, a link or an image."""
+    return " ".join(text.split()).translate({ord(mark): f"&#{ord(mark)};" for mark in "|<&["})
+
+
+def errors_table(name: str, errors: list[dict]) -> list[str]:
+    """The worst of the wrong answers with their texts. errors: rows as Dev.errors gives them."""
+    if not errors:
+        return [f"No answer on {name} is wrong.", ""]
+    rows = [[cut(value) if isinstance(value, str) else value for value in row.values()] for row in errors[:30]]
+    return [f"## The {len(rows)} worst errors ({name}, of {len(errors)})", "", *table([*errors[0]], rows)]
+
+
+def cut(text: str) -> str:
+    return text if len(text) <= 1000 else f"{text[:1000]}… (+{len(text) - 1000} characters)"
 
 
 def unread_line(unread: Counter[str]) -> str:
@@ -95,18 +112,24 @@ def evaluation_line(step: int, metric: str, scores: dict, seconds: float, note: 
     return " | ".join(filter(None, parts))
 
 
+def few_judged(results: dict) -> str | None:
+    """few_rows of results.json."""
+    return few_rows(results["validation"].get("pairs") or results["validation"]["queries"])
+
+
 def last_line(results: dict, path: str) -> str:
     """What a finished run prints last, and again when it is started once more."""
     parts = [f"done | {results['split']} {results['metric']} {results['best']:.4f} (step {results['step']})"]
-    rows = results["validation"].get("pairs") or results["validation"]["queries"]
-    parts += [few] if (few := few_rows(rows)) else []
+    parts += [few] if (few := few_judged(results)) else []
     parts.append(f"{results['base']:.4f} without adapter")
     parts += [f"test spearman {results['test']['spearman']:.4f}"] if results["test"] else []
     return " | ".join([*parts, f"{results['seconds']:.0f} s", f"results in {path}"])
 
 
-def report(scores: dict[str, dict | None], splits: Splits, evaluations: list[dict], config: Config) -> str:
-    """report.md. scores: of each split; evaluations: those of metrics.jsonl."""
+def report(
+    scores: dict[str, dict | None], splits: Splits, errors: list[dict], evaluations: list[dict], config: Config
+) -> str:
+    """report.md. scores: of each split; errors: of the last of them; evaluations: those of metrics.jsonl."""
     dev = splits.validation
     lines = [f"# {config.model} on {config.data_dir}", ""]
     lines += [f"The step was chosen by {dev.metric} on validation, {dev.data}: its row flatters."]
@@ -122,4 +145,4 @@ def report(scores: dict[str, dict | None], splits: Splits, evaluations: list[dic
     columns = ["step", "epoch", *(name for name, value in scores["validation"].items() if isinstance(value, float))]
     lines += ["## Steps (validation, before merging, as the step was chosen; 0: without adapter)", ""]
     lines += table(columns, [[record[column] for column in columns] for record in evaluations])
-    return "\n".join(lines)
+    return "\n".join(lines + errors_table("test" if splits.test else "validation", errors))

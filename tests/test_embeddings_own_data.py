@@ -3,13 +3,16 @@
 import json
 import shutil
 from collections import Counter
-from itertools import combinations
+from concurrent.futures import ThreadPoolExecutor
+from html import unescape
+from itertools import combinations, zip_longest
 from pathlib import Path
 
 import numpy as np
+import pandas
 import pytest
 import torch
-from launch import ROOT, config_of, ran, read_lines
+from launch import ROOT, config_of, listing, ran, read_lines, refused, run_here
 from scipy.stats import rankdata
 from sentence_transformers import SentenceTransformer
 from sklearn.metrics import ndcg_score
@@ -20,9 +23,10 @@ from common.checkpoint.files import read_json
 from embeddings import train
 from embeddings.batching import Rows, epoch_batches, tokenize_rows
 from embeddings.dataset import load_splits, read_triplets
-from embeddings.dev import search_metrics, triplets_dev
+from embeddings.dev import search_metrics, sts_dev, triplets_dev
+from embeddings.encode import load, predict
 from embeddings.model import find_tokenizer
-from embeddings.rows import Triplet
+from embeddings.rows import Pair, Triplet
 
 TEXTS = ["The cook lost a coin.", "A man sleeps", "x", "The old sailor found the big box near the river yesterday."]
 PROMPTS = {"query_prompt": "query: ", "document_prompt": "text: "}
@@ -259,3 +263,111 @@ def test_encode_query_and_encode_document_of_sentence_transformers_give_our_vect
     lines, best = [line.split(" | ") for line in out.splitlines()], np.argsort(-cosines)[:2]
     assert [line[1:] for line in lines] == [[f"line {2 * n + 1}", TEXTS[n]] for n in best]
     assert [float(line[0]) for line in lines] == pytest.approx(cosines[best], abs=1e-4)
+
+
+# Files and runs
+
+
+def test_triplets_of_a_table_are_those_of_json_lines(rows, tmp_path):
+    columns = ("negative_1", "negative_2", "negative_3")
+    wide = [
+        {"anchor": row["anchor"], "positive": row["positive"], **dict(zip_longest(columns, row["negatives"]))}
+        for row in rows
+    ]
+    expected = [row[:3] for row in read_triplets(write(tmp_path / "rows.jsonl", *rows))]
+    for name, separator in (("rows.csv", ";"), ("rows.tsv", "\t")):
+        pandas.DataFrame(wide).to_csv(tmp_path / name, sep=separator, index=False, encoding="utf-8-sig")
+        assert [row[:3] for row in read_triplets(tmp_path / name)] == expected
+    (tmp_path / "rows.csv").write_text("anchor,positive,negative_1\nq,,n\n", encoding="utf-8")
+    with pytest.raises(UserError, match="line 2: positive is None, expected a non-empty"):
+        read_triplets(tmp_path / "rows.csv")
+
+
+@pytest.mark.slow
+def test_a_run_knows_the_collection_that_chose_its_step_wherever_it_lies(folder, tmp_path):
+    (folder / "sts-dev.csv").unlink()
+    beir = Path(shutil.copytree(ROOT / "embeddings/sample/beir", tmp_path / "beir"))
+    paths = {"data_dir": str(folder), "run_dir": str(tmp_path / "run")}
+    steps = {"batch_size": 16, "max_steps": 1, "warmup_steps": 0}
+    train.main(config_of("embeddings", **paths, **steps, dev_beir=str(beir)))
+    beir = beir.rename(tmp_path / "moved")
+    flags = ("--run_dir", tmp_path / "run", "--dev_beir", beir)
+    assert "finished before" in ran("embeddings/train.py", *flags)
+    with open(beir / "qrels/test.tsv", "a", encoding="utf-8") as file:
+        file.write("q1\td1\t1\n")
+    for script in ("train", "evaluate"):
+        refused(run_here(f"embeddings/{script}.py", *flags), "qrels/test.tsv has changed")
+
+
+@pytest.mark.slow
+def test_an_adapter_is_not_merged_into_another_base(searched, tmp_path):
+    run = Path(shutil.copytree(searched, tmp_path / "run"))
+    (run / "best/modules.json").unlink()  # as before the end of a run
+    flags = ("embeddings/encode.py", "--run_dir", run, "--model")
+    base = Path(shutil.copytree(ROOT / "embeddings/sample/model", tmp_path / "base"))
+    assert ran(*flags, base, text="a").count("vector") == 1
+    config = read_json(base / "config.json")
+    (base / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}), encoding="utf-8")
+    refused(run_here(*flags, base, text="a"), "another model", "config.json has changed")
+
+
+def test_a_file_of_triplets_is_scored_and_said_what_it_is_and_nothing_is_written(searched, tmp_path):
+    before, dev, data = listing(searched), searched.parent / "data/dev.jsonl", searched.parent / "data"
+    own = write(tmp_path / "own.jsonl", *read_lines(dev), read_lines(data / "train.jsonl")[0])
+    outs = [ran("embeddings/evaluate.py", "--run_dir", searched, "--data", path) for path in (dev, own)]
+    scores = read_json(searched / "results.json")["validation"]
+    assert f"| {scores['MRR@10']:.4f} | {scores['accuracy']:.4f} |" in outs[0]
+    assert "on this very file (dev.jsonl)" in outs[0] and "on this very file" not in outs[1]
+    assert "0 of its" in outs[0] and "1 of its" in outs[1] and "worst errors" in outs[1]
+    flags = ("--run_dir", searched, "--data_dir", tmp_path / "nowhere", "--data", own)
+    assert "not known" in ran("embeddings/evaluate.py", *flags) and listing(searched) == before
+
+
+def test_the_report_shows_the_queries_whose_right_document_is_furthest(searched):
+    predictions = read_lines(searched / "predictions/validation_predictions.jsonl")
+    wrong = [row for row in predictions if row["rank"] != 1]
+    report, page = ((searched / f"report.{kind}").read_text(encoding="utf-8") for kind in ("md", "html"))
+    lines = report[report.index("worst errors") :].splitlines()[4:]
+    ranks = [line.split(" | ")[2] for line in lines if line]
+    assert 0 < len(ranks) == min(30, len(wrong)) and f"of {len(wrong)})" in report
+    assert ranks == [str(rank) for rank in sorted((row["rank"] for row in wrong), reverse=True)][:30]
+    assert "<svg" in page and max(wrong, key=lambda row: row["rank"])["query"] in unescape(page)
+
+
+def test_pairs_whose_place_is_furthest_come_first():
+    scores = [1.0, 1.0, 4.0, 5.0]
+    dev = sts_dev("dev", [Pair(f"a{n}", f"b{n}", score, n) for n, score in enumerate(scores)])
+    rows = [row | {"cosine": cosine} for row, cosine in zip(dev.rows, (0.1, 0.9, 0.2, 0.8))]
+    assert [row["sentence1"] for row in dev.errors(rows)] == ["a1", "a2", "a3", "a0"]
+    assert dev.errors(rows)[0]["place by people"] == "1.5 of 4" and dev.errors(rows)[0]["by cosine"] == "4"
+
+
+def test_predict_is_what_the_script_prints_in_several_threads_too(searched, tmp_path, capfd):
+    encoder, texts = load(searched), [*TEXTS, "the cook " * 300]
+    capfd.readouterr()
+    with ThreadPoolExecutor(2) as pool:
+        found = [*pool.map(lambda count: predict(encoder, texts[:count], "query"), [5, 1, 3, 5, 2, 4, 5, 1])]
+    assert capfd.readouterr() == ("", "")
+    write(tmp_path / "rows.jsonl", *({"text": text} for text in texts))
+    pandas.DataFrame({"text": texts, "id": 1}).to_csv(tmp_path / "rows.csv", index=False)
+    flags = ("embeddings/encode.py", "--run_dir", searched, "--prompt", "query", "--input")
+    for name in ("rows.jsonl", "rows.csv"):
+        printed = [json.loads(line) for line in ran(*flags, tmp_path / name).splitlines()]
+        vectors = np.array([row["vector"] for row in printed])
+        assert len(printed) == 5 and np.abs(vectors - [row["vector"] for row in found[0]]).max() < 1e-6
+    for rows, count in zip(found, [5, 1, 3, 5, 2, 4, 5, 1]):
+        assert [row["line"] for row in rows] == [*range(1, count + 1)]
+        assert rows == predict(encoder, texts[:count], "query")
+    for wrong in ("", 5, "\u200b"):
+        with pytest.raises(UserError, match="row 2 is"):
+            predict(encoder, ["a", wrong])
+
+
+def test_results_stand_side_by_side(searched, short_run):
+    runs = (searched, short_run("embeddings"))
+    out = ran("embeddings/results.py", "--runs", *runs, "--sort", "MRR@10").splitlines()
+    header, first, second = ([cell.strip() for cell in line.strip("|").split("|")] for line in (out[0], *out[2:4]))
+    first, second = (dict(zip(header, row)) for row in (first, second))
+    assert first["run"] == str(searched) and first["chosen on"] == "dev.jsonl" and second["chosen on"] == "sts-dev.csv"
+    assert float(first["validation MRR@10"]) > 0 and second["validation MRR@10"] == "-"
+    assert float(second["validation spearman"]) and "validation f1" not in header

@@ -254,13 +254,32 @@ def collate(pairs: list[Pair], tokenizer: PreTrainedTokenizerFast, max_length: i
     """A batch, padded to its own longest pair: [CLS] a [SEP] b [SEP], each (B, T).
 
     Holds whatever the tokenizer gives its model, so BERT gets token_type_ids. A pair that is too long loses tokens
-    from the end of its longer side.
+    from the end of its longer side, as by truncation="longest_first", which takes seconds for two texts of 10,000
+    characters.
     """
     first, second = zip(*(pair[:2] for pair in pairs))
-    batch = tokenizer(
-        list(first), list(second), truncation="longest_first", max_length=max_length, padding=True, return_tensors="pt"
-    )
-    return dict(batch)
+    batch = tokenizer(list(first), list(second), verbose=False)
+    for row, ids in enumerate(batch["input_ids"]):
+        if len(ids) > max_length:
+            kept = kept_tokens(batch.sequence_ids(row), max_length)
+            for values in batch.values():
+                values[row] = [values[row][place] for place in kept]
+    return dict(tokenizer.pad(batch, return_tensors="pt", verbose=False))
+
+
+def kept_tokens(sides: list[int | None], max_length: int) -> list[int]:
+    """Places of the tokens that stay of a pair. sides: 0, 1 or, of a special token, None for each."""
+    room, counts = max_length - sides.count(None), [sides.count(0), sides.count(1)]
+    shorter = min(*counts, room // 2)
+    limits = {None: max_length, 0: shorter, 1: room - shorter}
+    if counts[0] > counts[1]:
+        limits[0], limits[1] = limits[1], limits[0]
+    seen, kept = Counter(), []
+    for place, side in enumerate(sides):
+        seen[side] += 1
+        if seen[side] <= limits[side]:
+            kept.append(place)
+    return kept
 
 
 def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
@@ -309,4 +328,5 @@ def make_loader(
         num_workers=config.num_workers,
         worker_init_fn=ignore_signals,
         pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # workers' seeds, which nothing needs, are not drawn from the user's
     )

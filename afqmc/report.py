@@ -147,14 +147,14 @@ def report(
     chosen, there = ("epoch was", "") if threshold is None else ("epoch and the tuned threshold were", " at that one")
     lines += [f"The {chosen} chosen on validation, so its own row{there} flatters."]
     if small := small_split(supports(untuned(scores["validation"]))):
-        lines += [f"Validation has {small}."]
+        lines += [f"Validation has {cell(small)}."]
     if detail == "test":
         seen = f"{repeated_in_test(splits)} of its {len(splits['test'].pairs)} pairs"
         lines += [f"Nothing was chosen on test; {seen} are also in train or validation{WRITING}.", ""]
     else:
         lines += ["There is no test split (no dev.json or test_fraction): no figure below is an unbiased estimate.", ""]
     if label := only_answer(untuned(scores["validation"])):
-        lines += [f"Every validation row is given label {label}. Why that can be, and what to try:", ""]
+        lines += [f"Every validation row is given label {cell(label)}. Why that can be, and what to try:", ""]
         lines += [*(f"- {cause}" for cause in causes(splits["train"], evaluations[-1]["step"], config)), ""]
 
     lines += score_table({name: scores[name] for name in splits if name != "train"}, threshold)
@@ -192,7 +192,7 @@ def errors_table(name: str, errors: list[list]) -> list[str]:
         return [f"No answer on {name} is wrong.", ""]
     header = ["line", "sentence1", "sentence2", "label", "predicted", "probability of the label"]
     rows = [[line, cut(first), cut(second), *rest] for line, first, second, *rest in errors[:30]]
-    return [f"## The {len(rows)} worst of {len(errors)} errors ({name})", "", *table(header, rows)]
+    return [f"## The {len(rows)} worst errors ({name}, of {len(errors)})", "", *table(header, rows)]
 
 
 def cut(text: str) -> str:

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +99,12 @@ def test_a_batch_is_cls_a_sep_b_sep_with_types_and_is_cut_on_its_longer_side(tok
     split = make_split(pairs, tokenizer)
     assert batch["attention_mask"].sum(dim=1).tolist() == split.lengths.tolist() == [10, 12]
     assert split.labels.tolist() == [1, 0]
+    for first, second, length in product((1, 5, 6, 7, 40), (1, 5, 6, 7, 40), (12, 15, 16)):
+        settings = {"truncation": "longest_first", "max_length": length, "return_tensors": "pt"}
+        expected = tokenizer("还" * first, "款" * second, **settings)["input_ids"]
+        assert torch.equal(
+            collate([Pair("还" * first, "款" * second, None, 1)], tokenizer, length)["input_ids"], expected
+        )
     short, long = "提高额度", "还" * 100
     for pair in (Pair(short, long, None, 1), Pair(long, short, None, 1)):
         batch = collate([pair], tokenizer, 16)

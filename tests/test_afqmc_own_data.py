@@ -3,21 +3,35 @@
 import json
 import math
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
+import pandas
 import pytest
 import torch
-from launch import config_of, ran, read_lines, refused, run_here, short_flags
+from launch import config_of, listing, ran, read_lines, refused, run_here, short_flags
 from sklearn.metrics import confusion_matrix, f1_score
 from sklearn.utils.class_weight import compute_class_weight
 from transformers import pipeline
 
+from afqmc import predict
 from afqmc.cli import parse
-from afqmc.dataset import Pair, Split, label_name, label_names, load_splits, read_pairs, split_pairs
-from afqmc.evaluate import score_split
+from afqmc.dataset import (
+    Pair,
+    Split,
+    data_digests,
+    label_name,
+    label_names,
+    load_splits,
+    read_pairs,
+    repeated_in_test,
+    split_pairs,
+)
+from afqmc.evaluate import score_split, worst_errors
 from afqmc.loss import class_weights, pair_loss
 from afqmc.model import find_tokenizer
-from afqmc.report import last_line, report
+from afqmc.report import errors_table, last_line, report
 from common.checkpoint import UserError
 
 NAMES = ("矛盾", "蕴含", "entailment | maybe")
@@ -209,3 +223,91 @@ def test_a_model_that_gives_one_answer_only_has_its_likely_causes_in_the_report(
             is_said = cause in report(scores, splits, [], evaluations, settings)
             assert is_said == (rows_of_label_0 == 0 and (settings != config or not changes))
         assert ("every answer is 1" in last_line(results | scores, "here")) == (rows_of_label_0 == 0)
+
+
+@pytest.mark.parametrize("separator, suffix", [(",", ".csv"), (";", ".csv"), ("\t", ".tsv")])
+def test_a_table_gives_the_pairs_of_the_json_lines(separator, suffix, few_rows, tmp_path):
+    rows = read_lines(few_rows("afqmc") / "dev.json")
+    rows[0]["sentence1"] = 'two\nlines, "quoted"; \t'
+    frame = pandas.DataFrame(rows).assign(label=lambda all_rows: all_rows["label"].astype(float))  # 1.0
+    frame.to_csv(tmp_path / f"train{suffix}", sep=separator, encoding="utf-8-sig")
+    pairs = read_pairs(tmp_path / f"train{suffix}")
+    expected = [(row["sentence1"].strip(), row["sentence2"].strip(), row["label"]) for row in rows]
+    assert [pair[:3] for pair in pairs] == expected and pairs[0].unread == ("(no name)",)
+    config = config_of("afqmc", data_dir=str(tmp_path), validation_fraction=0.5)
+    assert data_digests(config).keys() == {f"train{suffix}"}
+    assert len(load_splits(config, find_tokenizer(config))["train"].pairs) == 15
+    write_rows(tmp_path / "train.json", [("a", "b", "1")])
+    with pytest.raises(UserError, match=rf"both train.json and train\{suffix}"):
+        load_splits(config, None)
+
+
+def test_a_loaded_run_says_what_the_script_says_in_any_thread_and_changes_nothing(short_run, few_rows, tmp_path, capfd):
+    rows = [{**row, "id": i} for i, row in enumerate(read_lines(few_rows("afqmc") / "dev.json"))]
+    rows[0] |= {"sentence1": "怎么\u2028还款" * 90}
+    path = tmp_path / "pairs.csv"
+    pandas.DataFrame(rows).to_csv(path, index=False)
+    said = [
+        json.loads(line)
+        for line in ran("afqmc/predict.py", "--run_dir", short_run("afqmc"), "--input", path).splitlines()
+    ]
+    assert [answer.pop("id") for answer in said] == [str(row["id"]) for row in rows]  # a table holds texts
+    expected = [{"id": row["id"], **answer} for row, answer in zip(rows, said)]
+
+    capfd.readouterr()
+    state = torch.get_rng_state()
+    labeller = predict.load(short_run("afqmc"))
+    with ThreadPoolExecutor(2) as threads:
+        calls = [rows, rows[:7], rows[7:], rows[::-1]] * 5
+        for given, answers in zip(calls, threads.map(partial(predict.predict, labeller), calls)):
+            assert [answer["label"] for answer in answers] == [expected[row["id"]]["label"] for row in given]
+            found = [answer["probability"] for answer in answers]
+            assert found == pytest.approx([expected[row["id"]]["probability"] for row in given], abs=2e-6)
+    assert predict.predict(labeller, rows) == expected and predict.predict(labeller, []) == []
+    assert torch.equal(torch.get_rng_state(), state) and capfd.readouterr() == ("", "")
+    for bad, words in (
+        ({"sentence1": "a"}, "row 2: there is no sentence2"),
+        ({**rows[0], "sentence2": 1}, "row 2: sent"),
+    ):
+        with pytest.raises(UserError, match=words):
+            predict.predict(labeller, [rows[0], bad])
+    with pytest.raises(UserError, match="no/such"):
+        predict.load("no/such")
+
+
+def test_the_worst_errors_are_the_wrong_answers_by_the_probability_of_their_label():
+    pairs = [Pair(f"a{i}", "b" * 1500 if i == 3 else "b", "12"[i % 2], i) for i in range(80)]
+    labels = torch.tensor([i % 2 for i in range(80)])
+    for threshold, second in ((0.3, torch.rand(80)), (0.5, labels.float())):
+        p = torch.stack([1 - second, second], 1).numpy()
+        errors = worst_errors(Split(pairs, np.zeros(80), labels, ("1", "2")), p, threshold)
+        wrong = [i for i in range(80) if (p[i, 1] >= threshold) != labels[i]]
+        order = sorted(wrong, key=lambda i: p[i, labels[i]])
+        assert [[line, answer] for line, _, _, _, answer, _ in errors] == [[i, "21"[i % 2]] for i in order]
+        text = "\n".join(errors_table("test", errors))
+        assert text.count("\n| ") == (min(30, len(wrong)) + 2 if wrong else 0) and ("b" * 1001 not in text)
+        assert ("(+500 characters)" in text) == (3 in order[:30]) and ("No answer on test is wrong." in text) == (
+            not wrong
+        )
+
+
+def test_any_labelled_file_is_scored_and_the_run_stays_as_it_is(short_run, few_rows, tmp_path):
+    run, data = short_run("afqmc"), few_rows("afqmc")
+    before = listing(run)
+    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    dev = read_lines(data / "dev.json")
+    (tmp_path / "more.csv").write_text(pandas.DataFrame(dev + read_lines(data / "train.json")[:1]).to_csv(index=False))
+    flags = ("afqmc/evaluate.py", "--run_dir", run, "--data")
+    seen = repeated_in_test(load_splits(config_of("afqmc", data_dir=str(data)), find_tokenizer(config_of("afqmc"))))
+    for file, own in ((data / "dev.json", True), (tmp_path / "more.csv", False)):
+        out = ran(*flags, file)
+        assert ("very file is its dev.json" in out) == own and f"{seen + (not own)} of the rows also stand in" in out
+        rows = [line.split(" | ") for line in out.splitlines() if line.startswith(f"| {file.name} | 0.5 ")]
+        assert not own or rows[0][2] == f"{results['test']['at_half']['f1_macro']:.4f}"
+    out = ran(*flags, data / "dev.json", "--data_dir", tmp_path)  # without the run's data
+    assert "trained on is not known" in out and "## The " in out
+    write_rows(tmp_path / "other.json", [("a", "b", "1"), ("a", "b", "yes")])
+    refused(run_here(*flags, tmp_path / "other.json"), "other.json, line 2: label is 'yes'", "0, 1")
+    assert listing(run) == before
+    for name in ("report.md", "report.html"):
+        assert "worst errors (test" in (run / name).read_text(encoding="utf-8")

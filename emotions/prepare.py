@@ -27,7 +27,7 @@ import numpy as np
 
 from common.checkpoint import ROOT, UserError
 from common.checkpoint.files import first_repeated, write_text
-from common.checkpoint.rows import decode
+from common.checkpoint.rows import data_file, decode
 from emotions.cli import displayed, run_script
 from emotions.config import Config
 from emotions.dataset import Row, is_empty, multi_hot, same_text
@@ -330,9 +330,9 @@ def refuse_foreign_files(folder: Path) -> None:
     marker = folder / "summary.md"
     if marker.exists() and marker.read_text(encoding="utf-8").startswith(TITLE):
         return
-    for name in ("train.jsonl", "validation.jsonl", "test.jsonl", "labels.txt"):
-        if (folder / name).exists():
-            raise UserError(f"{folder / name} was not written by prepare.py: give another --data_dir")
+    files = [data_file(folder, name) for name in ("train", "validation", "test")]
+    for path in filter(None, [*files, *folder.glob("labels.txt")]):
+        raise UserError(f"{path} was not written by prepare.py: give another --data_dir")
 
 
 def main(config: Config, raw_dir: str, sources: list[str], num_rows: int) -> None:

@@ -113,8 +113,8 @@ def report(
     """
     detail = "test" if "test" in splits else "validation"
     lines = [f"# {config.model} on {config.data_dir}", ""]
-    lines += ["The epoch and all thresholds were chosen on validation, so its rows marked tuned flatter. Those marked"]
-    lines += ["cross-fitted (thresholds tuned on four fifths, scored on the last, in turn) owe only the epoch to it."]
+    lines += ["The epoch and all thresholds were chosen on validation, so its rows marked tuned flatter. Those marked "]
+    lines[-1] += "cross-fitted (thresholds tuned on four fifths, scored on the last, in turn) owe only the epoch to it."
     if detail == "test":
         seen = f"{repeated_in_test(splits)} of its {len(splits['test'])} texts"
         lines += [f"Nothing was chosen on test; {seen} are also in validation.", ""]
@@ -124,14 +124,14 @@ def report(
         lines += [f"Validation: {few}.", ""]
     for name in list(splits)[1:]:
         if missing := scores[name]["absent"]:
-            lines += [f"{name.capitalize()} has no positive of {first_three(missing)}: each counts as 0 in f1_macro."]
-            lines += ["The mean over the others is f1_macro_occurring.", ""]
+            counted = "each counts as 0 in f1_macro. The mean over the others is f1_macro_occurring."
+            lines += [f"{name.capitalize()} has no positive of {first_three(missing)}: {counted}", ""]
 
     if (answered := scores["validation"]["one_answer"]) is not None:
         same = f"the same labels ({', '.join(answered) or 'none'})"
-        lines += [f"Every text of validation gets {same}: the model has learned how frequent labels are and no more."]
-        lines += [f"With init random (here {config.init}) more epochs (here {config.epochs}) and a learning_rate of"]
-        lines += [f"1e-3 to 5e-3 (here {config.learning_rate:g}) can help, and pretrained weights do.", ""]
+        lines += [f"Every text of validation gets {same}: the model has learned how frequent labels are and no more. "]
+        lines[-1] += f"With init random (here {config.init}) more epochs (here {config.epochs}) and a learning_rate of "
+        lines[-1] += f"1e-3 to 5e-3 (here {config.learning_rate:g}) can help, and pretrained weights do.\n"
 
     # All splits at all thresholds
     lines += ["## Scores", "", *table(*score_rows(scores))]

@@ -28,7 +28,7 @@ from common.checkpoint.environment import autocast_dtype, pick_device
 from common.checkpoint.files import write_json, write_text
 from common.checkpoint.run import Run, best_folder, read_best, read_run, warn_of_precision
 from evidence_spans.answers import Decoding, answer, answer_row, no_answer_probability, several_answers
-from evidence_spans.cli import FREE, run_path, run_script
+from evidence_spans.cli import FREE, displayed, run_path, run_script
 from evidence_spans.config import Config
 from evidence_spans.dataset import (
     Split,
@@ -181,8 +181,8 @@ def write_reports(run: Run, test: Split, scores: dict, rows: dict[str, list[dict
 
 def describe_data(data: Path, examples: list[Example], config: Config) -> list[str]:
     """What a labelled file is to a run: its size, and how far the run was trained or chosen on it."""
-    lines = [f"# {data}", "", f"{len(examples)} examples, scored by the best model of {run_path(config)}: its epoch,"]
-    lines += ["thresholds and calibration were chosen on that run's own validation.", ""]
+    scored = f"{len(examples)} examples, scored by the best model of {displayed(run_path(config))}"
+    lines = [f"# {displayed(data)}", "", f"{scored}: epoch and thresholds were chosen on that run's validation.", ""]
     recorded = read_run(run_path(config))["environment"].get("data") or {}
     here = data_digests(config.model_copy(update={"data_dir": str(data)}))
     if same := [name for name, digest in here.items() if digest in recorded.values()]:
@@ -202,6 +202,8 @@ def main(config: Config, split: str, data: str, metrics_output: str, predictions
     for output in filter(None, (metrics_output, predictions_output)):
         if not Path(output).absolute().parent.is_dir():
             raise UserError(f"{output}: there is no such folder")
+    if data and split != "all":
+        raise UserError("--data is scored whole: leave --split out")
     dtype = autocast_dtype(config.amp, pick_device())
     best_folder(path)  # before the lock: where there is no run, none is made
     run = None

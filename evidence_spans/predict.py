@@ -165,6 +165,8 @@ def read_row(row: dict, model: Model, unread: Counter) -> dict[str | None, Examp
     unread: counts the keys that nobody reads.
     """
     tokenizer, config = model.tokenizer, model.config
+    if not isinstance(row, dict):
+        raise ValueError(f"expected text, question and id by name, found {row!r:.60}")
     unread.update(unread_keys(row, ("text", "context", "question", "id")))
     if row.keys() >= {"text", "context"}:
         raise ValueError("text and context are two names of one key: give one of them")

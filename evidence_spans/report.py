@@ -125,16 +125,16 @@ def score_lines(scores: dict, names: Sequence[str]) -> list[str]:
     """The scores of these splits, what to say beside them, and what is counted."""
     lines = score_table(scores, names)
     lines += [f"- {caution}" for caution in scores["cautions"]] + [""] * bool(scores["cautions"])
-    lines += ["F1 counts words, which stand between blanks; of Han, kana, Thai, Lao, Khmer and Burmese script each"]
-    return [*lines, "character is one.", ""]
+    scripts = "Han, kana, Thai, Lao, Khmer and Burmese script"
+    return [*lines, f"F1 counts words, which stand between blanks; of {scripts} each character is one.", ""]
 
 
 def report(scores: dict, history: list[dict], config: Config) -> list[str]:
     """The readable evaluation, in lines of Markdown."""
     names, decoding = [name for name in ("validation", "test") if name in scores], scores["decoding"]
     lines = [f"# {config.model} on {config.data_dir}", ""]
-    lines += ["Epoch, thresholds and calibration were chosen on validation, so its own rows flatter; test is only"]
-    lines += [f"reported. Answers have at most {decoding['max_answer_length']} tokens.", ""]
+    chosen = "Epoch, thresholds and calibration were chosen on validation, so its own rows flatter; test is only"
+    lines += [f"{chosen} reported. Answers have at most {decoding['max_answer_length']} tokens.", ""]
     lines += score_lines(scores, names)
     rows = []
     for name in names:

@@ -152,8 +152,8 @@ def draw_epochs(rows: Rows, batch_size: int, seed: int) -> Iterator[Epoch]:
     if (size := len(rows.texts)) < batch_size:
         raise UserError(f"train.jsonl holds {size} rows, fewer than a batch: lower batch_size {batch_size}")
     there = rows.identities[rows.identities >= 0]
-    repeat, first = len(np.unique(there)) < there.size, []
-    identities = [[text for text in row if text >= 0] for row in rows.identities.tolist()]
+    repeat = len(np.unique(there)) < there.size
+    identities, first = rows.identities.tolist(), []
     for number in count():
         epoch = draw_epoch(rows, identities, batch_size, seed, number, first)
         if not epoch.batches and first:  # an order that fills none: in another one some may be full

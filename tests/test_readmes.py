@@ -112,7 +112,8 @@ def stand_in(flag: str, value: str, project: str, rows: Path, folder: Path) -> P
         (folder / value).write_text(f"{LINE}\n", encoding="utf-8")
         return next((path for path in rows.iterdir() if path.name.endswith(f"_{value}")), folder / value)
     own = {"beir": ROOT / project / "sample/beir", "raw_dir": folder / "raw", "runs": folder / "runs/short"}
-    own |= {"criteria_file": folder / "runs/short/best/criteria.json", "data": None if "." in value else rows}
+    own |= {"criteria_file": folder / "runs/short/best/criteria.json"}
+    own |= {"data": next(rows.glob("train.json*"), rows), "dev_beir": own["beir"]}  # a file, or a folder of two
     own |= {"nli": rows / "train.jsonl", "sts": rows / "sts-dev.csv" if "." in value else rows, "num_rows": 50}
     return None if Path(value).is_absolute() else own.get(flag)  # absolute: it is the sample's
 
@@ -130,6 +131,9 @@ def sample_form(script: str, flags: tuple[str, ...], offered: set[str], rows: Pa
         added = {flag: value for flag, value in added.items() if flag not in settings_of(project)}  # the run's
         added["run_dir"] = folder / "runs/short"
     else:
+        if "dev_beir" in values:  # where another file can choose, it is one too many
+            rows = shutil.copytree(rows, folder / "search", dirs_exist_ok=True)
+            (rows / "sts-dev.csv").unlink()
         added["data_dir"] = folder if name == "prepare.py" else rows
         added |= {"run_dir": folder / "runs/own"} if "run_dir" in values else {}
         if not Path(values.get("model", "none")).is_dir():

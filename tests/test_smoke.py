@@ -84,7 +84,7 @@ def test_a_finished_run_says_so_and_is_never_overwritten(project, few_rows, shor
     before, flags = listing(run), short_flags(project, "--data_dir", few_rows(project), "--run_dir", run)
     said = ran(f"{project}/train.py", *flags).splitlines()
     assert len(said) == 2 and said[1].startswith("done | validation ")
-    refused(run_here(f"{project}/train.py", *flags, "--seed", "1"), "seed 42 there, 1 here", "--run_dir")
+    refused(run_here(f"{project}/train.py", *flags, "--seed", "1"), "--seed", "42", "fixed", code=2)
     assert listing(run) == before
 
 

@@ -311,7 +311,7 @@ lines",FATIGUE,1,x
 s_1_1,b,two,FATIGUE,0,x
 s_1_1,c,three,ANHEDONIA,0,x
 s_1_2,d,four,SPECIAL_CASE,1,x
-s_1_2,d,four,SLEEP_ISSUES,1,x
+s_1_2,d,four,SLEEP_ISSUES,1.0,x
 
 """
 

@@ -5,6 +5,7 @@ import html
 import json
 import shutil
 import signal
+import time
 from pathlib import Path
 from threading import Thread
 
@@ -19,7 +20,7 @@ from redsm5_nli.criteria import CRITERIA
 from redsm5_nli.cross_validate import pooled_scores
 from redsm5_nli.dataset import Split
 from redsm5_nli.errors import error_lines, worst_errors
-from redsm5_nli.evaluate import score_split
+from redsm5_nli.evaluate import predict_logits, score_split
 from redsm5_nli.predict import load, predict
 from redsm5_nli.redsm5 import Post
 from redsm5_nli.report import table
@@ -201,10 +202,10 @@ def test_evaluate_scores_a_labelled_folder_and_says_what_of_it_was_trained_on(sh
     wrong = sum(a != b for a, b in zip(y, x))
     assert len(read_tables(out, f"The {min(30, wrong)} worst errors")[0]) == min(30, wrong)
 
-    # The run's own files; and where its data is no longer there
+    # The run's own files; and where its data is not there, but other data
     out = ran(*flags, data)
     assert "trained and chosen on this very redsm5_posts.csv and redsm5_annotations.csv" in out
-    out = ran(*flags, tmp_path, "--data_dir", tmp_path / "gone")
+    out = ran(*flags, tmp_path, "--data_dir", tmp_path)
     assert "could not be looked at" in out and row["f1_positive"] in out and listing(run) == before
 
 
@@ -212,11 +213,20 @@ def strip(rows: list[dict]) -> list[dict]:
     return [{"post_id": row["post_id"], "text": row["text"]} for row in rows]
 
 
-def test_two_threads_answer_as_one_and_as_the_script(short_run, few_rows, model, capfd, tmp_path):
+def test_two_threads_answer_as_one_and_as_the_script(short_run, few_rows, model, capfd, monkeypatch, tmp_path):
     rows = strip(read_csv(few_rows("redsm5_nli") / "redsm5_posts.csv")[:8])
     rows[3]["text"] *= 40  # cut
     state, handler, threads = torch.get_rng_state(), signal.getsignal(signal.SIGINT), []
     alone = [predict(model, rows[n : n + 2]) for n in range(0, 8, 2)]
+    inside = []
+
+    def one_at_a_time(*arguments):
+        inside.append(1)
+        time.sleep(0.02)
+        inside.append(-1)
+        return predict_logits(*arguments)
+
+    monkeypatch.setattr("redsm5_nli.predict.predict_logits", one_at_a_time)
     found = {}
     for offset in range(2):
 
@@ -228,7 +238,7 @@ def test_two_threads_answer_as_one_and_as_the_script(short_run, few_rows, model,
         threads[-1].start()
     for thread in threads:
         thread.join()
-    assert [found[n] for n in range(4)] == alone and capfd.readouterr() == ("", "")
+    assert inside == [1, -1] * 4 and [found[n] for n in range(4)] == alone and capfd.readouterr() == ("", "")
     assert torch.equal(torch.get_rng_state(), state) and signal.getsignal(signal.SIGINT) is handler
 
     with open(tmp_path / "posts.csv", "w", encoding="utf-8", newline="") as file:

@@ -138,7 +138,7 @@ def main(config: Config, text: str | None, input: str, thresholds: Literal["glob
 if __name__ == "__main__":
     flags = {
         "text": {"help": "the post itself; without it and --input, standard input is the post"},
-        "input": {"default": "-", "help": "CSV file with the columns post_id and text; -: one post, as above"},
+        "input": {"default": "-", "help": "table with the columns post_id and text; -: one post, as above"},
         "thresholds": {"choices": ["global", "criteria"], "default": "global", "help": "which tuned thresholds decide"},
     }
     shown = ("run_dir", "model", "eval_batch_size", "num_workers", "amp")

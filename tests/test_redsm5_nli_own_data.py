@@ -205,7 +205,7 @@ def test_evaluate_scores_a_labelled_folder_and_says_what_of_it_was_trained_on(sh
     # The run's own files; and where its data is not there, but other data
     out = ran(*flags, data)
     assert "trained and chosen on this very redsm5_posts.csv and redsm5_annotations.csv" in out
-    out = ran(*flags, tmp_path, "--data_dir", tmp_path)
+    out = ran(*flags, tmp_path, "--data_dir", ROOT / "redsm5_nli/sample")
     assert "could not be looked at" in out and row["f1_positive"] in out and listing(run) == before
 
 

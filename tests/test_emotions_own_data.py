@@ -14,7 +14,7 @@ from sklearn.metrics import f1_score
 from transformers import pipeline
 
 from common.checkpoint import UserError
-from emotions.dataset import Row, Split, load_splits, parse_row, read_rows
+from emotions.dataset import Row, Split, data_digests, load_splits, parse_row, read_rows
 from emotions.evaluate import answer, group_metrics, one_answer
 from emotions.labels import EMOTIONS, groupings, load_labels
 from emotions.model import find_tokenizer
@@ -90,6 +90,19 @@ def test_a_label_that_the_file_lacks_is_named_with_those_that_there_are():
         parse_row({"text": "a", "labels": "bug"}, 1, EMOTIONS)
     with pytest.raises(ValueError, match=r"holds 'bug', expected .* and 170 more$"):
         parse_row({"text": "a", "labels": "bug"}, 1, tuple(map(str, range(200))))
+
+
+@pytest.mark.parametrize("cell", ["joy, anger", "joy;anger", "bug report / joy"])
+def test_labels_with_another_separator_are_told_which_one_it_is(cell):
+    with pytest.raises(ValueError, match=r"stands \|"):
+        parsed(labels=cell)
+
+
+def test_rows_without_validation_are_told_what_to_do(tmp_path):
+    data = written(tmp_path / "data", NAMES, rows=10)
+    (data / "validation.jsonl").unlink()
+    with pytest.raises(UserError, match=r"validation\.jsonl not found: .*a fifth of train\.jsonl"):
+        data_digests(config_of("emotions", data_dir=str(data)))
 
 
 def test_groups_are_the_papers_labels_in_any_order_and_no_others():

@@ -139,6 +139,10 @@ def test_a_labelled_file_is_scored_and_named_for_what_it_is(short_run, few_rows,
     config = run_config(run)
     gone = describe_data(tmp_path / "x.json", [], config.model_copy(update={"data_dir": str(tmp_path / "gone")}))
     assert "is not known" in gone[-1] and "very file" not in "".join(gone)
+    changed = shutil.copytree(few_rows("evidence_spans"), tmp_path / "changed")
+    (changed / "redsm5_posts.csv").write_bytes((changed / "redsm5_posts.csv").read_bytes() + b"\n")
+    other = describe_data(changed, [], config.model_copy(update={"data_dir": str(changed)}))
+    assert other[-2].endswith("on this very file: redsm5_annotations.csv") and "is not known" in other[-1]
     own = "\n".join(describe_data(few_rows("evidence_spans"), splits["train"], config))
     assert "on this very file: redsm5_posts.csv, redsm5_annotations.csv" in own
     assert f"{len(splits['train'])} of the {len(splits['train'])} examples" in own
@@ -193,3 +197,25 @@ def test_texts_are_shown_as_a_page(short_run, tmp_path):
     assert len(json.loads(out)["answers"]) == html.count("<mark>")
     report = (run / "report.html").read_text(encoding="utf-8")
     assert report.count("<h3") <= 30 and '<mark class="wrong">' in report and "<svg" in report
+
+
+def test_runs_stand_side_by_side(short_run, tmp_path):
+    """The best first, with the settings that differ, and one that is not finished."""
+    for name, f1 in (("low", 0.25), ("high", 0.75)):
+        run = shutil.copytree(short_run("evidence_spans"), tmp_path / name)
+        results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+        results["validation"]["at_threshold"]["has_answer"]["f1"] = f1
+        (run / "results.json").write_text(json.dumps(results))
+        content = json.loads((run / "config.json").read_text(encoding="utf-8"))
+        content["config"]["learning_rate"] = f1
+        (run / "config.json").write_text(json.dumps(content))
+    shutil.copytree(run, tmp_path / "begun")
+    (tmp_path / "begun/results.json").unlink()
+    paths = [tmp_path / name for name in ("low", "begun", "high")]
+    out = ran("evidence_spans/results.py", "--runs", *paths, "--sort", "f1_with_answer")
+    header, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()[:5]]
+    rows = [dict(zip(header, row)) for row in rows]
+    assert [row["validation f1_with_answer"] for row in rows] == ["0.7500", "0.2500", "-"]
+    assert [row["learning_rate"] for row in rows] == ["0.75", "0.25", "0.75"] and "batch_size" not in header
+    assert rows[2]["caution"] == "unfinished" and "near 0" in rows[0]["caution"]
+    assert "evidence_spans/train.py" in rows[0]["command"]

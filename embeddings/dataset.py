@@ -113,7 +113,7 @@ def data_files(config: Config) -> dict[str, Path]:
     if train is None:
         ways = "`python embeddings/prepare.py` makes it, --data_dir names your folder, --sample needs neither"
         raise UserError(f"{folder / 'train.jsonl'} not found{'' if folder.is_dir() else ', nor the folder'}: {ways}")
-    judges = [path for path in (sts, dev) if path and path.is_file()]
+    judges = [path for path in (sts, dev) if path and path.exists()]
     names = [path.name for path in judges] + [f"--dev_beir {config.dev_beir}"] * bool(config.dev_beir)
     if len(names) != 1:
         reason = "one of sts-dev.csv (scored pairs), dev.jsonl (triplets) and --dev_beir chooses the step"
@@ -122,7 +122,7 @@ def data_files(config: Config) -> dict[str, Path]:
         split = "dev" if (beir / "qrels/dev.tsv").is_file() else "test"
         judges = beir_files(beir, split)
     named = {path.relative_to(beir if config.dev_beir else folder).as_posix(): path for path in judges}
-    return {train.name: train, **named} | ({TEST: test} if test.is_file() else {})
+    return {train.name: train, **named} | ({TEST: test} if test.exists() else {})
 
 
 def data_digests(config: Config) -> dict[str, str]:

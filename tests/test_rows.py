@@ -44,6 +44,7 @@ BROKEN = {
     "gbk": (b"text,label\nok,1\n" + "你好,1\n".encode("gbk"), 3, "save as CSV UTF-8"),
     "cells": (b"text,label\na,1\nb,1,2\n", 3, "expected 2 cells .* found 3"),
     "few cells": (b"text,label\na\n", 2, "expected 2 cells .* found 1"),
+    "empty": (b"\n", 1, "expected a header"),
     "quote": (b'text,label\na,1\n"b,1\n', 3, "quote left open"),
     "twice": (b"text,text\na,1\n", 1, "'text' stands there twice"),
 }
@@ -80,7 +81,7 @@ def test_json_lines_of_any_suffix_and_none_at_all():
     lines = [{"a": n, "b": "é\u2028"} for n in range(2000)]
     content = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines).encode()
     assert [row for _, row in parse_rows(io.BytesIO(content), "train.json")] == lines
-    assert [*parse_rows(io.BytesIO(b" \n"), "-")] == [*parse_rows(io.BytesIO(b""), "rows.csv")] == []
+    assert [*parse_rows(io.BytesIO(b" \n"), "-")] == [*parse_rows(io.BytesIO(b"a,b\n"), "rows.csv")] == []
 
 
 def test_of_two_files_of_a_name_neither_counts(tmp_path):

@@ -41,7 +41,7 @@ def model_source(model: str, how_to_get: str) -> str:
     if isinstance(cached, str):
         return model
     if Path(model).is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
-        raise UserError(f"model {model}: there is no such folder here or in {ROOT}")
+        raise UserError(f"model {model}: there is no such folder here or in {ROOT}; --model says where it is")
     raise UserError(
         f"model {model} is not on this machine: {how_to_get}, a folder on this machine does as well, "
         "--sample needs no download"

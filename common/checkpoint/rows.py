@@ -20,7 +20,7 @@ csv.field_size_limit(2**30)  # a text may be longer than the module's 131,072 ch
 
 def data_file(folder: Path, name: str) -> Path | None:
     """folder/name with one of SUFFIXES, None where there is none. Raises UserError where several are there."""
-    paths = [path for suffix in SUFFIXES if (path := folder / (name + suffix)).is_file()]
+    paths = [path for suffix in SUFFIXES if (path := folder / (name + suffix)).exists()]
     if len(paths) > 1:
         raise UserError(f"{folder} holds both {paths[0].name} and {paths[1].name}: keep one")
     return paths[0] if paths else None
@@ -90,7 +90,9 @@ def parse_table(content: bytes, name: str) -> Iterator[tuple[int, dict[str, str]
             raise
         if "\0" in text:
             raise ValueError("expected UTF-8, found a zero byte; in Excel, save as CSV UTF-8")
-        header = text.lstrip("\r\n").splitlines()[0] if text.strip() else ""
+        if not text.strip():
+            raise ValueError("expected a header with the names of the columns, found nothing")
+        header = text.lstrip("\r\n").splitlines()[0]
         separator = max(",;\t", key=header.count)
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)  # Mac's Excel writes \r
         columns: list[str] = []

@@ -152,9 +152,9 @@ def split_files(config: Config) -> dict[str, Path]:
     for name in ("train", "validation"):
         if files[name] is None:
             ways = "`python emotions/prepare.py` makes it, --data_dir names your folder, --sample needs neither"
-            if files["train"]:
-                ways = f"put a fifth of {files['train'].name}'s rows, drawn at random, there instead (or into a table)"
-            raise UserError(f"{folder / name}.jsonl not found: {ways}")
+            if train := files["train"]:
+                ways = f"move a fifth of {train.name}'s rows, drawn at random, there"
+            raise UserError(f"{folder / name}{train.suffix if train else '.jsonl'} not found: {ways}")
     return {name: path for name, path in files.items() if path}
 
 

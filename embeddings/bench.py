@@ -179,16 +179,16 @@ def watch_memory(backward: Callable, peaks: list[int]) -> Callable:
 def run_ours(config: Config, draw: Callable, build: Callable, steps: int) -> Steps:
     """train.py, for so many steps."""
     peaks: list[int] = []
-    watched = watch_memory(train.cached_backward, peaks)
+    watched, progress = watch_memory(train.cached_backward, peaks), train.Progress()
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w", encoding="utf-8") as silent:
         changes = {"run_dir": folder, "max_steps": steps, "eval_steps": steps, "save_steps": steps, "logging_steps": 1}
-        patched = patch.multiple(train, draw_epochs=draw, build_model=build, cached_backward=watched)
+        parts = {"draw_epochs": draw, "build_model": build, "cached_backward": watched, "Progress": lambda: progress}
+        patched = patch.multiple(train, **parts)
         with patched, redirect_stdout(silent):
             train.main(config.model_copy(update=changes))
-        progress = torch.load(Path(folder, "last.pt"), weights_only=True)["state"]["progress"]
         lines = map(json.loads, Path(folder, "metrics.jsonl").read_text(encoding="utf-8").splitlines())
         losses = [line["loss"] for line in lines if line["event"] == "step"]
-    return Steps(progress["train_seconds"], losses, peaks)
+    return Steps(progress.train_seconds, losses, peaks)
 
 
 def run_theirs(side: str, config: Config, draw: Callable, build: Callable, steps: int) -> Steps:

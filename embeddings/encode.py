@@ -217,5 +217,5 @@ if __name__ == "__main__":
         "prompt": {"choices": ["none", "query", "document"], "default": "none", "help": "put before each text, if set"},
         "base": {"action": "store_true", "help": "the model without its adapter"},
     }
-    shown = ("run_dir", "model", "eval_tokens", "amp")
+    shown = ("run_dir", "model", "pooling", "max_length", "query_prompt", "document_prompt", "eval_tokens", "amp")
     sys.exit(run_script(main, __doc__, trained=True, shown=shown, **flags))

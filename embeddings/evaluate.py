@@ -119,5 +119,6 @@ if __name__ == "__main__":
         "base": {"action": "store_true", "help": "with --sts or --beir: the model without its adapter"},
         "data": {"default": "", "help": "a file of triplets like dev.jsonl: its scores by the run's model"},
     }
-    shown = ("run_dir", "data_dir", "dev_beir", "model", "eval_tokens", "amp")
+    shown = ("run_dir", "data_dir", "dev_beir", "model", "pooling", "max_length", "query_prompt", "document_prompt")
+    shown += ("eval_tokens", "amp")
     sys.exit(run_script(main, __doc__, trained=True, shown=shown, **flags))

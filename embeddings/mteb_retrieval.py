@@ -2,7 +2,7 @@
 
     python embeddings/mteb_retrieval.py --run_dir embeddings/runs/... --tasks SciFact NFCorpus   # 9,000 documents
     python embeddings/mteb_retrieval.py --run_dir embeddings/runs/...                            # 33 million
-    python embeddings/mteb_retrieval.py --run_dir embeddings/runs/... --base --query_prompt "query: "
+    python embeddings/mteb_retrieval.py --model bert-base-uncased --pooling mean --base --query_prompt "query: "
 
 The tasks and splits are those of MTEB(eng, v1): test, of MSMARCO dev; CQADupstackRetrieval is the mean of twelve. mteb
 downloads the data sets; results lie in the run's mteb/, by prompt, and are not computed again. The table goes to
@@ -33,4 +33,5 @@ def main(config: Config, tasks: list[str], base: bool) -> None:
 if __name__ == "__main__":
     tasks = {"nargs": "+", "choices": TASKS, "default": TASKS, "metavar": "TASK", "help": "some of the fifteen tasks"}
     base = {"action": "store_true", "help": "the model without the adapter; needs no run"}
-    sys.exit(run_script(main, __doc__, trained=True, tasks=tasks, base=base))
+    shown = ("run_dir", "model", "pooling", "max_length", "query_prompt", "document_prompt", "eval_tokens", "amp")
+    sys.exit(run_script(main, __doc__, trained=True, shown=shown, tasks=tasks, base=base))

@@ -34,4 +34,5 @@ def main(config: Config, tasks: list[str], base: bool) -> None:
 if __name__ == "__main__":
     tasks = {"nargs": "+", "choices": TASKS, "default": TASKS, "metavar": "TASK", "help": "some of the ten tasks"}
     base = {"action": "store_true", "help": "the model without the adapter; needs no run"}
-    sys.exit(run_script(main, __doc__, trained=True, tasks=tasks, base=base))
+    shown = ("run_dir", "model", "pooling", "max_length", "eval_tokens", "amp")
+    sys.exit(run_script(main, __doc__, trained=True, shown=shown, tasks=tasks, base=base))

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from common.checkpoint import UserError
 from common.checkpoint.files import read_json
 from embeddings import train
-from embeddings.batching import Rows, epoch_batches, tokenize_rows
+from embeddings.batching import Rows, epoch_batches, tokenize, tokenize_rows
 from embeddings.dataset import load_splits, read_triplets
 from embeddings.dev import search_metrics, sts_dev, triplets_dev
 from embeddings.encode import load, predict
@@ -342,12 +342,14 @@ def test_pairs_whose_place_is_furthest_come_first():
     assert dev.errors(rows)[0]["place by people"] == "1.5 of 4" and dev.errors(rows)[0]["by cosine"] == "4"
 
 
-def test_predict_is_what_the_script_prints_in_several_threads_too(searched, tmp_path, capfd):
-    encoder, texts = load(searched), [*TEXTS, "the cook " * 300]
+def test_predict_is_what_the_script_prints_in_several_threads_too(searched, tmp_path, capfd, monkeypatch):
     capfd.readouterr()
+    encoder, texts = load(searched), [*TEXTS, "the cook " * 300]
+    monkeypatch.setattr("embeddings.encode.tokenize", lambda *a, **k: encoder.lock.locked() and tokenize(*a, **k))
     with ThreadPoolExecutor(2) as pool:
         found = [*pool.map(lambda count: predict(encoder, texts[:count], "query"), [5, 1, 3, 5, 2, 4, 5, 1])]
     assert capfd.readouterr() == ("", "")
+    monkeypatch.undo()
     write(tmp_path / "rows.jsonl", *({"text": text} for text in texts))
     pandas.DataFrame({"text": texts, "id": 1}).to_csv(tmp_path / "rows.csv", index=False)
     flags = ("embeddings/encode.py", "--run_dir", searched, "--prompt", "query", "--input")

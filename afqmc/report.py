@@ -112,8 +112,8 @@ def only_answer(metrics: dict) -> str | None:
     return answered[0] if len(answered) == 1 else None
 
 
-def causes(train: Split, steps: int, config: Config) -> list[str]:
-    """Why a model of this run can have learned one answer only."""
+def causes(train: Split, last: dict, config: Config) -> list[str]:
+    """Why a model of this run can have learned one answer only, and what to try. last: the last evaluation."""
     found = []
     if config.init == "random" and config.fgm_epsilon:
         found.append(f"fgm_epsilon {config.fgm_epsilon} holds a random start there: 0")
@@ -123,8 +123,10 @@ def causes(train: Split, steps: int, config: Config) -> list[str]:
         found.append(f"{share:.0%} of the tokens are [UNK]: a model whose vocabulary has them")
     if config.init == "random" and len(train.pairs) < 5000:
         found.append(f"{len(train.pairs)} training pairs are few for a random start: a pretrained --model")
-    found.append(f"{steps} optimizer steps can be too few: more epochs, gradient_accumulation_steps 1")
-    return found
+    if config.patience and last["epoch"] < config.epochs:
+        found.append(f"patience {config.patience} may have stopped it before it began to tell labels apart: 0")
+    few = f"{last['step']} optimizer steps can be too few"
+    return [*found, f"{few}: more epochs, a smaller batch_size, gradient_accumulation_steps 1, a higher learning_rate"]
 
 
 def f1_macro(metrics: dict) -> str:
@@ -155,7 +157,7 @@ def report(
         lines += ["There is no test split (no dev.json or test_fraction): no figure below is an unbiased estimate.", ""]
     if label := only_answer(untuned(scores["validation"])):
         lines += [f"Every validation row is given label {cell(label)}. Why that can be, and what to try:", ""]
-        lines += [*(f"- {cause}" for cause in causes(splits["train"], evaluations[-1]["step"], config)), ""]
+        lines += [*(f"- {cause}" for cause in causes(splits["train"], evaluations[-1], config)), ""]
 
     lines += score_table({name: scores[name] for name in splits if name != "train"}, threshold)
     lines += detail_tables(detail, scores[detail], threshold)

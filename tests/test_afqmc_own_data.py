@@ -180,6 +180,9 @@ def test_a_split_of_many_labels_holds_all_on_both_sides_or_names_those_with_few(
     typo = [Pair(f"a{i}", f"b{i}", "Yes" if i == 70 else ("no", "yes")[i % 2], i) for i in range(100)]
     with pytest.raises(ValueError, match=r"1 of label Yes \(see line 70\)"):
         split_pairs(typo, 0.1, 0)
+    contradicted = Pair("b", "a0", "maybe", 80)  # swapped, it stands there with another label
+    with pytest.raises(ValueError, match=r"0 of label maybe \(see line 80\)"):
+        split_pairs([pair._replace(sentence2="b") for pair in typo[:70]] + [contradicted], 0.1, 0)
     with pytest.raises(ValueError, match=r"all have label 1"):
         split_pairs([Pair(f"a{i}", "b", "1", i) for i in range(50)], 0.1, 0)
 
@@ -204,7 +207,12 @@ def test_test_fraction_holds_out_a_test_split_where_there_is_no_dev_json(tmp_pat
         load_splits(config, tokenizer)
 
 
-CAUSES = [({"fgm_epsilon": 1.0}, "fgm_epsilon 1.0"), ({"learning_rate": 2e-5}, "2e-05"), ({}, "9 optimizer steps")]
+CAUSES = [
+    ({"fgm_epsilon": 1.0}, "fgm_epsilon 1.0"),
+    ({"learning_rate": 2e-5}, "2e-05"),
+    ({"patience": 3}, "patience 3"),
+    ({}, "9 optimizer steps"),
+]
 
 
 @pytest.mark.parametrize("changes, cause", CAUSES)
@@ -220,8 +228,12 @@ def test_a_model_that_gives_one_answer_only_has_its_likely_causes_in_the_report(
             "threshold": 0.5
         }
         for settings in (config, config.model_copy(update=changes)):
-            is_said = cause in report(scores, splits, [], evaluations, settings)
-            assert is_said == (rows_of_label_0 == 0 and (settings != config or not changes))
+            text = report(scores, splits, [], evaluations, settings)
+            assert (cause in text) == (rows_of_label_0 == 0 and (settings != config or not changes))
+            assert text.count("\n- ") == (rows_of_label_0 == 0) * (2 + (settings != config))  # few pairs, few steps
+        pretrained = config.model_copy(update=changes | {"init": "pretrained"})
+        of_any_start = (rows_of_label_0 == 0) * (1 + ("patience" in changes))
+        assert report(scores, splits, [], evaluations, pretrained).count("\n- ") == of_any_start
         assert ("every answer is 1" in last_line(results | scores, "here")) == (rows_of_label_0 == 0)
 
 

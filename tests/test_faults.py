@@ -350,8 +350,8 @@ def test_rows_that_changed_since_are_refused_and_another_precision_is_said(
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     path.write_text("".join([lines[0], *reversed(lines[1:])]), encoding="utf-8", newline="")
     before = contents(run)
-    refused(train(project, run, "--data_dir", data), run, "data_sha256")
-    refused(run_here(f"{project}/evaluate.py", "--run_dir", run, "--data_dir", data), run, "data_sha256")
+    refused(train(project, run, "--data_dir", data), run, path.name, "has changed")
+    refused(run_here(f"{project}/evaluate.py", "--run_dir", run, "--data_dir", data), path.name, "has changed")
     assert contents(run) == before
     code, _, err = run_here(answering(project), "--run_dir", short_run(project), "--amp", "bf16", text=LINE)
     assert code == 0 and re.search("trained with .*(None|float32), now .*bfloat16", err)

@@ -89,7 +89,7 @@ def test_a_roberta_with_berts_tokenizer_works_in_the_readmes_snippet(project, tm
     if project == "afqmc":
         parts.save_model(parts.build_model(config), tokenizer, 0.5, tmp_path / "best")
     else:
-        model = parts.build_model(config, torch.zeros(28))
+        model = parts.build_model(config, torch.zeros(2), ("a", "b"))
         parts.save_model(model.state_dict(), model.config, tokenizer, {}, tmp_path / "best")
     answer = pipeline("text-classification", model=str(tmp_path / "best"))({"text": "a ☃ b", "text_pair": "c"})
     reloaded = AutoTokenizer.from_pretrained(tmp_path / "best")

@@ -33,7 +33,7 @@ class Dev(NamedTuple):
     identities: list[frozenset[str]]  # of each row: same_text of what no training row may hold
     score: Callable[[Tensor], tuple[dict, list[dict]]]  # vectors (N, D) -> scores, and what each row got
     errors: Callable[[list[dict]], list[dict]]  # rows with what they got -> the wrong ones, the worst first
-    summary: dict[str, object]  # its column of the data table
+    summary: dict[str, object]  # its row of the data table
 
 
 # Scored pairs

@@ -4,7 +4,7 @@
     echo "a line" | python embeddings/encode.py --run_dir embeddings/runs/...           # JSON lines on stdout
     python embeddings/encode.py --run_dir embeddings/runs/... --input lines.txt --query "what to look for"
 
-An --input that ends in .csv, .tsv, .json or .jsonl holds rows with a "text" (JSON lines, or a table with a header).
+An --input that ends in .csv, .tsv, .json or .jsonl holds rows with a "text" and perhaps a "title", put before it.
 A JSON line: {"line": its number, "vector": [...]}; blank lines are skipped. A .npy file is an array (lines, D) in fp32,
 row n for line n + 1, so a blank line is refused. A line that is not UTF-8 is reported on stderr, gives {"line": ...,
 "error": ...} and makes the exit status 1; for a .npy and a query it ends the script. --base takes the model without its
@@ -93,19 +93,23 @@ def encode(
 
 def read_lines(stream: BinaryIO, name: str) -> Iterator[tuple[int, str | ValueError]]:
     """Each line's number, and its text, "" where that shows nothing, or what is wrong with it."""
-    if name.lower().endswith(SUFFIXES):
-        for number, row in parse_rows(stream, name):
-            if not isinstance(row, ValueError) and not isinstance(row.get("text"), str):
-                row = ValueError(f"has no 'text' that is one, only {', '.join(map(repr, row))}")
-            yield number, row if isinstance(row, ValueError) else row["text"].strip()
-        return
-    for number, line in enumerate(stream, 1):
+    are_rows = name.lower().endswith(SUFFIXES)
+    for number, line in parse_rows(stream, name) if are_rows else enumerate(stream, 1):
         try:
-            text = decode(line).strip()
+            yield number, text_of(line)
         except ValueError as error:
             yield number, error
-        else:
-            yield number, "" if is_empty(text) else text
+
+
+def text_of(line: bytes | dict | ValueError) -> str:
+    """The text of a line, or of a row, behind its title as in BEIR's format. Raises ValueError."""
+    if isinstance(line, ValueError):
+        raise line
+    row = line if isinstance(line, dict) else {"text": decode(line)}
+    if not isinstance(row.get("text"), str):
+        raise ValueError(f"has no 'text' that is one, only {', '.join(map(repr, row))}")
+    text = f"{row.get('title') or ''} {row['text']}".strip()
+    return "" if is_empty(text) else text
 
 
 def read_texts(stream: BinaryIO, name: str, skip_blank: bool) -> dict[int, str]:

@@ -95,7 +95,8 @@ def read_settings(path: Path) -> dict:
     """The settings in a run's config.json; those of another version that are none here are left out. UserError."""
     run = read_run(path)
     if run["format"] == FORMAT and (other := run["config"].keys() ^ Config.model_fields.keys() - NOT_OF_A_RUN):
-        raise UserError(f"{path / 'config.json'}: {min(other)} is missing, or not a setting: not how the run was saved")
+        reason = f"{min(other)} is missing, or no setting here: another project's run, or not as it was saved"
+        raise UserError(f"{path / 'config.json'}: {reason}. Give another --run_dir")
     return {name: value for name, value in run["config"].items() if name in Config.model_fields}
 
 

@@ -331,8 +331,8 @@ def test_another_projects_or_another_configs_run_is_refused_and_left_alone(proje
     foreign = shutil.copytree(short_run(other), tmp_path / "foreign")
     own = shutil.copytree(short_run(project), tmp_path / "own")
     before = contents(tmp_path)
-    refused(train(project, foreign), f"{foreign} holds a run with another config", "absent")
-    refused(train(project, own, "--seed", "1"), f"{own} holds a run with another config", "seed 42 there, 1 here")
+    refused(train(project, foreign), foreign / "config.json", "another project's run")
+    refused(train(project, own, "--seed", "1"), "--seed", own, "42", "fixed", code=2)
     for script in (f"{project}/evaluate.py", answering(project)):
         refused(run_here(script, "--run_dir", foreign, text=LINE), foreign / "config.json")
         refused(run_here(script, "--run_dir", own, "--seed", "1", text=LINE), "--seed", own, "42", code=2)

@@ -98,8 +98,8 @@ def find_low_scores(scores: dict) -> list[str]:
     """What to say where hardly an answer is found, and why that can be."""
     found = {name: score["at_threshold"]["has_answer"] for name, score in scores.items() if name != "decoding"}
     low = [name for name, score in found.items() if score["rows"] and score["f1"] < 0.1]
-    why = "trained too little (steps, learning_rate), on windows of which most hold no answer (--negatives_per_positive "
-    why += "1 draws fewer), or a threshold for data of which most have none (--metric f1_balanced)"
+    why = "trained too little (steps, learning_rate), on windows of which most hold no answer "
+    why += "(--negatives_per_positive 1 draws fewer), or a threshold where most have none (--metric f1_balanced)"
     return [f"f1 of those with an answer is near 0 on {' and '.join(low)}: {why}"] if low else []
 
 

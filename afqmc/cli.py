@@ -155,7 +155,8 @@ def parse(
 
     if is_run:  # its settings are fixed
         here = Config(**PRESETS[preset] if preset else {}) if resumes else config
-        for name in given.keys() - (FREE if trained else {*PATHS, *NOT_OF_A_RUN}):
+        free = FREE if trained else {*PATHS, *NOT_OF_A_RUN}
+        for name in (name for name in given if name not in free):
             if (value := saved.get(name, Config.model_fields[name].default)) != getattr(config, name):
                 parser.error(f"argument --{name}: {given['run_dir']} was trained with {value!r}, which is fixed")
         others = {n: value for n, value in saved.items() if value != getattr(here, n) and n not in {*given, *PATHS}}

@@ -332,7 +332,8 @@ def test_another_projects_or_another_configs_run_is_refused_and_left_alone(proje
     own = shutil.copytree(short_run(project), tmp_path / "own")
     before = contents(tmp_path)
     refused(train(project, foreign), foreign / "config.json", "another project's run")
-    refused(train(project, own, "--seed", "1"), "--seed", own, "42", "fixed", code=2)
+    again = run_here(f"{project}/train.py", "--run_dir", own, "--seed", "1")
+    refused(again, "--seed", own, "42", "fixed", code=2)
     for script in (f"{project}/evaluate.py", answering(project)):
         refused(run_here(script, "--run_dir", foreign, text=LINE), foreign / "config.json")
         refused(run_here(script, "--run_dir", own, "--seed", "1", text=LINE), "--seed", own, "42", code=2)

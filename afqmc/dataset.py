@@ -212,10 +212,10 @@ def load_splits(config: Config, tokenizer: PreTrainedTokenizerFast) -> dict[str,
     names = label_names(pairs)
     if "dev" in files:
         if config.test_fraction:
-            raise UserError(f"{files['dev']} is the test split: test_fraction {config.test_fraction} has no use")
+            print(f"{files['dev']} is the test split: test_fraction {config.test_fraction} is not used")
         test = read_pairs(files["dev"], names=names)
     try:
-        if config.test_fraction:
+        if config.test_fraction and not test:
             pairs, test = split_pairs(pairs, config.test_fraction, config.split_seed)
         train, validation = split_pairs(pairs, config.validation_fraction, config.split_seed)
     except ValueError as error:

@@ -115,8 +115,8 @@ def only_answer(metrics: dict) -> str | None:
 def causes(train: Split, last: dict, config: Config) -> list[str]:
     """Why a model of this run can have learned one answer only, and what to try. last: the last evaluation."""
     found = []
-    if config.init == "random" and config.fgm_epsilon:
-        found.append(f"fgm_epsilon {config.fgm_epsilon} holds a random start there: 0")
+    if config.fgm_epsilon:
+        found.append(f"fgm_epsilon {config.fgm_epsilon} holds a random start there, and small encoders on few rows: 0")
     if config.init == "random" and config.learning_rate < 2e-4:
         found.append(f"learning_rate {config.learning_rate} is small for a random start: 2e-4 to 1e-3")
     if (share := unknown_share(train)) > 0.05:

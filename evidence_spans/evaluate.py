@@ -164,7 +164,7 @@ def score_splits(
         for example, prediction in zip(splits[name].examples, predictions):
             more = {"post": example.post, "question": example.question, "gold": example.texts, "split": name}
             rows[name].append(answer_row(example.id, example.context, prediction, decoding, **more))
-    return scores | {"cautions": cautions + find_low_scores(scores)}, rows
+    return scores | {"cautions": cautions + find_low_scores(scores, config)}, rows
 
 
 def write_reports(run: Run, test: Split, scores: dict, rows: dict[str, list[dict]], config: Config) -> None:

@@ -94,13 +94,16 @@ def last_line(results: dict, path: str) -> str:
     return " | ".join([*parts, f"{results['seconds']:.0f} s", f"results in {path}"])
 
 
-def find_low_scores(scores: dict) -> list[str]:
+def find_low_scores(scores: dict, config: Config) -> list[str]:
     """What to say where hardly an answer is found, and why that can be."""
     found = {name: score["at_threshold"]["has_answer"] for name, score in scores.items() if name != "decoding"}
     low = [name for name, score in found.items() if score["rows"] and score["f1"] < 0.1]
-    why = "trained too little (steps, learning_rate), on windows of which most hold no answer "
-    why += "(--negatives_per_positive 1 draws fewer), or a threshold where most have none (--metric f1_balanced)"
-    return [f"f1 of those with an answer is near 0 on {' and '.join(low)}: {why}"] if low else []
+    why = ["trained too little (steps, learning_rate)"]
+    if config.negatives_per_positive <= 0:
+        why.append("on windows of which most hold no answer (--negatives_per_positive 1 draws fewer)")
+    if config.metric != "f1_balanced":
+        why.append("with a threshold for rows of which most have none (--metric f1_balanced)")
+    return [f"f1 of those with an answer is near 0 on {' and '.join(low)}: {', or '.join(why)}"] if low else []
 
 
 def score_table(scores: dict, names: Sequence[str]) -> list[str]:

@@ -56,9 +56,11 @@ def test_of_a_long_documents_windows_those_without_its_answer_are_drawn(tmp_path
 @pytest.mark.parametrize("scores, words", [((0.04, 0.5), "on validation:"), ((0.5, 0.0), "on test:"), ((0.2, 0.1), "")])
 def test_scores_that_say_no_answer_everywhere_are_named(scores, words):
     found = [{"at_threshold": {"has_answer": {"f1": f1, "rows": 3}}} for f1 in scores]
-    said = find_low_scores(dict(zip(("validation", "test"), found)))
+    said = find_low_scores(dict(zip(("validation", "test"), found)), config_of("evidence_spans"))
     assert bool(said) == bool(words) and all(words in line and "--negatives_per_positive" in line for line in said)
-    assert not find_low_scores({"test": {"at_threshold": {"has_answer": {"f1": 0.0, "rows": 0}}}})
+    assert not find_low_scores(
+        {"test": {"at_threshold": {"has_answer": {"f1": 0.0, "rows": 0}}}}, config_of("evidence_spans")
+    )
 
 
 def test_predict_asks_every_question_of_a_squad_file(short_run, tmp_path):

@@ -56,6 +56,7 @@ def test_a_default_folder_is_named_by_its_model_and_data(project, tmp_path):
     assert cli.run_path(own).name.startswith("some-model-my pairs-")
 
 
+@pytest.mark.slow
 @every_project
 def test_a_run_ends_in_a_thread_as_in_the_main_one(project, short_run, few_rows, tmp_path):
     run, ended = tmp_path / "run", []

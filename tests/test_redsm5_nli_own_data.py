@@ -175,6 +175,7 @@ def model(short_run):
     return load(short_run("redsm5_nli"))
 
 
+@pytest.mark.slow
 def test_evaluate_scores_a_labelled_folder_and_says_what_of_it_was_trained_on(short_run, few_rows, model, tmp_path):
     """The run's test posts are scored as the run scored them; with two training posts, and two of them changed."""
     run, data = short_run("redsm5_nli"), few_rows("redsm5_nli")

@@ -37,12 +37,13 @@ def boolean(text: str) -> bool | str:
     return {"true": True, "false": False}.get(text.lower(), text)  # pydantic refuses a text
 
 
-def flag(field: FieldInfo) -> dict:
+def flag(field: FieldInfo, with_default: bool) -> dict:
     """What argparse takes for a setting: its type, meaning, range and default."""
     kinds = [(LIMITS.get(type(limit).__name__), limit) for limit in field.metadata]
     notes = [f"{word} {getattr(limit, type(limit).__name__.lower())}" for word, limit in kinds if word]
-    notes.append(f"default: {field.default!r}")
-    settings = {"help": f"{field.description} ({', '.join(notes)})".replace("%", "%%"), "default": argparse.SUPPRESS}
+    notes += [f"default: {field.default!r}"] * with_default
+    meaning = f"{field.description} ({', '.join(notes)})" if notes else field.description
+    settings = {"help": meaning.replace("%", "%%"), "default": argparse.SUPPRESS}
     if choices := get_args(field.annotation):
         return settings | {"choices": choices}
     if field.annotation is bool:
@@ -125,14 +126,15 @@ def parse(
     """
     parser = Parser(usage="%(prog)s [--flag value ...]", description=description, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--preset", choices=PRESETS, help="other defaults, at the end of config.py")
-    parser.add_argument("--sample", dest="preset", action="store_const", const="sample", help="--preset sample")
+    for name, more in (("preset", {"choices": PRESETS}), ("sample", {"action": "store_const", "const": "sample"})):
+        meaning = {"preset": "other defaults, at the end of config.py", "sample": "--preset sample"}[name]
+        parser.add_argument(f"--{name}", dest="preset", help=argparse.SUPPRESS if shown == () else meaning, **more)
     for name, settings in flags.items():
         parser.add_argument(f"--{name}", **settings)
     group = parser.add_argument_group(f"settings, whose defaults are those of {'the run' if trained else 'config.py'}")
     for name, field in Config.model_fields.items():
         hidden = name not in shown if shown is not None else trained and name not in FREE
-        group.add_argument(f"--{name}", **flag(field) | ({"help": argparse.SUPPRESS} if hidden else {}))
+        group.add_argument(f"--{name}", **flag(field, not trained) | ({"help": argparse.SUPPRESS} if hidden else {}))
     given = vars(parser.parse_args(argv))
     preset, own = given.pop("preset"), {name: given.pop(name) for name in flags}
 

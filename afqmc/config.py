@@ -12,7 +12,7 @@ class Config(BaseModel, frozen=True, extra="forbid", strict=True, validate_defau
     model: str = Field("hfl/chinese-macbert-base", min_length=1, description="encoder: a name on the hub or a folder")
     init: Literal["pretrained", "random"] = Field("pretrained", description="random: the model's shape, new weights")
     data_dir: str = Field("afqmc/data", description="folder of train.json and, if there, dev.json (the test split)")
-    run_dir: str = Field("", description="folder of the run; empty: afqmc/runs/<model>-<8 hex of the config>")
+    run_dir: str = Field("", description="folder of the run; empty: afqmc/runs/<model>-<data>-<8 hex>")
     test_fraction: float = Field(0.0, ge=0, lt=1, description="share of train.json to test on, without a dev.json")
     validation_fraction: float = Field(0.1, gt=0, lt=1, description="share of the rest held out to choose on")
     split_seed: int = Field(42, ge=0, lt=2**32, description="seed of these splits; stays while seed varies")

@@ -112,6 +112,8 @@ def label_names(pairs: Iterable[Pair]) -> tuple[str, ...]:
 
 def parse_pair(row: dict, number: int, labelled: bool) -> Pair:
     """A row of a file as a Pair; number: of its line. Raises ValueError saying what is wrong with it."""
+    if not isinstance(row, dict):
+        raise ValueError(f"expected a row, found {row!r:.60}")
     unread = tuple(unread_keys(row, KEYS))
     for name in KEYS[: 2 + labelled]:
         if name not in row:

@@ -170,7 +170,7 @@ def evaluate_run(
     dtype: torch.dtype | None,
 ) -> dict:
     """Scores of the best model on every split but train; writes predictions/, report.md and .html into the run."""
-    model, tokenizer, threshold = read_best(run.path, partial(load_best, config))
+    model, _, threshold = read_best(run.path, partial(load_best, config))
     model.to(pick_device())
     weights = class_weights(config.class_weights, splits["train"])
     scores, errors = {"threshold": threshold, "test": None}, []

@@ -91,8 +91,8 @@ def last_line(results: dict, path: str) -> str:
 def cautions(results: dict) -> list[str]:
     """What to say beside a run's validation score."""
     metrics = untuned(results["validation"])
-    label = only_answer(metrics)
-    found = [small_split(supports(metrics)), label and f"every answer is {label}: report.md says why that can be"]
+    label, half = only_answer(metrics), " at .5" * ("at_half" in results["validation"])
+    found = [small_split(supports(metrics)), label and f"every answer{half} is {label}: report.md says why that can be"]
     return [caution for caution in found if caution]
 
 
@@ -156,7 +156,8 @@ def report(
     else:
         lines += ["There is no test split (no dev.json or test_fraction): no figure below is an unbiased estimate.", ""]
     if label := only_answer(untuned(scores["validation"])):
-        lines += [f"Every validation row is given label {cell(label)}. Why that can be, and what to try:", ""]
+        half = " at .5" * (threshold is not None)
+        lines += [f"Every validation row is given{half} label {cell(label)}. Why that can be, and what to try:", ""]
         lines += [*(f"- {cause}" for cause in causes(splits["train"], evaluations[-1], config)), ""]
 
     lines += score_table({name: scores[name] for name in splits if name != "train"}, threshold)

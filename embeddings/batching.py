@@ -107,7 +107,7 @@ def tokenize_rows(triplets: list[Triplet], tokenizer: PreTrainedTokenizerFast, c
             same[place, column] = identities.setdefault(identity(text), len(identities))
             lines += [row.line] * (len(texts) - len(lines))
     identity.cache_clear()
-    name = "train.jsonl, line {}".format
+    name = "training file, line {}".format
     tokens = tokenize(list(texts), tokenizer, config, True, lambda place: name(lines[place]))
     return tokens, Rows(numbers, same, np.where(numbers < 0, 0, tokens.lengths[numbers]).max(1))
 
@@ -150,7 +150,7 @@ def draw_epochs(rows: Rows, batch_size: int, seed: int) -> Iterator[Epoch]:
     UserError where there is no batch.
     """
     if (size := len(rows.texts)) < batch_size:
-        raise UserError(f"train.jsonl holds {size} rows, fewer than a batch: lower batch_size {batch_size}")
+        raise UserError(f"the training file holds {size} rows, fewer than a batch: lower batch_size {batch_size}")
     there = rows.identities[rows.identities >= 0]
     repeat = len(np.unique(there)) < there.size
     identities, first = rows.identities.tolist(), []
@@ -160,7 +160,7 @@ def draw_epochs(rows: Rows, batch_size: int, seed: int) -> Iterator[Epoch]:
             epoch = draw_epoch(rows, identities, batch_size, seed, number, [])
         if not epoch.batches:
             what = f"no batch of {batch_size} rows without a repeated text was found among the {size} rows"
-            raise UserError(f"{what} of train.jsonl in epoch {number + 1}: lower batch_size")
+            raise UserError(f"{what} of the training file in epoch {number + 1}: lower batch_size")
         yield epoch._replace(first_in_next=repeat)
         first = epoch.left_out if repeat else []
 

@@ -47,6 +47,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from common.checkpoint import ROOT, UserError
 from common.checkpoint.environment import autocast_dtype, environment, peak_memory_bytes, pick_device
+from common.checkpoint.rows import data_file
 from embeddings import train
 from embeddings.batching import Epoch, Rows, draw_epochs, tokenize_rows
 from embeddings.cli import run_script
@@ -121,7 +122,7 @@ def wrap(model: Embedder, tokenizer: PreTrainedTokenizerFast, config: Config) ->
 
 def bench_encode(config: Config, number: int, rounds: int, sizes: list[int]) -> None:
     """Print texts/s of either side, theirs at each batch size."""
-    triplets = read_triplets(ROOT / config.data_dir / "train.jsonl")
+    triplets = read_triplets(data_file(ROOT / config.data_dir, "train"))
     distinct = list(dict.fromkeys(text for row in triplets for text in row.texts))
     texts = [distinct[place] for place in np.random.default_rng(config.seed).permutation(len(distinct))[:number]]
     model, tokenizer = load_embedder(config, base=True)
@@ -292,7 +293,8 @@ def main(
     info |= {"model": config.model, "amp": autocast_dtype(config.amp, device) or "off", "data_dir": config.data_dir}
     print(" | ".join(f"{name} {value}" for name, value in info.items()), end="\n\n")
     with tempfile.TemporaryDirectory() as folder:  # the triplets, and as little as can be to evaluate
-        Path(folder, "train.jsonl").write_bytes((ROOT / config.data_dir / "train.jsonl").read_bytes())
+        train = data_file(ROOT / config.data_dir, "train")
+        Path(folder, train.name).write_bytes(train.read_bytes())
         Path(folder, "sts-dev.csv").write_text(STS.format(5, "one text") + STS.format(0, "another"), encoding="utf-8")
         config = config.model_copy(update={"data_dir": folder})
         if "encode" in parts:

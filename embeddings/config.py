@@ -17,7 +17,7 @@ class Config(BaseModel, frozen=True, extra="forbid", strict=True, validate_defau
         "embeddings/data", description="folder of train.jsonl, sts-dev.csv or dev.jsonl, and perhaps sts-test.csv"
     )
     dev_beir: str = Field("", description="folder in BEIR's format that chooses the step instead of a dev file")
-    run_dir: str = Field("", description="folder of the run; empty: embeddings/runs/<model>-<8 hex of the config>")
+    run_dir: str = Field("", description="folder of the run; empty: embeddings/runs/<model>-<data>-<8 hex>")
     max_length: int = Field(150, ge=4, description="tokens of a text, EOS included; NLI has hardly a longer one")
 
     # The model. A causal decoder needs pooling last, the state of EOS; mean and cls are for encoders.

@@ -51,7 +51,8 @@ def read_triplets(path: Path, unread: Counter[str] | None = None) -> list[Triple
     for number, row in tqdm(read_rows(path), desc="reading", unit=" rows", leave=False, disable=None):
         if path.suffix.lower() in TABLES:
             row = {key: cell or None for key, cell in row.items()}
-            row |= {"negatives": []} if any(key.startswith("negative") for key in row) else {}
+            if "positive" in row and any(key.startswith("negative") for key in row):
+                row["negatives"] = []
         numbered = tuple(key for key in row if re.fullmatch(r"negative_\d+", key))
         parsed = parse_row(triplet_row(numbered), path, number, row, unread)
         anchor, positive, *single, several = (value for _, value in parsed)

@@ -16,7 +16,7 @@ From Python: predict(load("embeddings/runs/..."), ["a line"]) is what the script
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -60,15 +60,18 @@ def load(run_dir: str | Path) -> Encoder:
     return Encoder(*load_embedder(config), config, Lock())
 
 
-def predict(encoder: Encoder, rows: Sequence[str], prompt: str = "none") -> list[dict]:
-    """The script's JSON line of each text, {"line": from 1 on, "vector": of length 1}; safe in several threads.
+def predict(encoder: Encoder, rows: Iterable[str | dict], prompt: str = "none") -> list[dict]:
+    """The script's JSON line of each text, or row with a text, {"line": from 1 on, "vector": of length 1}.
 
+    From any thread.
     prompt: "query" and "document" put the run's in front. Raises UserError naming the row.
     """
-    for number, text in enumerate(rows, 1):
-        if not isinstance(text, str) or is_empty(text):
-            raise UserError(f"row {number} is {text!r:.60}, expected a text")
-    lines = {number: text.strip() for number, text in enumerate(rows, 1)}
+    lines = {}
+    for number, row in enumerate(rows, 1):
+        text = row if isinstance(row, str) else text_of(row) if isinstance(row, dict) and "text" in row else ""
+        if is_empty(text):
+            raise UserError(f"row {number} is {row!a:.60}, expected a text")
+        lines[number] = text.strip()
     return as_rows(lines, encode(encoder, lines, prompt, "row {}".format)[0])
 
 

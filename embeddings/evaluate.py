@@ -79,6 +79,8 @@ def evaluate_file(path: Path, config: Config) -> str:
     if same := [name for name, known in recorded.items() if known == digest]:
         lines += [f"**The run was trained or chosen on this very file ({same[0]}): the figures flatter.**", ""]
     try:
+        if recorded != data_digests(config):
+            raise UserError("another's rows would be counted")
         trained = {same_text(text) for row in load_splits(config).train for text in row.texts}
         known = sum(text in trained for texts in dev.identities for text in texts)
         lines += [f"{known} of its {len(dev.rows)} queries stand in the run's training rows.", ""]

@@ -78,7 +78,7 @@ def refuse_non_finite(loss: float, grad_norm: float, batch: np.ndarray, triplets
         if not math.isfinite(value):
             lines = ", ".join(str(triplets[row].line) for row in batch)
             raise UserError(
-                f"the {what} is {value} at step {step + 1}, in the batch of train.jsonl lines {lines}; best/ is "
+                f"the {what} is {value} at step {step + 1}, in the batch of training lines {lines}; best/ is "
                 "untouched. A lower learning_rate or amp off may help"
             )
 

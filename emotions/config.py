@@ -12,7 +12,7 @@ class Config(BaseModel, frozen=True, extra="forbid", strict=True, validate_defau
     model: str = Field("microsoft/deberta-v3-large", min_length=1, description="encoder: a name on the hub or a folder")
     init: Literal["pretrained", "random"] = Field("pretrained", description="random: the model's shape, new weights")
     data_dir: str = Field("emotions/data", description="folder of the rows, train.jsonl and others, and of labels.txt")
-    run_dir: str = Field("", description="folder of the run; empty: emotions/runs/<model>-<8 hex of the config>")
+    run_dir: str = Field("", description="folder of the run; empty: emotions/runs/<model>-<data>-<8 hex>")
     max_length: int = Field(256, ge=8, description="tokens of a text; 95 in 100 of GoEmotions' have at most 34")
 
     # How often a row is drawn, and what is made of rows with a rare label (sampling.py).

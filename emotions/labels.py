@@ -75,7 +75,7 @@ def label_numbers(given: Collection[str], names: tuple[str, ...]) -> tuple[int, 
     if unknown := [name for name in given if name not in names]:
         more = f" and {len(names) - 30} more" if len(names) > 30 else ""
         hint = " (GoEmotions'; a labels.txt beside the rows, a name a line, gives others)" * (names == EMOTIONS)
-        if {*map(str.strip, re.split("[,;/]", unknown[0]))} & {*names}:
+        if {*map(str.strip, re.split(r"[\s,;/'\"\[\]]+", unknown[0]))} & {*names}:
             hint = " (between the labels of a row stands |)"
         raise ValueError(f"{unknown[0]!r:.80}, expected one of {', '.join(names[:30])}{more}{hint}")
     return tuple(sorted({names.index(name) for name in given}))

@@ -52,7 +52,8 @@ class Classifier(NamedTuple):
 
 def load(run_dir: str | Path) -> Classifier:
     """The best model of a run. Raises UserError."""
-    return load_classifier(run_config(run_dir))
+    with torch.random.fork_rng(devices=[]):  # the weights that a new model draws, before they are loaded
+        return load_classifier(run_config(run_dir))
 
 
 def load_classifier(config: Config) -> Classifier:

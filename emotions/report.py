@@ -60,7 +60,7 @@ def print_summary(splits: dict[str, Split], config: Config) -> None:
     if untaught := [name for name, count in zip(names, known) if count == 0]:
         print(f"no training row knows {', '.join(untaught)}: never predicted")
     if "test" not in splits:
-        print("no test.jsonl: no test figure will be reported")
+        print("no test file: no test figure will be reported")
     elif seen := repeated_in_test(splits):
         print(f"{seen} of the {len(splits['test'])} test texts are also in validation")
     if unread := Counter(key for split in splits.values() for row in split.rows for key in row.unread):

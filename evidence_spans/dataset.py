@@ -188,5 +188,6 @@ def make_loader(
         collate_fn=partial(collate, pad_token_id=tokenizer.pad_token_id),
         num_workers=config.num_workers,
         worker_init_fn=ignore_signals,
+        generator=torch.Generator(),  # which only seeds workers: the caller's own is left alone
         pin_memory=torch.cuda.is_available(),
     )

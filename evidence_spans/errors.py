@@ -31,12 +31,12 @@ def worst_errors(examples: list[Example], rows: list[dict]) -> list[Error]:
 
 
 def in_context(text: str, spans: list[tuple[int, int]]) -> str:
-    """The spans in [[ ]] with what stands beside them; "none" where there are none."""
+    """The spans in » « with what stands beside them; "none" where there are none."""
     parts = []
     for start, end in spans:
         before, after = text[max(start - AROUND, 0) : start], text[end : end + AROUND]
         dots = "… " * (start > AROUND), " …" * (end + AROUND < len(text))
-        parts.append(f"{dots[0]}{before}[[{text[start:end]}]]{after}{dots[1]}")
+        parts.append(f"{dots[0]}{before}»{text[start:end]}«{after}{dots[1]}")
     return shortened(" / ".join(parts)) or "none"
 
 

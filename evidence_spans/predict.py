@@ -119,10 +119,11 @@ def load(run_dir: str | Path, config: Config | None = None) -> Model:
     >>> model = load("evidence_spans/runs/...")
     >>> predict(model, [{"text": "I lie awake until three.", "question": "SLEEP_ISSUES"}])
     """
-    config = config or run_config(run_dir)
+    config = config or run_config(run_dir).model_copy(update={"num_workers": 0})
     device = pick_device()
     dtype = autocast_dtype(config.amp, device)
-    tokenizer, model, decoding = evaluate.load_best(run_path(config), config)
+    with torch.random.fork_rng(devices=[]):  # the weights that a new model draws, before they are loaded
+        tokenizer, model, decoding = evaluate.load_best(run_path(config), config)
     return Model(config, tokenizer, model.to(device), decoding, dtype, Lock())
 
 

@@ -131,7 +131,7 @@ def main(config: Config, trials: int, eta: int, search_seed: int) -> int | None:
     known = {(line["trial"], line["rung"]): line for line in lines}
 
     # Successive halving; a rung is named by the epochs that it trains up to
-    alive, rung = list(range(trials)), 1
+    alive, rung, all_tie = list(range(trials)), 1, True
     while alive:
         for trial in alive:
             if (trial, rung) in known:
@@ -149,6 +149,7 @@ def main(config: Config, trials: int, eta: int, search_seed: int) -> int | None:
             run.save_last({})
         reached = {trial: known[trial, rung] for trial in alive}
         alive = ranked(reached)
+        all_tie = all_tie and len(tied_with(alive[0], reached) if alive else []) == len(alive)
         if all(drawn[trial]["epochs"] <= rung for trial in alive):
             break
         kept = alive[: math.ceil(len(alive) / eta)]
@@ -163,14 +164,19 @@ def main(config: Config, trials: int, eta: int, search_seed: int) -> int | None:
     print("\n".join(results_table(drawn, outcomes)[:-1]))
     if not alive:
         raise UserError(f"no trial has a score; the first: {outcomes[0]['error']}")
-    best, scored, tied = alive[0], ranked(outcomes), tied_with(alive[0], outcomes)
-    if 1 < len(tied) == len(scored):
-        print(f"all {len(tied)} trials tie: none is best, none is trained anew; try more epochs or validation rows")
+    best, tied, scored = alive[0], tied_with(alive[0], reached), len(ranked(outcomes))
+    if all_tie and scored > 1:  # at each rung, where all have the same epochs
+        print(f"all {scored} trials tie: none is best, none is trained anew; try more epochs or validation rows")
         return None
     others = f", with which {len(tied) - 1} others tie" * (len(tied) > 1)
     print(f"best: trial {best}{others}; it is trained anew and whole, and only now scored on test")
     status = train.main(trial_config(config, folder / "winner", drawn[best]))
-    return status or print(f"search in {displayed(folder)}")
+    if status:
+        return status
+    for last in folder.glob("trial-*/last.pt"):  # no trial goes on any more
+        last.unlink()
+    print(f"search in {displayed(folder)}")
+    return None
 
 
 if __name__ == "__main__":

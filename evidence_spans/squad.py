@@ -116,6 +116,8 @@ def count_unread(row: object, known: tuple[str, ...], place: str, unread: Counte
 
 def expect(row: object, name: str, kind: type, place: str):
     """row[name], which must be of a kind, and a text not empty. Raises UserError."""
+    if isinstance(row, dict) and name not in row:
+        raise UserError(f"{place}: there is no {name}; the keys there are {', '.join(row) or 'none'}")
     value = row.get(name) if isinstance(row, dict) else None
     if type(value) is not kind:
         raise UserError(f"{place}: {name} is {value!r:.60}, expected SQuAD's {name} ({kind.__name__})")

@@ -63,14 +63,18 @@ def tune_several(predictions: list[Prediction], examples: list[Example]) -> floa
 
 
 def calibrate(differences: np.ndarray, unanswerable: np.ndarray) -> tuple[float, float] | tuple[None, None]:
-    """Slope and intercept of Platt's sigmoid, fitted to (N,) differences and whether there is no answer."""
+    """Slope and intercept of Platt's sigmoid, fitted to (N,) differences and whether there is no answer.
+
+    None where all or none have an answer, or where the differences do not rise with its absence.
+    """
     known = np.isfinite(differences)
     if len(np.unique(unanswerable[known])) < 2:
         return None, None
     from sklearn.linear_model import LogisticRegression
 
     fitted = LogisticRegression(C=1e3).fit(differences[known, None], unanswerable[known])
-    return float(fitted.coef_[0, 0]), float(fitted.intercept_[0])
+    slope, intercept = float(fitted.coef_[0, 0]), float(fitted.intercept_[0])
+    return (slope, intercept) if slope > 0 else (None, None)  # else a surer "none" would be the less probable one
 
 
 def tune_threshold(differences: np.ndarray, if_answered: np.ndarray, if_empty: np.ndarray) -> float:

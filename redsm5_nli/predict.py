@@ -20,6 +20,7 @@ if not __package__:  # run as a script: import from the repository root, not fro
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
+import torch
 
 from common.checkpoint import UserError
 from common.checkpoint.environment import pick_device
@@ -53,8 +54,9 @@ def load(run_dir: str | Path, thresholds: str = "global", config: Config | None 
 
     thresholds: "global", one tuned for all criteria, or "criteria", one tuned for each. Raises UserError.
     """
-    config = config or run_config(run_dir)
-    model, collator, tuned = load_best(run_path(config), config)
+    config = config or run_config(run_dir).model_copy(update={"num_workers": 0})
+    with torch.random.fork_rng(devices=[]):  # the weights that a new model draws, before they are loaded
+        model, collator, tuned = load_best(run_path(config), config)
     limits = [tuned["criteria"][c.id] if thresholds == "criteria" else tuned["global"] for c in collator.criteria]
     return Predictor(model, collator, np.array(limits), config, Lock())
 

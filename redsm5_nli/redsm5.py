@@ -101,10 +101,10 @@ def read_posts(folder: Path, criteria: tuple[Criterion, ...]) -> tuple[list[Post
         if post not in texts:
             raise UserError(f"{place}: post_id {post!r} is not in the posts file")
         if symptom not in known:
-            raise UserError(
-                f"{place}: symptom {symptom!r} is unknown, expected {', '.join(sorted(known))}; --criteria_file names "
-                "a list of your own"
-            )
+            own = criteria != CRITERIA
+            more = ", of the file of criteria" if own else "; --criteria_file names a list of your own"
+            expected = ", ".join(numbers if own else sorted(known))
+            raise UserError(f"{place}: symptom {symptom!r} is unknown, expected {expected}{more}")
         if status not in ("0", "1"):
             raise UserError(f"{place}: status is {status!r}, expected 1 (present) or 0 (rejected)")
 

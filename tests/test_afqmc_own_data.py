@@ -234,7 +234,7 @@ def test_a_model_that_gives_one_answer_only_has_its_likely_causes_in_the_report(
         pretrained = config.model_copy(update=changes | {"init": "pretrained"})
         of_any_start = (rows_of_label_0 == 0) * (1 + bool({"patience", "fgm_epsilon"} & {*changes}))
         assert report(scores, splits, [], evaluations, pretrained).count("\n- ") == of_any_start
-        assert ("every answer is 1" in last_line(results | scores, "here")) == (rows_of_label_0 == 0)
+        assert ("every answer at .5 is 1" in last_line(results | scores, "here")) == (rows_of_label_0 == 0)
 
 
 @pytest.mark.parametrize("separator, suffix", [(",", ".csv"), (";", ".csv"), ("\t", ".tsv")])

@@ -221,7 +221,8 @@ def test_a_text_of_no_token_is_named_with_its_line_before_anything_is_trained(ba
         folder = data(rows, **small | given)
         refused(run_here(*check, folder), f"{name}, line 1: ", "'xyz'")
     assert "check passed" in ran(*check, data(rows, **small))
-    refused(run_here(*check, data([*rows, rows[0] | {"positive": "xyz"}], **small)), "train.jsonl, line 10: ", "'xyz'")
+    bad = data([*rows, rows[0] | {"positive": "xyz"}], **small)
+    refused(run_here(*check, bad), "training file, line 10: ", "'xyz'")
     encode = ("embeddings/encode.py", *bare, "--base")
     for output in (("--output", tmp_path / "v.npy"), ("--output", tmp_path / "v.jsonl"), (), ("--query", "a")):
         refused(run_here(*encode, *output, text="a b\nc\nxyz\nd"), "line 3: ", "'xyz'")

@@ -91,7 +91,7 @@ def test_a_search_says_its_space_and_its_ties(tied, few_rows, tmp_path, monkeypa
         trained.append(folder := tmp_path / "s" / config.run_dir.rsplit("/", 1)[-1])
         if pause_after:
             folder.mkdir(exist_ok=True)
-            score = 0.5 if int(folder.name[-2:]) < tied else 0.25
+            score = (0.5 if int(folder.name[-2:]) < tied else 0.25) + pause_after / 100  # more epochs, a better score
             (folder / "metrics.jsonl").write_text(json.dumps({"event": "evaluation", config.metric: score}) + "\n")
 
     monkeypatch.setattr(train, "main", main)
@@ -103,7 +103,7 @@ def test_a_search_says_its_space_and_its_ties(tied, few_rows, tmp_path, monkeypa
     if tied == 9:
         assert "all 9 trials tie" in out and "best:" not in out and trained[-1].name != "winner"
     else:
-        assert "best: trial 0, with which 2 others tie" in out and trained[-1].name == "winner"
+        assert "3 trials tie at 0.53" in out and "best: trial 0;" in out and trained[-1].name == "winner"
 
 
 def test_from_python_and_from_threads_the_answers_are_the_scripts(short_run, tmp_path):
@@ -165,10 +165,7 @@ def test_the_worst_errors_are_those_whose_right_answer_is_least_probable():
     errors = worst_errors(examples, rows)
     assert [(e.example.id, e.probability) for e in errors] == [("e2", 0.0), ("e4", 0.1), ("e0", 0.2), ("e1", 0.6)]
     lines = error_lines(errors, "test")
-    assert (
-        "| e1 | Why? | &#91;&#91;I weep.]] Tea. I lie awake. / I weep. Tea. &#91;&#91;I lie awake.]] | none |"
-        in lines[9]
-    )
+    assert "| e1 | Why? | »I weep.« Tea. I lie awake. / I weep. Tea. »I lie awake.« | none |" in lines[9]
     assert "4 answers" in lines[2] and len(error_lines([], "test")) == 4
 
 

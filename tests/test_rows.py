@@ -38,6 +38,12 @@ def test_blank_lines_are_skipped_and_a_column_may_have_no_name(tmp_path):
     assert [row["text"] for _, row in read_rows(tmp_path / "b.tsv")] == ["one", "two"]
 
 
+@pytest.mark.parametrize("name, header", [("a.csv", '"text;a;b",label'), ("a.tsv", "text,more\tlabel")])
+def test_the_separator_is_the_one_that_parts_the_header(name, header):
+    content = f"{header}\n{header.replace('label', '1')}\n".encode()
+    assert [[*row.values()][1:] for _, row in parse_rows(io.BytesIO(content), name)] == [["1"]]
+
+
 BROKEN = {
     "utf-16": ("text,label\na,1\n".encode("utf-16"), 1, "save as CSV UTF-8"),
     "utf-16-le": ("text,label\na,1\n".encode("utf-16-le"), 1, "save as CSV UTF-8"),
@@ -69,7 +75,17 @@ def test_a_line_that_is_no_row_is_told_and_the_others_are_read():
 
 
 @pytest.mark.parametrize(
-    "content", [b"text,label\na,1\n" * 3, b"[\n  1\n]", "{".encode("utf-16"), b"\x89PNG\r\n\x1a\n" * 9, b"x\n" * 10**5]
+    "content",
+    [
+        b"text,label\na,1\n" * 3,
+        b"[\n  1\n]",
+        b'[\n{"a": 1},\n{"a": 2}\n]',
+        json.dumps([{"a": 1}] * 9, indent=2).encode(),
+        json.dumps({"a": [1, 2]}, indent=2).encode(),
+        "{".encode("utf-16"),
+        b"\x89PNG\r\n\x1a\n" * 9,
+        b"x\n" * 10**5,
+    ],
 )
 def test_a_file_without_any_row_is_refused_once(content):
     rows = parse_rows(io.BytesIO(content), "notes.txt")

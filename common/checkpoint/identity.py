@@ -1,6 +1,7 @@
 """What a run was made from, told by content and not by place: its data files, its pretrained model."""
 
 import hashlib
+from functools import cache
 from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
@@ -17,6 +18,12 @@ def file_digest(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
+
+
+@cache
+def digest_once(path: Path, size: int, mtime_ns: int) -> str:
+    """file_digest, of a file that a process asks for several times."""
+    return file_digest(path)
 
 
 def differences(there: dict[str, str], here: dict[str, str]) -> str:
@@ -48,5 +55,5 @@ def identify_model(folder: Path, recorded: dict | None = None) -> dict:
         if file.suffix in MODEL_FILES and file.is_file():
             status = file.stat()
             rest = [status.st_size, status.st_mtime_ns]
-            files[file.name] = [known.get((file.name, *rest)) or file_digest(file), *rest]
+            files[file.name] = [known.get((file.name, *rest)) or digest_once(file, *rest), *rest]
     return {"path": path, "files": files}

@@ -64,10 +64,11 @@ def parse_rows(stream: BinaryIO, name: str) -> Iterator[tuple[int, dict | ValueE
             yield number, row
             continue
         held.append((number, row))
-        if line.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{"):
+        begins = line.removeprefix(codecs.BOM_UTF8).strip()
+        if begins.startswith(b"{") and begins != b"{":
             yield from held
             held = None
-        elif len(held) == 1000:
+        elif len(held) == 1000 or begins.startswith(b"["):  # one document
             break
     if held:
         raise UserError(
@@ -93,7 +94,8 @@ def parse_table(content: bytes, name: str) -> Iterator[tuple[int, dict[str, str]
         if not text.strip():
             raise ValueError("expected a header with the names of the columns, found nothing")
         header = text.lstrip("\r\n").splitlines()[0]
-        separator = max(",;\t", key=header.count)
+        separators = "\t,;" if name.lower().endswith(".tsv") else ",;\t"
+        separator = max(separators, key=lambda mark: len(next(csv.reader([header], delimiter=mark))))
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)  # Mac's Excel writes \r
         columns: list[str] = []
         for cells in reader:

@@ -80,9 +80,11 @@ def read_results(path: Path, settings: dict, data: dict[str, str] | None = None)
     ]
     if differing:
         raise UserError(f"{path} holds a run with another config: {'; '.join(differing)}. Give another --run_dir")
-    compare_data(path, data)
+    finished = path / "results.json"
+    if run["format"] == FORMAT or finished.exists():
+        compare_data(path, data)
     compare_model(path, settings.get("model"))
-    return read_json(path / "results.json") if (path / "results.json").exists() else None
+    return read_json(finished) if finished.exists() else None
 
 
 def compare_data(path: Path, data: dict[str, str] | None) -> None:

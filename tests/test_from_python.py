@@ -1,0 +1,36 @@
+"""A run's model in somebody else's program: it answers, and leaves everything else alone."""
+
+import json
+import signal
+import sys
+import warnings
+
+import pytest
+import torch
+from launch import LINE, PROJECTS, answering, module
+
+from common.checkpoint import UserError
+
+every_project = pytest.mark.parametrize("project", PROJECTS)
+
+
+def state() -> tuple:
+    streams = sys.stdout, sys.stderr, sys.stdin
+    return torch.random.get_rng_state().tolist(), signal.getsignal(signal.SIGINT), streams, torch.get_num_threads()
+
+
+@every_project
+def test_a_run_answers_rows_and_leaves_the_program_as_it_was(project, short_run, capfd):
+    script, run = module(project, answering(project)[:-3].split("/")[1]), short_run(project)
+    rows, before, _ = [json.loads(LINE)] * 3, state(), capfd.readouterr()
+    with warnings.catch_warnings(action="error"):
+        model = script.load(run)
+        answers = script.predict(model, rows)
+        again = script.predict(model, (row for row in rows))
+    assert answers == again and len(answers) >= 3 and all(isinstance(answer, dict) for answer in answers)
+    assert state() == before and capfd.readouterr() == ("", "")
+    for bad in (5, None, {}, {"text": "\u200b", "sentence1": " ", "sentence2": "a"}):
+        with pytest.raises(UserError, match="row 2"):
+            script.predict(model, [rows[0], bad])
+    with pytest.raises(UserError):
+        script.load(run / "nowhere")

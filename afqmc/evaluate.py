@@ -38,7 +38,7 @@ from common.checkpoint import UserError
 from common.checkpoint.environment import autocast_dtype, pick_device
 from common.checkpoint.files import read_json, write_text
 from common.checkpoint.identity import file_digest
-from common.checkpoint.run import Run, best_folder, read_best, read_run, warn_of_precision
+from common.checkpoint.run import Run, best_folder, read_best, read_run, warn_of_use
 
 
 def predict_logits(
@@ -202,7 +202,7 @@ def evaluate_file(config: Config, file: Path, dtype: torch.dtype | None) -> None
     """Print what the run's best model and threshold score on any labelled file; nothing is written."""
     path = run_path(config)
     model, tokenizer, threshold = read_best(path, partial(load_best, config))
-    warn_of_precision(path, dtype)
+    warn_of_use(path, dtype)
     split = make_split(read_pairs(file, names=model.names), tokenizer, model.names)
     logits = predict_logits(model.to(pick_device()), split, tokenizer, config, dtype)
     scores = score_split(logits, split, threshold, None, config)
@@ -232,9 +232,7 @@ def main(config: Config, data: str = "") -> None:
     run = Run(path, None, {}, data=data_digests(config))
     tokenizer = read_best(path, partial(find_tokenizer, config))
     splits = load_splits(config, tokenizer)
-    warn_of_precision(path, dtype)
-    if run.results is None:
-        print("the run is not finished: this is its best epoch so far", file=sys.stderr)
+    warn_of_use(path, dtype)
     evaluate_run(run, splits, tokenizer, config, dtype)
     run.close()
     print((path / "report.md").read_text(encoding="utf-8"))

@@ -35,7 +35,7 @@ from afqmc.report import unread_line
 from common.checkpoint import UserError
 from common.checkpoint.environment import autocast_dtype, pick_device
 from common.checkpoint.rows import parse_rows
-from common.checkpoint.run import read_best, warn_of_precision
+from common.checkpoint.run import read_best, warn_of_use
 
 
 class Labeller(NamedTuple):
@@ -106,7 +106,7 @@ def main(config: Config, input: str, threshold: float | None) -> int:
         if not 0 <= threshold <= 1:
             raise UserError(f"threshold {threshold} is out of range: from 0 to 1")
         labeller = labeller._replace(threshold=threshold)
-    warn_of_precision(run_path(config), labeller.dtype)
+    warn_of_use(run_path(config), labeller.dtype)
 
     # Answers, a block of lines at a time; lengths are sorted inside a block only
     failed, cut, unread = False, 0, Counter()

@@ -4,7 +4,6 @@ B batch, T tokens, D hidden, N texts
 """
 
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from common.checkpoint import ROOT, UserError
+from common.checkpoint import ROOT, UserError, run
 from common.checkpoint.environment import autocast_dtype, pick_device
 from common.checkpoint.files import write_json
 from common.checkpoint.pretrained import (
@@ -27,7 +26,7 @@ from common.checkpoint.pretrained import (
     new_encoder,
 )
 from common.checkpoint.probe import check_architecture
-from common.checkpoint.run import best_folder, compare_model, read_best, warn_of_precision
+from common.checkpoint.run import compare_model, read_best
 from common.seed import seed_everything
 from embeddings.batching import Tokens, make_chunks, pad, tokenize
 from embeddings.bidirectional import make_bidirectional
@@ -178,12 +177,8 @@ def load_embedder(config: Config, base: bool = False) -> tuple[Embedder, PreTrai
 
 def warn_of_use(config: Config, base: bool = False) -> None:
     """Tell where scores and vectors can differ from the run's own, or from those of its end. Raises UserError."""
-    if base:
-        return
-    path = run_path(config)
-    if not (best_folder(path) / "modules.json").exists():
-        print("the run is not finished: this is its best step so far", file=sys.stderr)
-    warn_of_precision(path, autocast_dtype(config.amp, pick_device()))
+    if not base:
+        run.warn_of_use(run_path(config), autocast_dtype(config.amp, pick_device()))
 
 
 # Saving

@@ -24,7 +24,7 @@ from common.checkpoint.files import write_text
 from common.checkpoint.identity import file_digest
 from common.checkpoint.pretrained import load_shape
 from common.checkpoint.rows import data_file
-from common.checkpoint.run import Run, best_folder, read_best, read_run, warn_of_precision
+from common.checkpoint.run import Run, best_folder, read_best, read_run, warn_of_use
 from emotions.cli import displayed, run_path, run_script
 from emotions.config import Config
 from emotions.dataset import (
@@ -236,7 +236,7 @@ def score_file(config: Config, file: Path) -> list[str]:
     model, tokenizer, tuned = read_best(path, partial(load_best, config))
     split = make_split(read_rows(file, names := label_names(model.config)), names, tokenizer)
     dtype, recorded = autocast_dtype(config.amp, device), read_run(path)["environment"].get("data") or {}
-    warn_of_precision(path, dtype)
+    warn_of_use(path, dtype)
     logits = predict_logits(model.to(device), split, tokenizer, config, dtype)
     scores = {"thresholds": {"shared": tuned.shared, "per_label": dict(zip(names, tuned.per_label.tolist()))}}
     scores[file.name] = score_split(logits, split, tuned, loss=None)
@@ -266,9 +266,7 @@ def main(config: Config, data: Path | None) -> None:
     run = Run(path, None, {}, data=data_digests(config))
     tokenizer, shape = read_best(path, lambda folder: (find_tokenizer(config, folder), load_shape(folder)))
     splits = load_splits(config, tokenizer, label_names(shape))
-    warn_of_precision(path, dtype)
-    if run.results is None:
-        print("the run is not finished: this is its best epoch so far", file=sys.stderr)
+    warn_of_use(path, dtype)
     evaluate_run(run, splits, tokenizer, config, dtype)
     run.close()
     print((path / "report.md").read_text(encoding="utf-8"))

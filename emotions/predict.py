@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerFast
 from common.checkpoint import UserError
 from common.checkpoint.environment import autocast_dtype, pick_device
 from common.checkpoint.rows import SUFFIXES, decode, parse_rows
-from common.checkpoint.run import read_best, warn_of_precision
+from common.checkpoint.run import read_best, warn_of_use
 from emotions.cli import run_config, run_path, run_script
 from emotions.config import Config
 from emotions.dataset import Row, is_empty, make_split
@@ -112,7 +112,7 @@ def main(config: Config, input: str, threshold: float | None) -> int:
     if threshold is not None and not 0 <= threshold <= 1:
         raise UserError(f"threshold {threshold} is out of range: from 0 to 1")
     classifier = load_classifier(config)
-    warn_of_precision(run_path(config), classifier.dtype)
+    warn_of_use(run_path(config), classifier.dtype)
 
     # Answers, a block of lines at a time; lengths are sorted inside a block only
     failed = cut = 0

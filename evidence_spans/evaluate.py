@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerFast
 from common.checkpoint import UserError
 from common.checkpoint.environment import autocast_dtype, pick_device
 from common.checkpoint.files import write_json, write_text
-from common.checkpoint.run import Run, best_folder, read_best, read_run, warn_of_precision
+from common.checkpoint.run import Run, best_folder, read_best, read_run, warn_of_use
 from evidence_spans.answers import Decoding, answer, answer_row, no_answer_probability, several_answers
 from evidence_spans.cli import FREE, displayed, run_path, run_script
 from evidence_spans.config import Config
@@ -215,9 +215,7 @@ def main(config: Config, split: str, data: str, metrics_output: str, predictions
         run = Run(path, None, {}, data=data_digests(config))
         examples, _ = load_examples(config)
         lines, cautions = [], find_cautions(examples)
-        if run.results is None:
-            print("the run is not finished: this is its best epoch so far", file=sys.stderr)
-    warn_of_precision(path, dtype)
+    warn_of_use(path, dtype)
 
     best, names = load_best(path, config), ("data",) if data else SPLITS[split]
     splits = {name: make_split(examples[name], best[0], config) for name in names}

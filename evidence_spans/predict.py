@@ -34,7 +34,7 @@ from common.checkpoint.environment import autocast_dtype, pick_device
 from common.checkpoint.files import parse_object, unread_keys, write_text
 from common.checkpoint.pretrained import check_ids
 from common.checkpoint.rows import parse_rows
-from common.checkpoint.run import warn_of_precision
+from common.checkpoint.run import warn_of_use
 from evidence_spans import evaluate
 from evidence_spans.answers import Decoding, answer_row
 from evidence_spans.cli import FREE, displayed, run_config, run_path, run_script
@@ -234,7 +234,7 @@ def main(
     if html and not Path(html).absolute().parent.is_dir():
         raise UserError(f"{html}: there is no such folder")
     model = load(run_path(config), config)
-    warn_of_precision(run_path(config), model.dtype)
+    warn_of_use(run_path(config), model.dtype)
 
     # Answer, a block of lines at a time; lengths are sorted inside a block only
     failed, unread, sections = False, Counter(), []

@@ -24,7 +24,7 @@ from common.checkpoint import ROOT, UserError
 from common.checkpoint.environment import pick_device
 from common.checkpoint.files import write_text
 from common.checkpoint.identity import file_digest
-from common.checkpoint.run import Run, best_folder, compare_model, read_best, read_run, warn_of_precision
+from common.checkpoint.run import Run, best_folder, compare_model, read_best, read_run, warn_of_use
 from redsm5_nli.cli import displayed, run_path, run_script
 from redsm5_nli.config import Config
 from redsm5_nli.criteria import Criterion, load_criteria
@@ -195,16 +195,14 @@ def main(config: Config, data: str) -> None:
     dtype = decoder_dtype(config.amp, device)
     best_folder(path)  # before the lock: where there is no run, none is made
     if data:
-        warn_of_precision(path, dtype, "dtype")
+        warn_of_use(path, dtype, "dtype")
         return evaluate_folder(path, config, Path(data))
     compare_model(path, config.model)
     criteria = load_criteria(config.criteria_file)
     run = Run(path, None, {}, data=data_digests(config))
     collator = find_collator(config, criteria)
     splits, *_ = load_splits(config, collator)
-    warn_of_precision(path, dtype, "dtype")
-    if run.results is None:
-        print("the run is not finished: this is its best epoch so far", file=sys.stderr)
+    warn_of_use(path, dtype, "dtype")
     evaluate_run(run, build_model(config, device, dtype), splits, collator, config)
     run.close()
     print((path / "report.md").read_text(encoding="utf-8"))

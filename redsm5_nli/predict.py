@@ -26,7 +26,7 @@ from common.checkpoint import UserError
 from common.checkpoint.environment import pick_device
 from common.checkpoint.files import unread_keys
 from common.checkpoint.rows import decode
-from common.checkpoint.run import best_folder, warn_of_precision
+from common.checkpoint.run import best_folder, warn_of_use
 from redsm5_nli.cli import run_config, run_path, run_script
 from redsm5_nli.config import Config
 from redsm5_nli.dataset import LABELS, Collator
@@ -123,7 +123,7 @@ def main(config: Config, text: str | None, input: str, thresholds: Literal["glob
     path = run_path(config)
     best_folder(path)  # before the input
     rows = read_input(text, input)
-    warn_of_precision(path, decoder_dtype(config.amp, pick_device()), "dtype")
+    warn_of_use(path, decoder_dtype(config.amp, pick_device()), "dtype")
     model = load(path, thresholds, config)
     answers = predict(model, rows, verbose=True)
     print(NO_DIAGNOSIS, file=sys.stdout if input == "-" else sys.stderr)

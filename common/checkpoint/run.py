@@ -108,8 +108,10 @@ def compare_model(path: Path, model: str | None) -> None:
             raise UserError(f"{path} was begun with another model than {model}: {changes}. Give the same --model")
 
 
-def warn_of_precision(path: Path, dtype: torch.dtype | None, name: str = "autocast") -> None:
-    """Tell where this machine or --amp computes in another type than the run was trained in."""
+def warn_of_use(path: Path, dtype: torch.dtype | None, name: str = "autocast") -> None:
+    """Tell where a run is not finished, or was trained in another type than this machine or --amp computes in."""
+    if not (path / "results.json").exists():
+        print("the run is not finished: this is its best so far", file=sys.stderr)
     if (trained := read_run(path)["environment"].get(name)) != str(dtype):
         print(f"trained with {name} {trained}, now {dtype}: scores can differ from the run's own", file=sys.stderr)
 

@@ -87,7 +87,7 @@ def first(few_rows, tmp_path):
 
 WEIGHING = [  # what multiplies an example's loss must not enter the divisor
     ("afqmc", {"class_weights": "0.6,5.0", "fgm_epsilon": 1.0}),
-    ("redsm5_nli", {"share_post": False, "class_weights": "0.6,5.0"}),
+    pytest.param("redsm5_nli", {"share_post": False, "class_weights": "0.6,5.0"}, marks=pytest.mark.slow),
     ("emotions", {"loss": "asl", "class_weights": "balanced"}),
     ("emotions", {"augment_features": 1.0, "rare_label_rows": 20}),
 ]

@@ -339,6 +339,7 @@ def test_a_groups_fold_is_scikit_learns_choice_among_thousands_of_posts():
         assert best_fold(counts, counts.sum(0), group) == expected
 
 
+@pytest.mark.slow
 def test_the_samples_split_is_scikit_learns_own():
     posts, config = read_posts(ROOT / "redsm5_nli/sample", CRITERIA)[0], config_of("redsm5_nli")
     assert split_posts(posts, config) == reference_split(posts, linked(posts), config)

@@ -74,8 +74,15 @@ def test_evaluate_and_predict_need_the_run_alone(project, short_run, tmp_path):
     (run / "report.md").unlink()
     assert ran(f"{project}/evaluate.py", "--run_dir", "run", cwd=tmp_path).strip() == report.strip()
     assert (run / "report.md").read_text(encoding="utf-8") == report
-    script = ROOT / answering(project)  # in a process of its own, as its users start it
-    out, err = call(script, "--run_dir", "run", cwd=tmp_path, text=LINE)
+    code, out, err = run_here(answering(project), "--run_dir", "run", cwd=tmp_path, text=LINE)
+    assert code == 0 and out.count("\n") >= 1 and "error" not in out + err
+
+
+@pytest.mark.parametrize(
+    "project", [PROJECTS[0], *(pytest.param(name, marks=pytest.mark.slow) for name in PROJECTS[1:])]
+)
+def test_predict_answers_in_a_process_of_its_own_as_its_users_start_it(project, short_run, tmp_path):
+    out, err = call(ROOT / answering(project), "--run_dir", short_run(project), cwd=tmp_path, text=LINE)
     assert out.count("\n") >= 1 and "error" not in out + err
 
 

@@ -186,7 +186,7 @@ def evaluate_run(
     config: Config,
     dtype: torch.dtype | None,
 ) -> dict:
-    """Scores of the best model on every split but train; writes predictions/ and report.md into the run."""
+    """Scores of the best model on every split but train; writes predictions/ and the report into the run."""
     from common.metrics import too_few
 
     train = splits["train"]

@@ -13,7 +13,7 @@ reported on stderr, gives {"line": ..., "error": ...} and makes the exit status 
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -63,7 +63,7 @@ def load_classifier(config: Config) -> Classifier:
     return Classifier(config, model.to(device), *rest, autocast_dtype(config.amp, device), Lock())
 
 
-def predict(classifier: Classifier, rows: Sequence[str | dict], threshold: float | None = None) -> list[dict]:
+def predict(classifier: Classifier, rows: Iterable[str | dict], threshold: float | None = None) -> list[dict]:
     """The answer to each text, or to the text of each dict, as this script writes it; line is its place, from 1.
 
     An answer has cut, the tokens that were not read, where the text is longer than the run's max_length. threshold: a

@@ -12,6 +12,7 @@ From Python: predict(load(run_dir), [{"text": "I have not slept properly for wee
 
 import csv
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from threading import Lock
 from typing import Literal, NamedTuple
@@ -61,7 +62,7 @@ def load(run_dir: str | Path, thresholds: str = "global", config: Config | None 
     return Predictor(model, collator, np.array(limits), config, Lock())
 
 
-def predict(model: Predictor, rows: list[dict], verbose: bool = False) -> list[dict]:
+def predict(model: Predictor, rows: Iterable[dict], verbose: bool = False) -> list[dict]:
     """For each row (text, and post_id where it has one) and each criterion: post_id, criterion, probability, predicted.
 
     verbose: a bar, and a word on posts that were cut, on stderr. Raises UserError for a row without a text.

@@ -1,4 +1,5 @@
-"""Runs (run.py, progress.py, environment.py), pretrained models (pretrained.py, probe.py, spm.py), files (files.py)."""
+"""Runs (run.py, progress.py, identity.py, environment.py), pretrained models (pretrained.py, probe.py, spm.py), files
+(files.py) and their rows (rows.py)."""
 
 from pathlib import Path
 

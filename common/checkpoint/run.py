@@ -1,6 +1,6 @@
 """The run folder: opened, resumed or refused, written so that a kill or a full disk costs nothing already saved.
 
-    config.json    the settings, package versions, device, git commit
+    config.json    the settings, when and by which command, versions, device, digests of data and model
     metrics.jsonl  one line per logged step and per evaluation
     last.pt        everything needed to go on; gone when the run is finished
     best/          the best model so far, in the format its users load
@@ -360,7 +360,7 @@ class Run:
         path = self.path / "metrics.jsonl"
         try:
             lines = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
-            return [line for line in lines if line["event"]]
+            return [line for line in lines if line["event"]]  # a line without one is none of a run's
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
 

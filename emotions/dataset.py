@@ -210,7 +210,7 @@ def is_empty(text: str) -> bool:
 def load_splits(
     config: Config, tokenizer: PreTrainedTokenizerFast, labels: tuple[str, ...] | None = None
 ) -> dict[str, Split]:
-    """train and validation, and test where test.jsonl is. Raises UserError, also for a text on two sides.
+    """train and validation, and test where there is one. Raises UserError, also for a text on two sides.
 
     labels: a trained model's, where there is one; else they are the folder's.
     """

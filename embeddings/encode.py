@@ -27,6 +27,7 @@ if not __package__:  # run as a script: import from the repository root, not fro
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
+import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
@@ -57,21 +58,23 @@ Encode = Callable[[dict[int, str]], np.ndarray]  # of line number -> text
 def load(run_dir: str | Path) -> Encoder:
     """The best model of a run. Raises UserError."""
     config = run_config(run_dir)
-    return Encoder(*load_embedder(config), config, Lock())
+    with torch.random.fork_rng(devices=[]):  # the weights that a new model draws, before they are loaded
+        return Encoder(*load_embedder(config), config, Lock())
 
 
 def predict(encoder: Encoder, rows: Iterable[str | dict], prompt: str = "none") -> list[dict]:
     """The script's JSON line of each text, or row with a text, {"line": from 1 on, "vector": of length 1}.
 
-    From any thread.
-    prompt: "query" and "document" put the run's in front. Raises UserError naming the row.
+    From any thread. prompt: "query" and "document" put the run's in front. Raises UserError naming the row.
     """
     lines = {}
     for number, row in enumerate(rows, 1):
-        text = row if isinstance(row, str) else text_of(row) if isinstance(row, dict) and "text" in row else ""
-        if is_empty(text):
+        try:
+            lines[number] = text_of({"text": row} if isinstance(row, str) else row)
+        except ValueError as error:
+            raise UserError(f"row {number} {error}") from error
+        if not lines[number]:
             raise UserError(f"row {number} is {row!a:.60}, expected a text")
-        lines[number] = text.strip()
     return as_rows(lines, encode(encoder, lines, prompt, "row {}".format)[0])
 
 
@@ -108,7 +111,9 @@ def text_of(line: bytes | dict | ValueError) -> str:
     """The text of a line, or of a row, behind its title as in BEIR's format. Raises ValueError."""
     if isinstance(line, ValueError):
         raise line
-    row = line if isinstance(line, dict) else {"text": decode(line)}
+    row = {"text": decode(line)} if isinstance(line, bytes) else line
+    if not isinstance(row, dict):
+        raise ValueError(f"is {row!r:.60}, expected a text")
     if not isinstance(row.get("text"), str):
         raise ValueError(f"has no 'text' that is one, only {', '.join(map(repr, row))}")
     text = f"{row.get('title') or ''} {row['text']}".strip()

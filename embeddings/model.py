@@ -110,7 +110,7 @@ def load_backbone(config: Config, dtype: torch.dtype | None, folder: Path | None
     check_architecture(config.model, shape, config.max_length, config.amp)
 
     if folder is None and config.init == "random":
-        seed_everything(config.seed, config.deterministic)
+        torch.manual_seed(config.seed)
         encoder = new_encoder(source, shape).to(dtype or torch.float32)
     else:
         encoder, _ = load_encoder(source, dtype or "auto", may_lack="pooler.")  # BERT's, which no pooling here uses

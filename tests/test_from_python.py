@@ -29,7 +29,7 @@ def test_a_run_answers_rows_and_leaves_the_program_as_it_was(project, short_run,
         again = script.predict(model, (row for row in rows))
     assert answers == again and len(answers) >= 3 and all(isinstance(answer, dict) for answer in answers)
     assert state() == before and capfd.readouterr() == ("", "")
-    for bad in (5, None, {}, {"text": "\u200b", "sentence1": " ", "sentence2": "a"}):
+    for bad in (5, None, {}, {"text": "\u200b", "sentence1": " ", "sentence2": "a"}, {"text": 5, "sentence1": 5}):
         with pytest.raises(UserError, match="row 2"):
             script.predict(model, [rows[0], bad])
     with pytest.raises(UserError):

@@ -9,7 +9,7 @@ from threading import Thread
 import pytest
 from launch import PROJECTS, ROOT, config_of, listing, module, ran, refused, run_here, short_flags
 
-from common.checkpoint.identity import differences, file_digest, identify_model
+from common.checkpoint.identity import differences, digest_once, file_digest, identify_model
 
 every_project = pytest.mark.parametrize("project", PROJECTS)
 
@@ -95,9 +95,11 @@ def test_a_model_is_told_by_its_files_and_read_again_only_where_they_changed(tmp
     (tmp_path / "moved/config.json").write_text("{}")
     read = []
     monkeypatch.setattr("common.checkpoint.identity.file_digest", lambda path: read.append(path.name) or "new")
+    digest_once.cache_clear()  # as in another process
     again = identify_model(tmp_path / "moved", moved)
     assert read == ["config.json"] and again["files"]["config.json"][0] == "new"
     os.utime(tmp_path / "moved/tokenizer.json", (1, 1))
+    digest_once.cache_clear()
     identify_model(tmp_path / "moved", again)
     assert read == ["config.json", "tokenizer.json"]
 

@@ -319,8 +319,11 @@ def test_a_file_of_triplets_is_scored_and_said_what_it_is_and_nothing_is_written
     assert f"| {scores['MRR@10']:.4f} | {scores['accuracy']:.4f} |" in outs[0]
     assert "on this very file (dev.jsonl)" in outs[0] and "on this very file" not in outs[1]
     assert "0 of its" in outs[0] and "1 of its" in outs[1] and "worst errors" in outs[1]
-    flags = ("--run_dir", searched, "--data_dir", tmp_path / "nowhere", "--data", own)
-    assert "not known" in ran("embeddings/evaluate.py", *flags) and listing(searched) == before
+    other = Path(shutil.copytree(data, tmp_path / "other"))  # not what the run was trained on
+    write(other / "train.jsonl", *read_lines(data / "train.jsonl")[1:])
+    for folder in (tmp_path / "nowhere", other):
+        flags = ("--run_dir", searched, "--data_dir", folder, "--data", own)
+        assert "not known" in ran("embeddings/evaluate.py", *flags) and listing(searched) == before
 
 
 def test_the_report_shows_the_queries_whose_right_document_is_furthest(searched):

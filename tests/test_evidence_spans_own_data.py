@@ -23,6 +23,7 @@ from evidence_spans.marks import marked
 from evidence_spans.model import find_tokenizer
 from evidence_spans.predict import load, predict, read_input
 from evidence_spans.report import drawn_line, find_low_scores
+from evidence_spans.thresholds import calibrate
 from evidence_spans.windows import UnfitSettings
 
 ANSWERED = Example("a", "p", "Why?", "I weep.", ((0, 1),), "answered", False)
@@ -92,6 +93,7 @@ def test_a_search_says_its_space_and_its_ties(tied, few_rows, tmp_path, monkeypa
         if pause_after:
             folder.mkdir(exist_ok=True)
             score = (0.5 if int(folder.name[-2:]) < tied else 0.25) + pause_after / 100  # more epochs, a better score
+            (folder / "last.pt").touch()
             (folder / "metrics.jsonl").write_text(json.dumps({"event": "evaluation", config.metric: score}) + "\n")
 
     monkeypatch.setattr(train, "main", main)
@@ -104,6 +106,13 @@ def test_a_search_says_its_space_and_its_ties(tied, few_rows, tmp_path, monkeypa
         assert "all 9 trials tie" in out and "best:" not in out and trained[-1].name != "winner"
     else:
         assert "3 trials tie at 0.53" in out and "best: trial 0;" in out and trained[-1].name == "winner"
+        assert not [*(tmp_path / "s").glob("trial-*/last.pt")]  # no trial goes on any more
+
+
+def test_no_probability_is_given_that_falls_where_no_answer_grows_likelier():
+    differences = np.array([3.0, 2.0, 1.0, 0.0])
+    slope, _ = calibrate(differences, np.array([True, True, False, False]))
+    assert slope > 0 and calibrate(differences, np.array([False, False, True, True])) == (None, None)
 
 
 def test_from_python_and_from_threads_the_answers_are_the_scripts(short_run, tmp_path):

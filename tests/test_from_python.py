@@ -1,13 +1,14 @@
 """A run's model in somebody else's program: it answers, and leaves everything else alone."""
 
 import json
+import shutil
 import signal
 import sys
 import warnings
 
 import pytest
 import torch
-from launch import LINE, PROJECTS, answering, module
+from launch import LINE, PROJECTS, answering, module, run_here
 
 from common.checkpoint import UserError
 
@@ -34,3 +35,12 @@ def test_a_run_answers_rows_and_leaves_the_program_as_it_was(project, short_run,
             script.predict(model, [rows[0], bad])
     with pytest.raises(UserError):
         script.load(run / "nowhere")
+
+
+@every_project
+def test_a_run_that_is_not_finished_is_said_by_what_uses_it(project, short_run, tmp_path):
+    run = shutil.copytree(short_run(project), tmp_path / "run")
+    assert "not finished" not in run_here(answering(project), "--run_dir", run, text=LINE)[2]
+    (run / "results.json").unlink()
+    code, _, err = run_here(answering(project), "--run_dir", run, text=LINE)
+    assert code == 0 and "not finished" in err

@@ -30,7 +30,17 @@ from common.checkpoint.environment import autocast_dtype, environment
 from common.checkpoint.progress import Best, Progress, StopSignal, TrainedParameters
 from common.checkpoint.run import Run, read_results
 from common.seed import seed_everything, seed_micro_batch
-from embeddings.batching import Tokens, chunk_texts, draw_epochs, pad, rows_missed, tokenize, tokenize_rows
+from embeddings.batching import (
+    Tokens,
+    chunk_texts,
+    draw_epochs,
+    forward_tokens,
+    make_chunks,
+    pad,
+    rows_missed,
+    tokenize,
+    tokenize_rows,
+)
 from embeddings.cli import displayed, run_path, run_script, run_settings
 from embeddings.config import Config
 from embeddings.dataset import data_digests, load_splits
@@ -91,12 +101,18 @@ def embed_chunk(
     seeds: tuple[int, int, int],
     number: int,
 ) -> Tensor:
-    """The vectors (S, D) of a chunk's texts, with the dropout that belongs to its number."""
+    """The vectors (S, D) of a chunk's texts, with the dropout that belongs to its number.
+
+    They pass through the model in parts of like length, all with their graphs: on a CPU a batch hardly pads.
+    """
     seed, step, rank = seeds
     seed_micro_batch(seed, step, number, rank)
-    batch = pad(tokens, chunks[number])
-    with autocast():
-        return model(**{name: tensor.to(model.encoder.device, non_blocking=True) for name, tensor in batch.items()})
+    texts, device, vectors = chunks[number], model.encoder.device, []
+    for part in make_chunks(tokens.lengths_of(texts), forward_tokens(device)):  # longest first, as the texts are
+        batch = pad(tokens, texts[part])
+        with autocast():
+            vectors.append(model(**{name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}))
+    return torch.cat(vectors)
 
 
 def batch_loss(order: np.ndarray, scaler: torch.amp.GradScaler, config: Config, vectors: Tensor) -> Tensor:

@@ -4,11 +4,13 @@
     python redsm5_nli/bench.py                                    # all parts, 4 layers
     python redsm5_nli/bench.py --part layer --tokens 512 --dtypes fp32
     python redsm5_nli/bench.py --part step --layers 26 --vocab 262144 --checkpointing    # 1B, on a GPU
+    python redsm5_nli/bench.py --part whole --preset gemma-3-270m --model DIR --layers 0  # a real decoder
 
 layer: forward and backward of the four projections of one attention block. step: a training step of the matcher, and
-its peak memory from one process a side (on a CPU all of the process, libraries included). share: the same step with
-pairs and with shared posts. The sides take turns on the same numbers in one process. Medians over the rounds, of times
-and of ratios.
+its peak memory from one process a side (on a CPU all of the process, libraries included). whole: a step and predicting,
+in pairs and with shared posts, beside PEFT's DoRA (merged for predicting) in transformers' own decoder and attention,
+and what share of a plain matrix product's speed each reaches with all its products, those of padding included. The
+sides take turns on the same numbers in one process. Medians over the rounds, of times and of ratios.
 """
 
 import copy
@@ -32,19 +34,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, Gemma3TextConfig
 
+from common.checkpoint.attention import take_faster_attention
 from common.checkpoint.environment import environment, peak_memory_bytes, pick_device
-from common.checkpoint.pretrained import checkpoint_activations
+from common.checkpoint.pretrained import checkpoint_activations, load_encoder
 from common.seed import seed_everything
 from redsm5_nli.bidirectional import make_bidirectional
 from redsm5_nli.cli import run_script
 from redsm5_nli.config import Config
-from redsm5_nli.criteria import CRITERIA
 from redsm5_nli.dataset import join
 from redsm5_nli.dora import TARGETS, DoRALinear, add_adapters
 from redsm5_nli.loss import pair_loss
-from redsm5_nli.model import Matcher, decoder_dtype
+from redsm5_nli.model import Matcher, decoder_dtype, find_model
 from redsm5_nli.report import table
 from redsm5_nli.train import make_optimizer, update
 
@@ -55,10 +58,11 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 MICRO_BATCHES = 4  # that a weight formed once serves, in the side of that name
 DROPOUT = 0.05  # of the sides that name it
 ACCUMULATING = f"merged, {MICRO_BATCHES} micro-batches a step"
-LAYER_SIDES = ("frozen linear", "textbook DoRA", "PEFT LoRA", "PEFT DoRA", "unmerged", "merged", ACCUMULATING)
+OURS, PLAIN = "ours, merged", "frozen linear"  # the latter is also what PEFT's merged adapters cost
+LAYER_SIDES = (PLAIN, "textbook DoRA", "PEFT LoRA", "PEFT DoRA", "unmerged", "merged", ACCUMULATING)
 DROPOUT_SIDES = ("PEFT LoRA, dropout .05", "PEFT DoRA, dropout .05", "unmerged, dropout .05")
-STEP_SIDES = ("ours, merged", "ours, unmerged", "ours, dropout .05", "PEFT DoRA", "PEFT DoRA, dropout .05", "PEFT LoRA")
-POSTS, CRITERION_TOKENS = 2, (40, 20)  # of the part share: posts in a step, tokens of the longest criterion
+STEP_SIDES = (OURS, "ours, unmerged", "ours, dropout .05", "PEFT DoRA", "PEFT DoRA, dropout .05", "PEFT LoRA")
+PEERS = {"step": "PEFT DoRA", "predict": PLAIN}
 
 
 def measure(sides: dict, rounds: int, calls: int = 1) -> dict:
@@ -91,22 +95,28 @@ def make_decoder(layers: int, vocab: int, dtype: torch.dtype, checkpointing: boo
     full = min(5, layers - 1)  # of six layers the last sees all tokens; where there are fewer, the last of them
     kinds = ["full_attention" if number % 6 == full else "sliding_attention" for number in range(layers)]
     shape = Gemma3TextConfig(vocab_size=vocab, num_hidden_layers=layers, layer_types=kinds, **SHAPE)
-    decoder = AutoModel.from_config(shape, dtype=dtype).to(pick_device())
+    return prepare(AutoModel.from_config(shape, dtype=dtype), checkpointing)
+
+
+def prepare(decoder: nn.Module, checkpointing: bool) -> nn.Module:
+    take_faster_attention(decoder)
     if checkpointing:
         checkpoint_activations(decoder)
-    return make_bidirectional(decoder).requires_grad_(False)
+    return make_bidirectional(decoder.to(pick_device())).requires_grad_(False)
 
 
 def adapted(decoder: nn.Module, side: str, config: Config) -> nn.Module:
     """A copy that shares the frozen weights, with the adapters of the side's name and an update that is not zero."""
     decoder = copy.deepcopy(decoder, {id(parameter): parameter for parameter in decoder.parameters()})
     dropout = DROPOUT * ("dropout" in side)
+    if side.startswith("PEFT") or side == PLAIN:
+        decoder.config._attn_implementation = "sdpa"  # as they find it
     if side.startswith("PEFT"):
         from peft import LoraConfig, get_peft_model
 
         settings = {"r": config.rank, "lora_alpha": config.alpha, "lora_dropout": dropout, "use_dora": "DoRA" in side}
         get_peft_model(decoder, LoraConfig(target_modules=list(TARGETS), **settings))
-    elif side != "frozen linear":
+    elif side != PLAIN:
         add_adapters(decoder, config.rank, config.alpha, dropout, merged=not dropout and "unmerged" not in side)
     for name, parameter in decoder.named_parameters():
         if "lora_B" in name:
@@ -150,7 +160,7 @@ def bench_layer(dtype: str, tokens: int, rounds: int, config: Config) -> None:
     seconds = measure(blocks, rounds, MICRO_BATCHES)
     print(f"layer: forward and backward of q, k, v and o, {dtype}, {tokens} tokens, {rounds} rounds\n")
     for sides in (LAYER_SIDES, DROPOUT_SIDES):
-        references = ("frozen linear", next(side for side in sides if side.startswith("PEFT LoRA")))
+        references = (PLAIN, next(side for side in sides if side.startswith("PEFT LoRA")))
         rows = []
         for side in sides:
             times = [ratio(seconds, side, b) if {side, b} <= seconds.keys() else "not run" for b in references]
@@ -159,15 +169,20 @@ def bench_layer(dtype: str, tokens: int, rounds: int, config: Config) -> None:
         print("\n".join(table(["side", "ms", *(f"times {reference}" for reference in references)], rows)))
 
 
-def make_step(side: str, decoder: nn.Module, micro_batches: list[dict], config: Config) -> Callable[[], None]:
+def make_matcher(side: str, decoder: nn.Module, config: Config) -> Matcher:
+    return Matcher(adapted(decoder, side, config), config.pooler, config.dropout).to(decoder.device)
+
+
+def make_step(model: Matcher, micro_batches: list[dict], config: Config) -> Callable[[], None]:
     """A side's optimizer step, as train.py makes it."""
-    model = Matcher(adapted(decoder, side, config), config.pooler, config.dropout).to(decoder.device).train()
     optimizer, scheduler = make_optimizer(model, 1000, config)
-    batches = [{name: tensor.to(decoder.device) for name, tensor in batch.items()} for batch in micro_batches]
+    device = model.decoder.device
+    batches = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in micro_batches]
     labels = [batch.pop("labels") for batch in batches]
     pairs = sum(part.numel() for part in labels)
 
     def step() -> None:
+        model.train()
         for batch, part in zip(batches, labels):
             (pair_loss(model(**batch), part, None).sum() / pairs).backward()
         clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
@@ -186,7 +201,8 @@ def peak_memory(side: str) -> float:
 def bench_step(decoder: nn.Module, batch: dict[str, Tensor], rounds: int, config: Config) -> None:
     """Print seconds, tokens/s and peak memory of a training step of each side."""
     sides, tokens = runnable(STEP_SIDES), batch["input_ids"].numel()
-    seconds = measure({side: make_step(side, decoder, [batch], config) for side in sides}, rounds)
+    steps = {side: make_step(make_matcher(side, decoder, config), [batch], config) for side in sides}
+    seconds = measure(steps, rounds)
     print("step: batch {} x {} tokens\n".format(*batch["input_ids"].shape))
     rows = [[side, *["not run"] * 4] for side in STEP_SIDES if side not in sides]
     for side in sides:
@@ -196,33 +212,61 @@ def bench_step(decoder: nn.Module, batch: dict[str, Tensor], rounds: int, config
     print("\n".join(table(header, rows)))
 
 
-def make_batches(longest: int, post_tokens: int, vocab: int, batch_size: int) -> dict[str, list[dict[str, Tensor]]]:
-    """The micro-batches of one optimizer step on the same posts and criteria: as pairs, and with shared posts."""
-    posts = [torch.randint(1, vocab, (post_tokens,)).tolist() for _ in range(POSTS)]
-    criteria = [torch.randint(1, vocab, (longest - n * longest // 20,)).tolist() for n in range(len(CRITERIA))]
-    labels = torch.randint(0, 2, (POSTS, len(CRITERIA)))
-    rows, answers, pairs = [[post, part] for part in criteria for post in posts], labels.T.reshape(-1, 1), []
-    for start in range(0, len(rows), batch_size):
-        batch = join(rows[start : start + batch_size], 0) | {"labels": answers[start : start + batch_size]}
-        pairs.append({name: batch[name] for name in ("input_ids", "attention_mask", "labels")})
-    shared = [join([[post, *criteria]], 0) | {"labels": row[None]} for post, row in zip(posts, labels)]
-    return {"pairs": pairs, "shared": shared}
+def make_prediction(model: Matcher, batches: list[dict], config: Config) -> Callable[[], None]:
+    """The logits of the same posts, as predict.py makes them."""
+    batches = [{name: t.to(model.decoder.device) for name, t in batch.items() if name != "labels"} for batch in batches]
+
+    @torch.inference_mode()
+    def predict() -> None:
+        model.eval()
+        for batch in batches:
+            model(**batch)
+
+    return predict
 
 
-def bench_share(decoder: nn.Module, post_tokens: int, batch_size: int, rounds: int, config: Config) -> None:
-    """Print pairs/s of the training step, with one criterion a sequence and with all."""
-    print(f"share: a step of {POSTS} posts of {post_tokens} tokens with {len(CRITERIA)} criteria each\n")
-    rows = []
-    for longest in CRITERION_TOKENS:
-        forms = make_batches(longest, post_tokens, decoder.config.vocab_size, batch_size)
-        steps = {form: make_step("ours, merged", decoder, batches, config) for form, batches in forms.items()}
-        seconds = measure(steps, rounds)
-        for form, batches in forms.items():
-            tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
-            speed = POSTS * len(CRITERIA) / statistics.median(seconds[form])
-            rows.append([longest, form, len(batches), tokens, f"{speed:.2f}", ratio(seconds, "pairs", form)])
-    header = ["longest criterion", "form", "micro-batches", "tokens a step", "pairs/s", "faster than pairs by"]
-    print("\n".join(table(header, rows)))
+def make_batches(posts: int, lengths: tuple[int, int], criteria: int, vocab: int, rows: int) -> dict[str, list[dict]]:
+    """The same posts and criteria, of so many tokens each: as pairs, so many rows in a micro-batch, and shared."""
+    sizes = (posts, lengths[0]), (criteria, lengths[1])
+    texts, questions = (torch.randint(1, vocab, size).tolist() for size in sizes)
+    labels = torch.randint(0, 2, (posts, criteria))
+    pairs = join([[text, question] for question in questions for text in texts], 0)
+    columns = pairs["input_ids"].split(rows), pairs["attention_mask"].split(rows), labels.T.reshape(-1, 1).split(rows)
+    pairs = [dict(zip(("input_ids", "attention_mask", "labels"), column)) for column in zip(*columns)]
+    return {"pairs": pairs, "shared": [join([[text, *questions] for text in texts], 0) | {"labels": labels}]}
+
+
+def count_flops(model: Matcher, run: Callable[[], None]) -> int:
+    """Of all matrix products in a call. PyTorch does not count those of its own attention on a CPU."""
+    shape = model.decoder.config
+    implementation, shape._attn_implementation = shape._attn_implementation, "eager"
+    with FlopCounterMode(display=False) as counter:
+        run()
+    shape._attn_implementation = implementation
+    return counter.get_total_flops()
+
+
+def bench_whole(decoder: nn.Module, batches: dict[str, list[dict]], rounds: int, config: Config) -> None:
+    """Print the speeds of a step and of predicting, and what share of a plain matrix product's speed they reach."""
+    shape, lines = decoder.config, []
+    tokens = {form: sum(int(batch["attention_mask"].sum()) for batch in some) for form, some in batches.items()}
+    questions = sum(batch["labels"].numel() for batch in batches["shared"])
+    sizes = batches["pairs"][0]["input_ids"].numel(), shape.hidden_size, shape.intermediate_size
+    x, weight = (torch.randn(n, sizes[1], dtype=decoder.dtype, device=decoder.device) for n in (sizes[0], sizes[2]))
+    for what, make in (("step", make_step), ("predict", make_prediction)):
+        models = {side: make_matcher(side, decoder, config) for side in runnable((PEERS[what], OURS))}
+        forms = [(side, form) for side in models for form in (batches if side == OURS else ("pairs",))]
+        sides = {(side, form): make(models[side], batches[form], config) for side, form in forms}
+        flops = {side: count_flops(models[side[0]], run) for side, run in sides.items()}
+        seconds = measure(sides | {"product": lambda: x @ weight.T}, rounds)
+        peak = 2 * math.prod(sizes) / statistics.median(seconds["product"])
+        print(f"{what}: {peak / 1e12:.3f} TFLOP/s in a product of {' x '.join(map(str, sizes))}")
+        for side, form in forms:
+            spent, share = statistics.median(seconds[side, form]), flops[side, form] / peak
+            figures = [f"{questions / spent:.1f}", f"{tokens[form] / spent:.0f}", f"{share / spent:.2f}"]
+            lines.append([what, side, form, *figures, ratio(seconds, forms[0], (side, form))])
+    header = ["what", "side", "form", "questions/s", "tokens/s", "share of peak", "faster than the first by"]
+    print("\n" + "\n".join(table(header, lines)))
 
 
 def main(config: Config, part: str, rounds: int, memory_of: str, **given) -> None:
@@ -233,7 +277,7 @@ def main(config: Config, part: str, rounds: int, memory_of: str, **given) -> Non
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, :1] % 2}
     sizes = given["layers"], given["vocab"], dtype, given["checkpointing"]
     if memory_of:
-        step = make_step(memory_of, make_decoder(*sizes), [batch], config)
+        step = make_step(make_matcher(memory_of, make_decoder(*sizes), config), [batch], config)
         for _ in range(2):  # the optimizer's state appears at the end of the first
             step()
         print(json.dumps({"peak_memory_bytes": peak_memory_bytes(device)}))
@@ -246,26 +290,32 @@ def main(config: Config, part: str, rounds: int, memory_of: str, **given) -> Non
         for dtype, tokens in product(given["dtypes"], given["tokens"]):
             bench_layer(dtype, tokens, rounds, config)
     if part != "layer":
-        decoder = make_decoder(*sizes)
+        decoder = make_decoder(*sizes) if sizes[0] else prepare(load_encoder(find_model(config), dtype)[0], sizes[3])
         print("{} layers, vocabulary {}, {}, checkpointing {}\n".format(*sizes))
     if part in ("step", "all"):
         bench_step(decoder, batch, rounds, config)
-    if part in ("share", "all"):
-        bench_share(decoder, given["post_tokens"], given["batch"], rounds, config)
+    if part in ("whole", "all"):
+        lengths = given["post_tokens"], given["criterion_tokens"]
+        vocab = decoder.config.vocab_size
+        batches = make_batches(given["posts"], lengths, given["criteria"], vocab, config.eval_batch_size)
+        bench_whole(decoder, batches, rounds, config)
 
 
 if __name__ == "__main__":
     flags = {
-        "part": {"choices": ("layer", "step", "share", "all"), "default": "all", "help": "what to measure"},
+        "part": {"choices": ("layer", "step", "whole", "all"), "default": "all", "help": "what to measure"},
         "rounds": {"type": int, "default": 5, "help": "rounds after the warm-up"},
         "tokens": {"type": int, "nargs": "+", "default": [512, 2048], "help": "layer: tokens of a micro-batch"},
         "dtypes": {"nargs": "+", "choices": DTYPES, "default": list(DTYPES), "help": "layer: types of the weight"},
-        "layers": {"type": int, "default": 4, "help": "step and share: layers of the decoder (gemma-3-1b has 26)"},
-        "vocab": {"type": int, "default": 4096, "help": "step and share: its embeddings (gemma-3-1b has 262144)"},
-        "batch": {"type": int, "default": 4, "help": "step: sequences; share: pairs in a micro-batch"},
+        "layers": {"type": int, "default": 4, "help": "step and whole: layers (gemma-3-1b has 26); 0: --model itself"},
+        "vocab": {"type": int, "default": 4096, "help": "step and whole: its embeddings (gemma-3-1b has 262144)"},
+        "batch": {"type": int, "default": 4, "help": "step: sequences"},
         "length": {"type": int, "default": 512, "help": "step: tokens of a sequence"},
-        "post_tokens": {"type": int, "default": 300, "help": "share: tokens of a post"},
-        "checkpointing": {"action": "store_true", "help": "step and share: recompute activations"},
+        "posts": {"type": int, "default": 16, "help": "whole: posts in a step"},
+        "criteria": {"type": int, "default": 11, "help": "whole: criteria of each"},
+        "post_tokens": {"type": int, "default": 28, "help": "whole: tokens of a post"},
+        "criterion_tokens": {"type": int, "default": 7, "help": "whole: tokens of a criterion"},
+        "checkpointing": {"action": "store_true", "help": "step and whole: recompute activations"},
         "memory_of": {
             "choices": ("", *runnable(STEP_SIDES)),
             "default": "",

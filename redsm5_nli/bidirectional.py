@@ -93,8 +93,8 @@ def block_masks(model: nn.Module, segments: Tensor, position_ids: Tensor) -> Ten
 
 
 def as_attention_mask(model: nn.Module, allowed: Tensor) -> Tensor:
-    """(B, T, T) true where seen -> (B, 1, T, T): as it is for SDPA, added to the scores for eager attention."""
-    if model.config._attn_implementation == "sdpa":
+    """(B, T, T) true where seen -> (B, 1, T, T): added to the scores for eager attention, else as it is."""
+    if model.config._attn_implementation != "eager":
         return allowed[:, None]
     lowest = torch.finfo(model.dtype).min
     return torch.zeros_like(allowed, dtype=model.dtype).masked_fill(~allowed, lowest)[:, None]

@@ -20,6 +20,7 @@ from transformers.utils import cached_file
 from transformers.utils.logging import disable_progress_bar, get_verbosity, set_verbosity, set_verbosity_error
 
 from common.checkpoint import ROOT, UserError
+from common.checkpoint.attention import take_faster_attention
 from common.checkpoint.spm import spm_tokenizer
 
 SENTENCEPIECE = ("spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
@@ -231,7 +232,9 @@ def new_encoder(source: str | Path, shape: PreTrainedConfig, **options) -> nn.Mo
     def build(source, local_files_only):
         return AutoModel.from_config(shape, dtype=torch.float32, **options)
 
-    return load_part(source, "shape", build)
+    encoder = load_part(source, "shape", build)
+    take_faster_attention(encoder)
+    return encoder
 
 
 def load_encoder(
@@ -253,6 +256,7 @@ def load_encoder(
     new = {name for name in info["missing_keys"] if may_lack and name.startswith(may_lack)}
     if wrong := sorted(info["missing_keys"] - new) + sorted(str(key) for key in info["mismatched_keys"]):
         raise UserError(f"{source} lacks {len(wrong)} of the model's weights, the first is {wrong[0]}")
+    take_faster_attention(encoder)
     return encoder, bool(new)
 
 

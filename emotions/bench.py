@@ -1,33 +1,37 @@
-"""Speed: the disentangled attention against transformers' own, and a slice of an epoch against transformers.Trainer.
+"""Speed: the disentangled attention, training and predict.py against what transformers offers; the sides take turns.
 
     python emotions/bench.py --part attention                       # base- and large-shaped, fp32 and bf16
     python emotions/bench.py --part attention --dtypes bf16 fp16    # fp16 on a GPU only
     pip install accelerate                                          # for the Trainer's sides
-    python emotions/bench.py --part epoch --model minilm --batch_size 32 --gradient_accumulation_steps 1
+    python emotions/bench.py --part whole --model minilm --batch_size 32 --gradient_accumulation_steps 1
     python emotions/bench.py --part epoch --model minilm --shapes base --rows 64
 
 attention: random models of DeBERTa-v3's shapes with fewer layers and 1000 tokens in the vocabulary, so that the
 embedding does not matter; batches of 16 whose rows are padded by up to half; dropout 0.1, training mode. Medians over
 the rounds in milliseconds; the ratio is the median of the rounds' ratios, transformers to ours.
-epoch: data_dir's training texts with the tokenizer of --model, in its shape or (--shapes) DeBERTa-v3's, random weights.
-Ours is an epoch of train.py itself, its batches' tokenisation included (the Trainer gets its rows tokenised before);
-evaluations and saves are not counted. The sides take turns.
+whole: so many --rows of data_dir's training texts, the same weights: --model's, or (--shapes) random DeBERTa-v3s.
+step: the optimizer steps of train.py's epoch, which tokenizes as it goes, and of a Trainer as it is by default, whose
+rows are tokenized before. predict: predict.py's answers, and the loop of transformers' documentation. tokens/s leaves
+padding out; FLOPs hold it: the matrix products a side really does, so that one with a larger share of the peak can be
+the slower one. The peak is a product of a batch's size, hidden by intermediate, before and after each turn.
+epoch: the steps alone, against more --sides.
 """
 
 import copy
-import json
 import os
 import platform
+import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from functools import partial
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 if not __package__:  # run as a script: import from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -35,18 +39,21 @@ if not __package__:  # run as a script: import from the repository root, not fro
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
 from transformers import (
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     DataCollatorWithPadding,
     DebertaV2Config,
     DebertaV2ForSequenceClassification,
+    PreTrainedConfig,
     Trainer,
     TrainingArguments,
 )
 
 from common.checkpoint import UserError
 from common.checkpoint.environment import autocast_dtype, environment, pick_device
-from common.checkpoint.pretrained import load_shape
+from common.checkpoint.pretrained import load_part, load_shape
 from emotions import train
 from emotions.attention import use_fast_attention
 from emotions.cli import run_script
@@ -54,24 +61,25 @@ from emotions.config import Config
 from emotions.dataset import Row, load_splits, multi_hot
 from emotions.labels import EMOTIONS
 from emotions.model import find_model, find_tokenizer
+from emotions.predict import load, predict
 from emotions.prepare import json_line
 from emotions.report import table
 
 BATCH = 16
-SHAPES = {  # hidden size, heads, intermediate size of deberta-v3-base and -large
-    "base": (768, 12, 3072),
-    "large": (1024, 16, 4096),
-}
+SHAPES = {"base": (768, 12, 3072), "large": (1024, 16, 4096)}  # DeBERTa-v3's hidden size, heads, intermediate size
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 SIDES = ("ours", "ours, the library's attention", "Trainer, group_by_length", "Trainer, padded to max_length")
+CPU_ATTENTION = {  # SDPA's kernel there, which PyTorch's counter of FLOPs does not know
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
+}
 
 
 def processor() -> str:
     """The processor's name, where Linux tells it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    names = [line.split(": ")[1] for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
 
 
 def deberta_shape(shape: str, layers: int, vocab_size: int) -> DebertaV2Config:
@@ -178,85 +186,142 @@ def bench_attention(given: SimpleNamespace) -> None:
         print("\n".join(["", *table([title, *header][:columns], rows)]), flush=True)
 
 
-def run_ours(side: str, config: Config, names: tuple, rows: list[Row], scored: list[Row], seed: int) -> float:
-    """One epoch of train.py: the seconds of its optimizer steps."""
-    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w", encoding="utf-8") as silent:
-        for name, part in (("train", rows), ("validation", scored)):
-            lines = "".join(json_line(row, names) for row in part)
-            Path(folder, f"{name}.jsonl").write_text(lines, encoding="utf-8")
-        Path(folder, "labels.txt").write_text("\n".join(names), encoding="utf-8")
-        attention = "fast" if side == "ours" else "library"
-        changes = {"run_dir": f"{folder}/run", "data_dir": folder, "attention": attention, "seed": seed}
-        with redirect_stdout(silent):
-            train.main(config.model_copy(update=changes))
-        rate = json.loads(Path(folder, "run/results.json").read_text(encoding="utf-8"))["tokens_per_second"]
-    texts = [row.text for row in rows]
-    ids = find_tokenizer(config)(texts, truncation=True, max_length=config.max_length)["input_ids"]
-    return sum(map(len, ids)) / rate
+def flop_counter() -> FlopCounterMode:
+    """PyTorch's, without its look at modules, which fails where a parameter is an argument but has no gradient."""
+    counter = FlopCounterMode(display=False)
+    counter.flop_registry |= CPU_ATTENTION
+    counter.mod_tracker = SimpleNamespace(parents=["Global"], __enter__=lambda: None, __exit__=lambda *_: None)
+    return counter
 
 
-def run_trainer(side: str, config: Config, names: tuple, rows: list[Row], scored: list[Row], seed: int) -> float:
-    """One epoch of transformers.Trainer over the same rows in batches of the same size: its seconds."""
-    torch.manual_seed(0)
-    tokenizer = find_tokenizer(config)
-    model = AutoModelForSequenceClassification.from_config(load_shape(find_model(config)))
+def train_ours(side: str, config: Config, rows: list[Row], counter: FlopCounterMode) -> tuple[float, int]:
+    """One epoch of train.py over data_dir, which holds the rows: its optimizer steps' seconds and FLOPs."""
+    progress, totals = train.Progress(), []  # FLOPs when there is a model, and after the last step
+
+    def noting(function: Callable) -> Callable:
+        return lambda *arguments: totals.append(counter.get_total_flops()) or function(*arguments)
+
+    shutil.rmtree(config.run_dir, ignore_errors=True)
+    parts = {"Progress": noting(lambda: progress), "validate": noting(train.validate)}
+    with patch.multiple(train, **parts):
+        train.main(config.model_copy(update={"attention": "fast" if side == "ours" else "library"}))
+    return progress.train_seconds, totals[1] - totals[0]
+
+
+def train_theirs(side: str, config: Config, rows: list[Row], counter: FlopCounterMode) -> tuple[float, int]:
+    """One epoch of transformers.Trainer from the same weights, in batches of the same size; its setup is not timed."""
+    tokenizer = AutoTokenizer.from_pretrained(config.model)
+    model = AutoModelForSequenceClassification.from_pretrained(config.model)
     data = tokenizer([row.text for row in rows], truncation=True, max_length=config.max_length)
-    data["labels"] = multi_hot([row.labels for row in rows], len(names)).astype(float).tolist()
+    data["labels"] = multi_hot([row.labels for row in rows], model.num_labels).astype(float).tolist()
     data = [dict(zip(data, cells)) for cells in zip(*data.values())]
     padding = {"padding": "max_length", "max_length": config.max_length} if "padded" in side else {}
-    dtype = autocast_dtype(config.amp, pick_device())
+    device, dtype = pick_device(), autocast_dtype(config.amp, pick_device())
+    settings = {"per_device_train_batch_size": config.batch_size, "num_train_epochs": 1, "seed": config.seed}
+    settings |= {"gradient_accumulation_steps": config.gradient_accumulation_steps}
+    settings |= {"train_sampling_strategy": "group_by_length" if "group" in side else "random"}
+    settings |= {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16, "use_cpu": device.type == "cpu"}
+    settings |= {"logging_strategy": "no", "save_strategy": "no", "report_to": [], "disable_tqdm": True}
     with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            folder,
-            per_device_train_batch_size=config.batch_size,
-            gradient_accumulation_steps=config.gradient_accumulation_steps,
-            num_train_epochs=1,
-            bf16=dtype == torch.bfloat16,
-            fp16=dtype == torch.float16,
-            use_cpu=pick_device().type == "cpu",
-            optim="adamw_torch_fused",
-            train_sampling_strategy="group_by_length" if "group" in side else "random",
-            seed=seed,
-            logging_strategy="no",
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-        )
+        arguments = TrainingArguments(folder, **settings)
         trainer = Trainer(model, arguments, DataCollatorWithPadding(tokenizer, **padding), train_dataset=data)
-        return milliseconds(trainer.train) / 1000
+        return trainer.train().metrics["train_runtime"], counter.get_total_flops()
 
 
-def bench_epoch(config: Config, shape: str, given: SimpleNamespace) -> None:
-    """A Markdown table of texts a second, sides in turn, with the ratio of ours to each."""
+def predict_ours(side: str, config: Config, rows: list[Row], counter: FlopCounterMode) -> tuple[float, int]:
+    """predict.py over the rows' texts, with the model of the last epoch of ours."""
+    work = partial(predict, load(config.run_dir), [row.text for row in rows])
+    return milliseconds(work) / 1000, counter.get_total_flops()
+
+
+def predict_theirs(side: str, config: Config, rows: list[Row], counter: FlopCounterMode) -> tuple[float, int]:
+    """The same model in the loop of transformers' documentation: 32 texts at a time, in their own order."""
+    device, dtype = pick_device(), autocast_dtype(config.amp, pick_device())
+    tokenizer = AutoTokenizer.from_pretrained(f"{config.run_dir}/best")
+    model = AutoModelForSequenceClassification.from_pretrained(f"{config.run_dir}/best").to(device).eval()
+
+    def work() -> None:
+        for first in range(0, len(rows), 32):
+            texts = [row.text for row in rows[first : first + 32]]
+            batch = tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(device)
+            with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype is not None):
+                model(**batch).logits.float().sigmoid().cpu()
+
+    return milliseconds(work) / 1000, counter.get_total_flops()
+
+
+WHOLE = {("step", "ours"): train_ours, ("step", "Trainer"): train_theirs}
+WHOLE |= {("predict", "ours"): predict_ours, ("predict", "transformers"): predict_theirs}
+
+
+def write_slice(folder: str, config: Config, shape: str, given: SimpleNamespace) -> tuple[Config, list[Row], int]:
+    """Texts to train on, five to evaluate and the model to start from, in one folder.
+
+    Returns the config of an epoch of them, the training texts, and how many tokens these have without padding.
+    """
     tokenizer = find_tokenizer(config)
     splits = load_splits(config, tokenizer)
-    texts, names = splits["train"].rows, splits["train"].names
+    names, lengths = splits["train"].names, splits["train"].lengths.clip(max=config.max_length)
+    places = np.random.default_rng(0).permutation(len(lengths))[: given.rows]
+    rows = [splits["train"].rows[place] for place in places]
     scored = sorted(splits["validation"].rows, key=lambda row: not row.labels)[:5]
-    rows = [texts[place] for place in np.random.default_rng(0).permutation(len(texts))[: given.rows]]
+    for name, part in (("train", rows), ("validation", scored)):
+        Path(folder, f"{name}.jsonl").write_text("".join(json_line(row, names) for row in part), encoding="utf-8")
+    Path(folder, "labels.txt").write_text("\n".join(names), encoding="utf-8")
+
+    source, kind = find_model(config), AutoModelForSequenceClassification
+    model_shape = deberta_shape(shape, given.layers, len(tokenizer)) if shape else load_shape(source)
+    model_shape.num_labels, model_shape.problem_type = len(names), "multi_label_classification"
+    torch.manual_seed(0)
+    if shape or config.init == "random":
+        model = kind.from_config(model_shape)
+    else:
+        model = load_part(source, "pretrained model", kind.from_pretrained, config=model_shape, dtype=torch.float32)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    changes = {"model": folder, "data_dir": folder, "run_dir": f"{folder}/run", "init": "pretrained"}
+    changes |= {"pooling": "head", "epochs": 1, "max_steps": 0}
+    return config.model_copy(update=changes), rows, int(lengths[places].sum())
+
+
+def measure_peak(tokens: int, shape: PreTrainedConfig, dtype: torch.dtype) -> float:
+    """FLOP/s of x @ W.T, (tokens, hidden) by (hidden, intermediate), over half a second."""
+    x = torch.randn(tokens, shape.hidden_size, dtype=dtype, device=pick_device())
+    W = torch.randn(shape.intermediate_size, shape.hidden_size, dtype=dtype, device=pick_device())
+    times = []
+    while sum(times) < 500:
+        times.append(milliseconds(lambda: x @ W.T))
+    return 2 * tokens * W.numel() * len(times) / (sum(times) / 1000)
+
+
+def bench_slice(config: Config, shape: str, works: dict[tuple, Callable], given: SimpleNamespace) -> None:
+    """A Markdown table of works, (what, side) -> how it is measured. All rounds are alike; the first counts FLOPs."""
+    runs = [work for work in works if works[work] is not train_theirs or find_spec("accelerate")]
+    dtype, flops = autocast_dtype(config.amp, pick_device()) or torch.float32, {}
     with tempfile.TemporaryDirectory() as folder:
-        model = deberta_shape(shape, given.layers, len(tokenizer)) if shape else load_shape(find_model(config))
-        model.num_labels, model.problem_type = len(names), "multi_label_classification"
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        changes = {"model": folder, "init": "random", "pooling": "head", "epochs": 1, "max_steps": 0}
-        changed = config.model_copy(update=changes)
+        changed, rows, tokens = write_slice(folder, config, shape, given)
+        batch_tokens = min(config.batch_size, len(rows)) * tokens // len(rows)
+        peak = partial(measure_peak, batch_tokens, load_shape(folder), dtype)
 
-        def turn(side: str, number: int) -> float:
-            run = run_ours if side.startswith("ours") else run_trainer
-            seconds = run(side, changed, names, rows if number else rows[: 2 * config.batch_size], scored, number)
-            print(f"{side}, round {number}: {seconds:.1f} s", flush=True)
-            return seconds
+        def turn(work: tuple[str, str], number: int) -> tuple[float, float]:
+            counter, peaks = flop_counter(), [peak()]
+            count = nullcontext() if number else counter
+            with count, open(os.devnull, "w", encoding="utf-8") as silent, redirect_stdout(silent):
+                seconds, counted = works[work](work[1], changed, rows, counter)
+            flops[work] = flops.get(work, counted)
+            print(f"{': '.join(work)}, round {number}: {seconds:.1f} s", flush=True)
+            return seconds, np.mean([*peaks, peak()])  # noise hits the peak as it hits the side
 
-        runs = [side for side in SIDES if side in given.sides and (side.startswith("ours") or find_spec("accelerate"))]
-        seconds = take_turns({side: partial(turn, side) for side in runs}, given.rounds)
+        figures = take_turns({work: partial(turn, work) for work in runs}, given.rounds)
 
-    dtype = autocast_dtype(config.amp, pick_device()) or "fp32"
-    print(f"\n{len(rows)} texts, {shape or config.model}, {dtype}, batch {config.batch_size}\n")
-    figures = {side: ["not run", "not run"] for side in SIDES}
-    for side, times in zip(runs, seconds):
-        ratio = np.median(times / seconds[runs.index("ours")])
-        figures[side] = [f"{len(rows) / np.median(times):.1f}", f"{ratio:.2f}"]
-    print("\n".join(table(["side", "texts/s", "ours is faster by"], [[side, *row] for side, row in figures.items()])))
+    print(f"\n{shape or config.model}, {len(rows)} texts of {tokens} tokens, {str(dtype)[6:]}, ", end="")
+    print(f"batch {config.batch_size}, {given.rounds} rounds, peak {np.median(figures[..., 1]) / 1e9:.1f} GFLOP/s\n")
+    seconds, cells = dict(zip(runs, figures[..., 0])), {work: ["not run"] * 3 for work in works}
+    for work, (spent, peaks) in zip(runs, np.moveaxis(figures, -1, 1)):
+        share, ratio = np.median(flops[work] / spent / peaks), np.median(spent / seconds[work[0], "ours"])
+        cells[work] = [f"{tokens / np.median(spent):.1f}", f"{share:.1%}", f"{ratio:.2f}"]
+    header = ["what", "side", "tokens/s", "share of peak", "ours is faster by"]
+    print("\n".join(table(header, [[*work, *row] for work, row in cells.items()])))
 
 
 def main(config: Config, part: str, **flags) -> None:
@@ -268,13 +333,14 @@ def main(config: Config, part: str, **flags) -> None:
     if part == "attention":
         bench_attention(given)
         return
+    epoch = {("step", side): train_ours if side.startswith("ours") else train_theirs for side in given.sides}
     for shape in given.shapes or [""]:
-        bench_epoch(config, shape, given)
+        bench_slice(config, shape, epoch if part == "epoch" else WHOLE, given)
 
 
 if __name__ == "__main__":
     flags = {
-        "part": {"choices": ("attention", "epoch"), "default": "attention", "help": "what to measure"},
+        "part": {"choices": ("attention", "epoch", "whole"), "default": "attention", "help": "what to measure"},
         "shapes": {"nargs": "+", "choices": list(SHAPES), "default": [], "help": "DeBERTa-v3's; or both, or --model's"},
         "lengths": {"nargs": "+", "type": int, "default": [32, 64, 128, 256], "help": "tokens in a row"},
         "dtypes": {"nargs": "+", "choices": list(DTYPES), "default": ["fp32", "bf16"], "help": "autocast, fp32: none"},

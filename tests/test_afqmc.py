@@ -13,7 +13,14 @@ import torch
 from launch import ROOT, config_of, first_step, ran, read_lines, refused, run_here, short_flags
 from sklearn.metrics import confusion_matrix, f1_score
 from sklearn.utils.class_weight import compute_class_weight
-from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, pipeline
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    pipeline,
+)
 
 from afqmc import dataset, download, train
 from afqmc.dataset import LABELS, Pair, collate, load_splits, make_split, split_pairs
@@ -340,6 +347,29 @@ def test_predict_and_the_pipeline_answer_as_predictions_do_and_bad_lines_are_nam
     assert [int(answer["label"]) for answer in answers] == [p >= cut for p in expected]
     refused(run_here(*flags, "--threshold", "50"), "50", "0 to 1")
     assert run_here("afqmc/predict.py", "--run_dir", run, text="bad\n\nworse")[0] == 1  # with nothing to compute
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_the_benchs_sides_compute_the_same_and_their_flops_are_those_of_a_hand_count(amp, config, tmp_path):
+    from afqmc import bench  # transformers' Trainer: a second
+
+    D, inner, layers = 32, 48, 2
+    sizes = {"hidden_size": D, "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": 2}
+    shape = BertConfig(vocab_size=21128, num_labels=2, **sizes)
+    config = bench.make_round(config(amp=amp, eval_batch_size=32), 12, shape, tmp_path)
+    split = load_splits(config, find_tokenizer(config))["train"]
+    B, T = len(split.pairs), int(split.lengths.max())  # one batch on every side
+    sides, tokens = bench.whole_sides(config)
+    assert tokens == split.lengths.sum() < B * T
+    flops = {side: bench.count_flops(turn) for side, turn in sides.items()}
+
+    layer = 2 * B * T * (4 * D * D + 2 * D * inner) + 4 * B * T * T * D  # projections, feed-forward; QK and PV
+    forward = layers * layer + 2 * B * D * (D + 2)  # pooler and classifier
+    assert flops.pop("peak") == 20 * 2 * config.batch_size * int(np.median(split.lengths)) * D * inner
+    assert flops == {side: forward * (3 if side.startswith("step") else 1) for side in flops}
+    ours, theirs = (side() for side in bench.predict_sides(config, split.pairs))
+    np.testing.assert_allclose(ours, theirs, atol=1e-6 if amp == "off" else 0.01)
 
 
 def test_eda_counts_labels_repetitions_and_what_two_files_share(tmp_path):

@@ -1,33 +1,39 @@
-"""Speed and memory against sentence-transformers, with the same weights, precision and texts.
+"""Speed and memory against sentence-transformers, with the same weights, precision and texts. No run is needed.
 
-    python embeddings/bench.py --sample                                              # all parts, minutes
-    python embeddings/bench.py --model all-MiniLM-L6-v2 --pooling mean --targets query,value --batch_size 256
-    python embeddings/bench.py --parts step --sample --batch_size 256 --rounds 9
+    python embeddings/bench.py --parts whole --model gemma --targets all-linear --rank 16 --data_dir nli --texts 300
+    python embeddings/bench.py --parts encode step memory --sample --batch_size 256
 
-encode: embed_texts against SentenceTransformer.encode, each from strings to vectors, on train.jsonl's texts. step:
-train.py itself at --batch_size, in chunks of --chunk_tokens, against CachedMultipleNegativesRankingLoss as it is and
-with mini_batch_num_tokens, on the same triplets; clipping and optimizer included. --batches like_length: as train.py
-draws them, which spares theirs padding too; random: as SentenceTransformerTrainer does. memory: the peak of one forward
-and backward above what was held before it, one process each (on a CPU resident memory, on a GPU PyTorch's tensors).
-The sides take turns in one process. Medians over the rounds; a ratio is the median of the rounds' ratios, theirs to
-ours: above 1 ours is faster. No run is needed.
+whole: a step as train.py makes it and a prediction as encode.py does, each beside what one would use otherwise: in a
+step, batches of like length beside random ones, as SentenceTransformerTrainer draws them, of the same triplets.
+encode: the prediction, theirs at several batch sizes. step: also theirs in chunks of --chunk_tokens; both sides on
+batches of like length, which spare theirs padding too, and on random ones. memory: the peak of one forward and backward
+above what was held before, in a process each (on a CPU resident memory, on a GPU PyTorch's tensors).
+
+Steps are train.py's own, with batches, clipping and update (it tokenises before the first, theirs in each), on --steps
+x --batch_size triplets that share no text; theirs has the same adapters, and transformers' SDPA. A prediction goes from
+strings to vectors. Tokens are counted without padding, FLOPs as a side makes them: of matrix products, with padding
+and with GradCache's second forward. The peak is that of plain products x @ W.T, a second in each round, of as many
+tokens as train.py passes at a time. The sides take turns in one process, after a round that warms up and counts.
+Medians over the rounds; a factor is the median of the rounds' ratios of seconds, theirs to ours. That both compute the
+same is checked in fp32, where no rounding hides a difference.
 """
 
 import gc
-import json
-import os
-import statistics
+import re
+import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from functools import partial
 from importlib import metadata
-from itertools import islice
+from io import StringIO
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import median
+from threading import Lock
 from typing import NamedTuple
 from unittest.mock import patch
 
@@ -41,106 +47,149 @@ from sentence_transformers.sentence_transformer.data_collator import SentenceTra
 from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import clip_grad_norm_
-from transformers import AutoModel, PreTrainedTokenizerFast
-from transformers.utils.logging import disable_progress_bar
+from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModel, AutoProcessor, PreTrainedTokenizerFast
 
 from common.checkpoint import ROOT, UserError
 from common.checkpoint.environment import autocast_dtype, environment, peak_memory_bytes, pick_device
+from common.checkpoint.pretrained import load_shape
 from common.checkpoint.rows import data_file
 from embeddings import train
-from embeddings.batching import Epoch, Rows, draw_epochs, tokenize_rows
+from embeddings.batching import Epoch, Rows, draw_epochs, forward_tokens, tokenize, tokenize_rows
 from embeddings.cli import run_script
 from embeddings.config import Config
-from embeddings.dataset import load_splits, read_triplets
-from embeddings.model import Embedder, build_model, embed_texts, find_tokenizer, load_embedder
+from embeddings.dataset import Splits, read_triplets
+from embeddings.dev import sts_dev
+from embeddings.encode import Encoder, encode
+from embeddings.grad_cache import cached_backward
+from embeddings.model import Embedder, build_model, find_model, find_tokenizer, load_backbone
 from embeddings.report import table
+from embeddings.rows import Pair, Triplet
 
 POOLING_MODES = {"last": "lasttoken", "mean": "mean", "cls": "cls"}  # what its Pooling is called with
-OURS, WHOLE = "ours", "ours, whole batch"
+OURS, AT_ONCE = "ours", "ours, whole batch"
 PLAIN, BY_TOKENS = "cached, 32 rows at a time", "cached, mini_batch_num_tokens"
-STEP_SIDES, MEMORY_SIDES = (OURS, PLAIN, BY_TOKENS), (OURS, WHOLE, PLAIN)
+STEP_SIDES, MEMORY_SIDES = (OURS, PLAIN, BY_TOKENS), (OURS, AT_ONCE, PLAIN)
 ORDERS = ("like_length", "random")
-TOLERANCE = {None: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}  # of a vector's elements and of a loss
-STS = "x\tx\tx\t1\t{}\tbench: one text\tbench: {}\n"  # a run needs scored pairs; two are the fewest
+TOLERANCE = 1e-4  # of a vector's elements and of a loss, in fp32
+PAIRS = [Pair("a text", "a text", 5.0, 1), Pair("a text", "another", 0.0, 2)]  # the least that train.py can score
 
 
-class Steps(NamedTuple):
-    """What some optimizer steps of a side took: seconds, each one's mean loss and bytes beyond those held before."""
+class Task(NamedTuple):
+    """What both sides get."""
+
+    config: Config
+    tokenizer: PreTrainedTokenizerFast
+    triplets: list[Triplet]
+
+
+class Work(NamedTuple):
+    """What a side did in a round: tokens without padding; as its result vectors, or the mean loss of its steps."""
 
     seconds: float
-    losses: list[float]
-    peaks: list[int]
+    tokens: int
+    result: np.ndarray | float
 
 
-def measure(sides: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each side in each round, the sides in turn, every other round backwards; one more warms up."""
-    seconds: dict = {side: [] for side in sides}
-    for number in range(-1, rounds):
-        for side in list(sides)[:: 1 if number % 2 else -1]:
-            spent = sides[side]()
-            if number >= 0:
-                seconds[side].append(spent)
-    return seconds
+Watch = Callable[[], AbstractContextManager]  # around what computes: a step's forward, loss and backward; an encoding
+Side = Callable[..., Work]  # of a watch, or of nothing
 
 
-def ratio(seconds: dict[str, list[float]], side: str) -> float:
-    """How much faster ours, the first side, is than a side: the median over the rounds."""
-    ours = next(iter(seconds.values()))
-    return statistics.median(theirs / our for our, theirs in zip(ours, seconds[side]))
+@contextmanager
+def count_flops(counts: list[int]) -> Iterator[None]:
+    """Of matrix products. Attention is taken as such: the CPU's fused one would count as nothing."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        yield
+    counts.append(counter.get_total_flops())
 
 
-def print_rates(seconds: dict[str, list[float]], count: int, unit: str) -> None:
-    """count: of texts or triplets in a round."""
+@contextmanager
+def watch_memory(peaks: list[int]) -> Iterator[None]:
+    """Note how far the peak lies above what is held at the beginning."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    elif (peak := Path("/proc/self/clear_refs")).exists():
+        peak.write_text("5", encoding="ascii")
+    before = peak_memory_bytes(pick_device())
+    yield
+    peaks.append(peak_memory_bytes(pick_device()) - before)
+
+
+def product_speed(config: Config) -> float:
+    """FLOP/s of x @ W.T, for a second, so that what else runs on the machine is met as in a step."""
+    shape, device = load_shape(find_model(config)), pick_device()
+    sizes = forward_tokens(device), getattr(shape, "intermediate_size", 4 * shape.hidden_size)
+    x, W = (torch.randn(n, shape.hidden_size, dtype=autocast_dtype(config.amp, device), device=device) for n in sizes)
+    timer = Timer("x @ W.T", globals={"x": x, "W": W}, num_threads=torch.get_num_threads())
+    return 2 * x.numel() * len(W) / timer.blocked_autorange(min_run_time=1).mean
+
+
+def compare(parts: dict[str, dict[str, Side]], rounds: int, config: Config) -> None:
+    """Print what all sides reach. They take turns, every other round backwards."""
+    sides = {(what, name): side for what, part in parts.items() for name, side in part.items()}
+    flops, tokens, seconds, peaks = {}, {}, {key: [] for key in sides}, []
+    for key, side in sides.items():
+        tokens[key] = side(partial(count_flops, counts := [])).tokens
+        flops[key] = sum(counts)
+    for number in range(rounds):
+        peaks.append(product_speed(config))
+        for key in list(sides)[:: -1 if number % 2 else 1]:
+            seconds[key].append(sides[key]().seconds)
+
     rows = []
-    for side, spent in seconds.items():
-        rows.append([side, f"{count / statistics.median(spent):.1f}", f"{ratio(seconds, side):.2f}"])
-    print("\n".join(table(["side", f"{unit}/s", "ours is faster by"], rows)))
+    for key, spent in seconds.items():
+        ours = key[0], OURS
+        if tokens[key] != tokens[ours]:
+            raise RuntimeError(f"{' '.join(key)}: {tokens[key]} tokens, ours {tokens[ours]}: the sides differ")
+        share = median(flops[key] / one / peak for one, peak in zip(spent, peaks))
+        ratio = median(theirs / our for theirs, our in zip(spent, seconds[ours]))
+        rows.append([*key, f"{tokens[key] / median(spent):.0f}", f"{share:.0%}", f"{ratio:.2f}"])
+    print(f"peak {median(peaks) / 1e9:.0f} GFLOP/s\n")
+    print("\n".join(table(["what", "side", "tokens/s", "share of peak", "ours is faster by"], rows)))
 
 
-def check_agreement(what: str, difference: float, dtype: torch.dtype | None) -> None:
-    """Raise RuntimeError unless the two stacks computed the same, but for rounding."""
-    if not difference <= TOLERANCE[dtype]:
-        raise RuntimeError(f"{what} are {difference:.1e} apart, more than {TOLERANCE[dtype]:.0e}: the sides differ")
-
-
-def wrap(model: Embedder, tokenizer: PreTrainedTokenizerFast, config: Config) -> SentenceTransformer:
-    """sentence-transformers around the same weights, computed in the same type as ours."""
+def wrap(encoder: nn.Module, tokenizer: PreTrainedTokenizerFast, config: Config) -> SentenceTransformer:
+    """sentence-transformers around a model, computed in the same type as ours, with transformers' own attention."""
     device = pick_device()
-    with tempfile.TemporaryDirectory() as folder:
-        model.encoder.config.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        # The very module, adapters included: it neither has to be written nor held twice.
-        with patch.object(AutoModel, "from_pretrained", lambda *_, **__: model.encoder):
-            transformer = Transformer(folder, max_seq_length=config.max_length)
-    pooling = Pooling(model.encoder.config.hidden_size, POOLING_MODES[config.pooling])
+    if "sdpa" in encoder.config._attn_implementation:  # its own or, of that name too, common/checkpoint's
+        encoder.set_attn_implementation("sdpa")
+    # The very module, adapters included, and tokenizer: neither has to be written nor held twice.
+    load_model = patch.object(AutoModel, "from_pretrained", lambda *_, **__: encoder)
+    load_tokenizer = patch.object(AutoProcessor, "from_pretrained", lambda *_, **__: tokenizer)
+    with tempfile.TemporaryDirectory() as folder, load_model, load_tokenizer:
+        encoder.config.save_pretrained(folder)
+        transformer = Transformer(folder, max_seq_length=config.max_length)
+    pooling = Pooling(encoder.config.hidden_size, POOLING_MODES[config.pooling])
     theirs = SentenceTransformer(modules=[transformer, pooling, Normalize()], device=str(device))
     dtype = autocast_dtype(config.amp, device)
     theirs.forward = torch.autocast(device.type, dtype, enabled=dtype is not None)(theirs.forward)  # as the Trainer's
     return theirs
 
 
-def bench_encode(config: Config, number: int, rounds: int, sizes: list[int]) -> None:
-    """Print texts/s of either side, theirs at each batch size."""
-    triplets = read_triplets(data_file(ROOT / config.data_dir, "train"))
+def encode_sides(task: Task, number: int, sizes: list[int]) -> dict[str, Side]:
+    """Vectors of so many texts of the triplets, theirs at each batch size."""
+    config, tokenizer, triplets = task
     distinct = list(dict.fromkeys(text for row in triplets for text in row.texts))
     texts = [distinct[place] for place in np.random.default_rng(config.seed).permutation(len(distinct))[:number]]
-    model, tokenizer = load_embedder(config, base=True)
-    theirs, dtype = wrap(model, tokenizer, config), autocast_dtype(config.amp, pick_device())
+    tokens, device = int(tokenize(texts, tokenizer, config).lengths.sum()), pick_device()
+    dtype = autocast_dtype(config.amp, device) or torch.float32
+    ours, theirs = (load_backbone(config, dtype).to(device) for _ in range(2))
+    encoder = Encoder(Embedder(ours, config.pooling).eval(), tokenizer, config, Lock())
+    our_encode = lambda: encode(encoder, dict(enumerate(texts)), "none", "text {}".format)[0]  # noqa: E731
+    their_encode = partial(wrap(theirs, tokenizer, config).encode, texts, show_progress_bar=False)
 
-    def timed(encode: Callable[[], np.ndarray]) -> float:
+    def timed(compute: Callable[[], np.ndarray], watch: Watch = nullcontext) -> Work:
         start = time.perf_counter()
-        encode()  # gives an array of the CPU: a GPU's work is done
-        return time.perf_counter() - start
+        with watch():
+            vectors = compute()  # an array of the CPU: a GPU's work is done
+        return Work(time.perf_counter() - start, tokens, vectors)
 
-    ours = partial(embed_texts, model, tokenizer, texts, config)
-    encode = partial(theirs.encode, texts, show_progress_bar=False)
-    difference = float(np.abs(encode().astype(np.float32) - ours()).max())
-    check_agreement("vectors", difference, dtype)
-    sides = {f"ours, eval_tokens {config.eval_tokens}": partial(timed, ours)}
-    sides |= {f"encode, batch_size {size}": partial(timed, partial(encode, batch_size=size)) for size in sizes}
-    print(f"encode: {len(texts)} texts, {rounds} rounds; vectors at most {difference:.1e} apart\n")
-    print_rates(measure(sides, rounds), len(texts), "texts")
+    sides = {f"encode, batch_size {size}": partial(their_encode, batch_size=size) for size in sizes}
+    return {side: partial(timed, compute) for side, compute in {OURS: our_encode, **sides}.items()}
 
 
 def ordered_epochs(order: str, rows: Rows, batch_size: int, seed: int) -> Iterator[Epoch]:
@@ -152,167 +201,149 @@ def ordered_epochs(order: str, rows: Rows, batch_size: int, seed: int) -> Iterat
         yield epoch
 
 
-def without_dropout(config: Config, device: torch.device, dtype: torch.dtype | None) -> Embedder:
-    model = build_model(config, device, dtype)
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    return model
+def our_steps(task: Task, order: str, steps: int, watch: Watch = nullcontext) -> Work:
+    """train.py, stopped after so many steps."""
+    stop, progress = train.StopSignal(), train.Progress()
+
+    def backward(*arguments) -> Tensor:
+        if progress.step + 1 == steps:
+            stop.number = signal.SIGINT
+        with watch():
+            return cached_backward(*arguments)
+
+    splits = Splits(task.triplets, sts_dev("two pairs", PAIRS), None)
+    parts = {"find_tokenizer": lambda _: task.tokenizer, "load_splits": lambda _: splits, "data_digests": lambda _: {}}
+    parts |= {"draw_epochs": partial(ordered_epochs, order), "cached_backward": backward}
+    parts |= {"Progress": lambda: progress, "StopSignal": lambda: stop}
+    changes = dict.fromkeys(("max_steps", "eval_steps", "save_steps"), steps + 1)
+    with tempfile.TemporaryDirectory() as folder, patch.multiple(train, **parts), redirect_stdout(StringIO()):
+        train.main(task.config.model_copy(update={"run_dir": folder, **changes}))
+    return Work(progress.train_seconds, progress.tokens, progress.loss / progress.examples)
 
 
-def watch_memory(backward: Callable, peaks: list[int]) -> Callable:
-    """backward, noting how far its peak lies above what is held when it begins."""
-
-    def watched(*arguments):
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-        elif (peak := Path("/proc/self/clear_refs")).exists():
-            peak.write_text("5", encoding="ascii")
-        before = peak_memory_bytes(pick_device())
-        result = backward(*arguments)
-        peaks.append(peak_memory_bytes(pick_device()) - before)
-        return result
-
-    return watched
-
-
-def run_ours(config: Config, draw: Callable, build: Callable, steps: int) -> Steps:
-    """train.py, for so many steps."""
-    peaks: list[int] = []
-    watched, progress = watch_memory(train.cached_backward, peaks), train.Progress()
-    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w", encoding="utf-8") as silent:
-        changes = {"run_dir": folder, "max_steps": steps, "eval_steps": steps, "save_steps": steps, "logging_steps": 1}
-        parts = {"draw_epochs": draw, "build_model": build, "cached_backward": watched, "Progress": lambda: progress}
-        patched = patch.multiple(train, **parts)
-        with patched, redirect_stdout(silent):
-            train.main(config.model_copy(update=changes))
-        lines = map(json.loads, Path(folder, "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-        losses = [line["loss"] for line in lines if line["event"] == "step"]
-    return Steps(progress.train_seconds, losses, peaks)
-
-
-def run_theirs(side: str, config: Config, draw: Callable, build: Callable, steps: int) -> Steps:
+def their_steps(task: Task, order: str, steps: int, by_tokens: bool) -> Side:
     """As SentenceTransformerTrainer does: its collator tokenizes the batch's texts, its loss is GradCache too."""
-    tokenizer, device = find_tokenizer(config), pick_device()
-    triplets = load_splits(config).train
-    _, rows = tokenize_rows(triplets, tokenizer, config)
-    batches = next(draw(rows, config.batch_size, config.seed)).batches
-    model = build(config, device, dtype := autocast_dtype(config.amp, device))
-    theirs = wrap(model, tokenizer, config)
-    budget = config.chunk_tokens if side == BY_TOKENS else None
-    loss_of = CachedMultipleNegativesRankingLoss(theirs, 1 / config.temperature, mini_batch_num_tokens=budget)
-    collate = SentenceTransformerDataCollator(theirs.preprocess)
+    config, tokenizer, triplets = task
     if len({len(row.negatives) for row in triplets}) > 1:
         raise UserError("theirs takes rows of equally many negatives")
+    device, (_, rows) = pick_device(), tokenize_rows(triplets, tokenizer, config)
+    batches = next(ordered_epochs(order, rows, config.batch_size, config.seed)).batches[:steps]
+    model = build_model(config, device, dtype := autocast_dtype(config.amp, device))
+    theirs = wrap(model.encoder, tokenizer, config).train()
+    budget = config.chunk_tokens if by_tokens else None
+    loss_of = CachedMultipleNegativesRankingLoss(theirs, 1 / config.temperature, mini_batch_num_tokens=budget)
+    collate = SentenceTransformerDataCollator(theirs.preprocess)
     optimizer, scheduler = train.make_optimizer(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
-    def backward(features: list, labels: Tensor) -> Tensor:
-        loss = loss_of(features, labels)
-        scaler.scale(loss).backward()
-        return loss
+    def run(watch: Watch = nullcontext) -> Work:
+        seconds, tokens, losses = 0.0, 0, []
+        for batch in batches:
+            start = time.perf_counter()
+            inputs = collate([{str(n): text for n, text in enumerate(triplets[place].texts)} for place in batch])
+            inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
+            features, labels = SentenceTransformerTrainer.collect_features(None, inputs)
+            with watch():
+                loss = loss_of(features, labels)
+                scaler.scale(loss).backward()
+            losses.append(loss.item())
+            scaler.unscale_(optimizer)
+            clip_grad_norm_(model.trained_parameters(), config.max_grad_norm).item()
+            train.update(optimizer, scheduler, scaler)
+            seconds += time.perf_counter() - start
+            tokens += sum(int(columns["attention_mask"].sum()) for columns in features)
+        return Work(seconds, tokens, sum(losses) / steps)
 
-    seconds, losses, peaks = 0.0, [], []
-    backward = watch_memory(backward, peaks)
-    theirs.train()
-    for batch in islice(batches, steps):
-        start = time.perf_counter()
-        inputs = collate([{str(n): text for n, text in enumerate(triplets[place].texts)} for place in batch])
-        inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
-        losses.append(backward(*SentenceTransformerTrainer.collect_features(None, inputs)).item())
-        scaler.unscale_(optimizer)
-        clip_grad_norm_(model.trained_parameters(), config.max_grad_norm).item()
-        train.update(optimizer, scheduler, scaler)
-        seconds += time.perf_counter() - start
-    return Steps(seconds, losses, peaks)
+    return run
 
 
-def run_steps(side: str, config: Config, order: str, steps: int, dropout: bool = True) -> Steps:
-    """Optimizer steps of a side, from the same weights, on the same batches."""
-    draw, build = partial(ordered_epochs, order), build_model if dropout else without_dropout
+def step_side(side: str, task: Task, order: str, steps: int) -> Side:
+    """So many optimizer steps."""
     if side in (PLAIN, BY_TOKENS):
-        return run_theirs(side, config, draw, build, steps)
-    whole = {"chunk_tokens": sys.maxsize} if side == WHOLE else {}
-    return run_ours(config.model_copy(update=whole), draw, build, steps)
+        return their_steps(task, order, steps, side == BY_TOKENS)
+    at_once = {"chunk_tokens": sys.maxsize} if side == AT_ONCE else {}
+    return partial(our_steps, task._replace(config=task.config.model_copy(update=at_once)), order, steps)
 
 
-def bench_step(config: Config, steps: int, rounds: int, order: str) -> None:
-    """Print triplets/s of each side."""
-    losses = [run_steps(side, config, order, 1, dropout=False).losses[0] for side in STEP_SIDES]
-    difference = max(losses) - min(losses)
-    check_agreement("losses", difference, autocast_dtype(config.amp, pick_device()))
-    sides = {side: lambda side=side: run_steps(side, config, order, steps).seconds for side in STEP_SIDES}
-    seconds = measure(sides, rounds)
-    print(f"step: {order} batches of {config.batch_size} triplets, chunk_tokens {config.chunk_tokens}, {rounds} rounds")
-    print(f"losses without dropout at most {difference:.1e} apart\n")
-    print_rates(seconds, steps * config.batch_size, "triplets")
+def step_sides(task: Task, steps: int, orders: dict[str, str]) -> dict[str, Side]:
+    """Sides whose batches are drawn in these orders from the same rows, of which any may share a batch."""
+    config, tokenizer, triplets = task
+    _, rows = tokenize_rows(triplets, tokenizer, config)
+    batch = next(ordered_epochs("random", rows, steps * config.batch_size, config.seed)).batches[0]
+    task = task._replace(triplets=[triplets[place] for place in batch])
+    return {side: step_side(side, task, order, steps) for side, order in orders.items()}
 
 
-def peak_bytes(side: str, config: Config) -> int:
+def check_agreement(task: Task) -> None:
+    """Raise RuntimeError unless all sides compute the same in fp32, but for rounding."""
+    few = task._replace(config=task.config.model_copy(update={"amp": "off", "batch_size": 8}))
+    evaluation = patch.object(nn.Module, "train", lambda module, _=True, train=nn.Module.train: train(module, False))
+    with evaluation:  # without dropout
+        losses = [side().result for side in step_sides(few, 1, dict.fromkeys(STEP_SIDES, "random")).values()]
+    vectors = [side().result for side in encode_sides(few, 32, [32]).values()]
+    for what, (ours, *others) in {"losses": losses, "vectors": vectors}.items():
+        difference = max(float(np.abs(np.subtract(ours, theirs)).max()) for theirs in others)
+        if not difference <= TOLERANCE:
+            raise RuntimeError(f"{what} are {difference:.1e} apart, more than {TOLERANCE:.0e}: the sides differ")
+        print(f"{what} at most {difference:.1e} apart in fp32, without dropout")
+
+
+def peak_megabytes(side: str, task: Task, batch_size: int) -> str:
     """Of one step on an epoch's longest batch, after a step of two triplets, with which all libraries are there."""
-    run_steps(side, config.model_copy(update={"batch_size": 2}), "longest_first", 1)
-    return run_steps(side, config, "longest_first", 1).peaks[0]
+    peaks = []
+    for size in (2, batch_size):
+        sized = task._replace(config=task.config.model_copy(update={"batch_size": size}))
+        step_side(side, sized, "longest_first", 1)(partial(watch_memory, peaks))
+    return f"{peaks[-1] / 1e6:.0f}"
 
 
-def peak_memory(side: str, config: Config) -> str:
-    """MB of one step in a fresh process."""
-    with ProcessPoolExecutor(1, get_context("spawn"), disable_progress_bar) as pool:
-        return f"{pool.submit(peak_bytes, side, config).result() / 1e6:.0f}"
-
-
-def bench_memory(config: Config, sizes: list[int]) -> None:
-    """Print the peak of each side at each batch size."""
-    print(f"memory: MB of one step, chunk_tokens {config.chunk_tokens}, an epoch's longest batch of so many triplets\n")
-    rows = []
-    for side in MEMORY_SIDES:
-        rows.append([side, *(peak_memory(side, config.model_copy(update={"batch_size": size})) for size in sizes)])
+def bench_memory(task: Task, sizes: list[int]) -> None:
+    """Print the peak of each side at each batch size, each of a fresh process."""
+    print(f"memory: MB of one step of so many triplets, an epoch's longest, chunk_tokens {task.config.chunk_tokens}\n")
+    rows = [[side] for side in MEMORY_SIDES]
+    for row in rows:
+        for size in sizes:
+            with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+                row.append(pool.submit(peak_megabytes, row[0], task, size).result())
     print("\n".join(table(["side", *map(str, sizes)], rows)))
 
 
-def processor() -> str:
-    """The processor's name, where Linux tells it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), "CPU")
-
-
 def main(
-    config: Config,
-    parts: list[str],
-    texts: int,
-    steps: int,
-    rounds: int,
-    encode_sizes: list[int],
-    batches: list[str],
-    memory_sizes: list[int],
+    config: Config, parts: list[str], texts: int, steps: int, rounds: int,
+    encode_sizes: list[int], batches: list[str], memory_sizes: list[int],
 ) -> None:
-    device = pick_device()
-    info = environment(device) | {"cpu": f"{processor()}, {torch.get_num_threads()} threads"}
-    info |= {"sentence-transformers": metadata.version("sentence-transformers")}
-    info |= {"model": config.model, "amp": autocast_dtype(config.amp, device) or "off", "data_dir": config.data_dir}
+    device, cpu = pick_device(), Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", cpu.read_text(encoding="utf-8")) if cpu.exists() else []
+    info = environment(device) | {"cpu": f"{[*names, 'unknown'][0]}, {torch.get_num_threads()} threads"}
+    info |= {"sentence-transformers": metadata.version("sentence-transformers"), "model": config.model}
+    info |= {"amp": autocast_dtype(config.amp, device) or "off", "data_dir": config.data_dir, "texts": texts}
+    info |= {"steps": f"{steps} x {config.batch_size} triplets", "chunk_tokens": config.chunk_tokens, "rounds": rounds}
     print(" | ".join(f"{name} {value}" for name, value in info.items()), end="\n\n")
-    with tempfile.TemporaryDirectory() as folder:  # the triplets, and as little as can be to evaluate
-        train = data_file(ROOT / config.data_dir, "train")
-        Path(folder, train.name).write_bytes(train.read_bytes())
-        Path(folder, "sts-dev.csv").write_text(STS.format(5, "one text") + STS.format(0, "another"), encoding="utf-8")
-        config = config.model_copy(update={"data_dir": folder})
-        if "encode" in parts:
-            bench_encode(config, texts, rounds, encode_sizes)
-        if "step" in parts:
-            for order in batches:
-                bench_step(config, steps, rounds, order)
-        if "memory" in parts:
-            bench_memory(config, memory_sizes)
+
+    task = Task(config, find_tokenizer(config), read_triplets(data_file(ROOT / config.data_dir, "train")))
+    if {*parts} != {"memory"}:
+        check_agreement(task)
+    measured = {}
+    if "whole" in parts:
+        measured["step"] = step_sides(task, steps, {OURS: "like_length", PLAIN: "random"})
+        measured["predict"] = encode_sides(task, texts, [32])
+    if "encode" in parts:
+        measured["encode"] = encode_sides(task, texts, encode_sizes)
+    for order in batches if "step" in parts else []:
+        measured[f"step, {order}"] = step_sides(task, steps, dict.fromkeys(STEP_SIDES, order))
+    if measured:
+        compare(measured, rounds, config)
+    if "memory" in parts:
+        bench_memory(task, memory_sizes)
 
 
 if __name__ == "__main__":
-    every, sizes = ["encode", "step", "memory"], {"nargs": "+", "type": int}
+    every, sizes = ["whole", "encode", "step", "memory"], {"nargs": "+", "type": int}
     flags = {
         "parts": {"nargs": "+", "choices": every, "default": every, "help": "what to measure"},
-        "texts": {"type": int, "default": 2000, "help": "encode: texts"},
-        "steps": {"type": int, "default": 3, "help": "step: optimizer steps in a round"},
-        "rounds": {"type": int, "default": 5, "help": "encode and step: rounds after the warm-up"},
+        "texts": {"type": int, "default": 2000, "help": "predictions: texts"},
+        "steps": {"type": int, "default": 3, "help": "optimizer steps in a round, on rows that share no text"},
+        "rounds": {"type": int, "default": 5, "help": "rounds after the warm-up"},
         "encode_sizes": sizes | {"default": [32, 8, 16, 64, 128, 256], "help": "encode: theirs, whose default is 32"},
         "batches": {"nargs": "+", "choices": ORDERS, "default": list(ORDERS), "help": "step: how triplets are drawn"},
         "memory_sizes": sizes | {"default": [64, 256, 1024], "help": "memory: batch sizes"},

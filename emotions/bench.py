@@ -4,7 +4,6 @@
     python emotions/bench.py --part attention --dtypes bf16 fp16    # fp16 on a GPU only
     pip install accelerate                                          # for the Trainer's sides
     python emotions/bench.py --part whole --model minilm --batch_size 32 --gradient_accumulation_steps 1
-    python emotions/bench.py --part epoch --model minilm --shapes base --rows 64
 
 attention: random models of DeBERTa-v3's shapes with fewer layers and 1000 tokens in the vocabulary, so that the
 embedding does not matter; batches of 16 whose rows are padded by up to half; dropout 0.1, training mode. Medians over
@@ -14,7 +13,6 @@ step: the optimizer steps of train.py's epoch, which tokenizes as it goes, and o
 rows are tokenized before. predict: predict.py's answers, and the loop of transformers' documentation. tokens/s leaves
 padding out; FLOPs hold it: the matrix products a side really does, so that one with a larger share of the peak can be
 the slower one. The peak is a product of a batch's size, hidden by intermediate, before and after each turn.
-epoch: the steps alone, against more --sides.
 """
 
 import copy
@@ -68,7 +66,6 @@ from emotions.report import table
 BATCH = 16
 SHAPES = {"base": (768, 12, 3072), "large": (1024, 16, 4096)}  # DeBERTa-v3's hidden size, heads, intermediate size
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-SIDES = ("ours", "ours, the library's attention", "Trainer, group_by_length", "Trainer, padded to max_length")
 CPU_ATTENTION = {  # SDPA's kernel there, which PyTorch's counter of FLOPs does not know
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
@@ -204,7 +201,7 @@ def train_ours(side: str, config: Config, rows: list[Row], counter: FlopCounterM
     shutil.rmtree(config.run_dir, ignore_errors=True)
     parts = {"Progress": noting(lambda: progress), "validate": noting(train.validate)}
     with patch.multiple(train, **parts):
-        train.main(config.model_copy(update={"attention": "fast" if side == "ours" else "library"}))
+        train.main(config)
     return progress.train_seconds, totals[1] - totals[0]
 
 
@@ -215,7 +212,6 @@ def train_theirs(side: str, config: Config, rows: list[Row], counter: FlopCounte
     data = tokenizer([row.text for row in rows], truncation=True, max_length=config.max_length)
     data["labels"] = multi_hot([row.labels for row in rows], model.num_labels).astype(float).tolist()
     data = [dict(zip(data, cells)) for cells in zip(*data.values())]
-    padding = {"padding": "max_length", "max_length": config.max_length} if "padded" in side else {}
     device, dtype = pick_device(), autocast_dtype(config.amp, pick_device())
     settings = {"per_device_train_batch_size": config.batch_size, "num_train_epochs": 1, "seed": config.seed}
     settings |= {"gradient_accumulation_steps": config.gradient_accumulation_steps}
@@ -224,7 +220,7 @@ def train_theirs(side: str, config: Config, rows: list[Row], counter: FlopCounte
     settings |= {"logging_strategy": "no", "save_strategy": "no", "report_to": [], "disable_tqdm": True}
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(folder, **settings)
-        trainer = Trainer(model, arguments, DataCollatorWithPadding(tokenizer, **padding), train_dataset=data)
+        trainer = Trainer(model, arguments, DataCollatorWithPadding(tokenizer), train_dataset=data)
         return trainer.train().metrics["train_runtime"], counter.get_total_flops()
 
 
@@ -250,8 +246,13 @@ def predict_theirs(side: str, config: Config, rows: list[Row], counter: FlopCoun
     return milliseconds(work) / 1000, counter.get_total_flops()
 
 
-WHOLE = {("step", "ours"): train_ours, ("step", "Trainer"): train_theirs}
-WHOLE |= {("predict", "ours"): predict_ours, ("predict", "transformers"): predict_theirs}
+WHOLE = {
+    ("step", "ours"): train_ours,
+    ("step", "Trainer"): train_theirs,
+    ("step", "Trainer, group_by_length"): train_theirs,
+    ("predict", "ours"): predict_ours,
+    ("predict", "transformers"): predict_theirs,
+}
 
 
 def write_slice(folder: str, config: Config, shape: str, given: SimpleNamespace) -> tuple[Config, list[Row], int]:
@@ -294,9 +295,9 @@ def measure_peak(tokens: int, shape: PreTrainedConfig, dtype: torch.dtype) -> fl
     return 2 * tokens * W.numel() * len(times) / (sum(times) / 1000)
 
 
-def bench_slice(config: Config, shape: str, works: dict[tuple, Callable], given: SimpleNamespace) -> None:
-    """A Markdown table of works, (what, side) -> how it is measured. All rounds are alike; the first counts FLOPs."""
-    runs = [work for work in works if works[work] is not train_theirs or find_spec("accelerate")]
+def bench_whole(config: Config, shape: str, given: SimpleNamespace) -> None:
+    """A Markdown table of WHOLE. All rounds are alike; the first counts FLOPs."""
+    runs = [work for work in WHOLE if WHOLE[work] is not train_theirs or find_spec("accelerate")]
     dtype, flops = autocast_dtype(config.amp, pick_device()) or torch.float32, {}
     with tempfile.TemporaryDirectory() as folder:
         changed, rows, tokens = write_slice(folder, config, shape, given)
@@ -307,7 +308,7 @@ def bench_slice(config: Config, shape: str, works: dict[tuple, Callable], given:
             counter, peaks = flop_counter(), [peak()]
             count = nullcontext() if number else counter
             with count, open(os.devnull, "w", encoding="utf-8") as silent, redirect_stdout(silent):
-                seconds, counted = works[work](work[1], changed, rows, counter)
+                seconds, counted = WHOLE[work](work[1], changed, rows, counter)
             flops[work] = flops.get(work, counted)
             print(f"{': '.join(work)}, round {number}: {seconds:.1f} s", flush=True)
             return seconds, np.mean([*peaks, peak()])  # noise hits the peak as it hits the side
@@ -316,7 +317,7 @@ def bench_slice(config: Config, shape: str, works: dict[tuple, Callable], given:
 
     print(f"\n{shape or config.model}, {len(rows)} texts of {tokens} tokens, {str(dtype)[6:]}, ", end="")
     print(f"batch {config.batch_size}, {given.rounds} rounds, peak {np.median(figures[..., 1]) / 1e9:.1f} GFLOP/s\n")
-    seconds, cells = dict(zip(runs, figures[..., 0])), {work: ["not run"] * 3 for work in works}
+    seconds, cells = dict(zip(runs, figures[..., 0])), {work: ["not run"] * 3 for work in WHOLE}
     for work, (spent, peaks) in zip(runs, np.moveaxis(figures, -1, 1)):
         share, ratio = np.median(flops[work] / spent / peaks), np.median(spent / seconds[work[0], "ours"])
         cells[work] = [f"{tokens / np.median(spent):.1f}", f"{share:.1%}", f"{ratio:.2f}"]
@@ -326,27 +327,23 @@ def bench_slice(config: Config, shape: str, works: dict[tuple, Callable], given:
 
 def main(config: Config, part: str, **flags) -> None:
     given = SimpleNamespace(**flags)
-    if "ours" not in given.sides:
-        raise UserError("sides must hold ours, which the others are compared with")
     info = environment(pick_device()) | {"cpu": f"{processor()}, {torch.get_num_threads()} threads"}
     print(" | ".join(f"{name} {value}" for name, value in info.items()))
     if part == "attention":
         bench_attention(given)
         return
-    epoch = {("step", side): train_ours if side.startswith("ours") else train_theirs for side in given.sides}
     for shape in given.shapes or [""]:
-        bench_slice(config, shape, epoch if part == "epoch" else WHOLE, given)
+        bench_whole(config, shape, given)
 
 
 if __name__ == "__main__":
     flags = {
-        "part": {"choices": ("attention", "epoch", "whole"), "default": "attention", "help": "what to measure"},
+        "part": {"choices": ("attention", "whole"), "default": "attention", "help": "what to measure"},
         "shapes": {"nargs": "+", "choices": list(SHAPES), "default": [], "help": "DeBERTa-v3's; or both, or --model's"},
         "lengths": {"nargs": "+", "type": int, "default": [32, 64, 128, 256], "help": "tokens in a row"},
         "dtypes": {"nargs": "+", "choices": list(DTYPES), "default": ["fp32", "bf16"], "help": "autocast, fp32: none"},
         "layers": {"type": int, "default": 2, "help": "layers of the models"},
         "rounds": {"type": int, "default": 7, "help": "rounds after the warm-up"},
-        "rows": {"type": int, "default": 512, "help": "training texts of the epoch's slice"},
-        "sides": {"nargs": "+", "choices": SIDES, "default": list(SIDES), "help": "of the epoch; ours must be there"},
+        "rows": {"type": int, "default": 512, "help": "whole: training texts"},
     }
     sys.exit(run_script(main, __doc__, **flags))

@@ -81,12 +81,15 @@ def block_masks(model: nn.Module, segments: Tensor, position_ids: Tensor) -> Ten
     segments: (B, T), 0 for the post, 1 to C for each criterion, -1 for padding. The post sees the post, a criterion
     sees the post and itself. Sliding layers count position_ids (B, T), which restart after the post for each
     criterion: a criterion is as far from the post's end as if it stood there alone. Padding sees the post, so that
-    no row is empty; nothing sees padding.
+    no row is empty; nothing sees padding. Of a model that is still causal no token sees a later one.
     """
     query, key = segments[:, :, None], segments[:, None, :]
     full = near = ((key == 0) | (key == query)) & (key >= 0)  # (B, T, T)
-    if (window := getattr(model.config, "sliding_window", None)) is not None:  # as transformers' bidirectional mask
-        near = full & ((position_ids[:, :, None] - position_ids[:, None, :]).abs() <= window)
+    if causal := getattr(model.config, "is_causal", True):
+        full = near = full.tril()
+    if (window := getattr(model.config, "sliding_window", None)) is not None:  # as transformers' masks: i - j < window
+        reach = window - 1 if causal else window
+        near = full & ((position_ids[:, :, None] - position_ids[:, None, :]).abs() <= reach)
     masks = {"full_attention": as_attention_mask(model, full), "sliding_attention": as_attention_mask(model, near)}
     # Without layer_types there is one kind of layer: Gemma 1, Llama; all sliding: Mistral
     return masks if getattr(model.config, "layer_types", None) else masks["sliding_attention"]

@@ -1,4 +1,4 @@
-"""The matcher: a frozen decoder made bidirectional, adapters, a pooler and a linear head; and its files.
+"""The matcher: a frozen decoder, made bidirectional, adapters, a pooler and a linear head; and its files.
 
 B batch, C criteria read with one post, T tokens, D hidden
 """
@@ -93,7 +93,8 @@ def build_model(config: Config, device: torch.device, dtype: torch.dtype) -> Mat
     decoder = (decoder.language_model if prefix else decoder).to(device)
     try:
         add_adapters(decoder, config.rank, config.alpha, config.adapter_dropout, config.adapter == "dora")
-        make_bidirectional(decoder)
+        if config.bidirectional:
+            make_bidirectional(decoder)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # their own RuntimeError, or whatever a model does with the check's inputs

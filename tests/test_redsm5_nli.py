@@ -95,6 +95,29 @@ def test_a_token_sees_every_real_one_in_the_window_and_a_shared_post_itself_alon
     assert not torch.equal(matcher.train()(**batch), logits)  # of whose states some are dropped
 
 
+@pytest.mark.parametrize("name", DECODERS)
+def test_of_a_causal_decoder_a_shared_post_gives_the_states_of_pairs(name):
+    model = decoder(name)
+    matcher = Matcher(model, "mean", 0.0).eval()
+    nn.init.normal_(matcher.head.weight)
+    posts, criteria = ([torch.randint(1, 60, (n,)).tolist() for n in lengths] for lengths in ((14, 9), (11, 5, 12)))
+    logits = matcher(**join([[post, *criteria] for post in posts], 0))
+    for row, post in enumerate(posts):
+        for column, criterion in enumerate(criteria):
+            states = model(torch.tensor([post + criterion]), use_cache=False).last_hidden_state[0, len(post) :]
+            torch.testing.assert_close(logits[row, column], matcher.head(states.mean(0)), atol=1e-4, rtol=1e-4)
+
+
+def test_without_bidirectional_no_token_sees_a_later_one():
+    config = config_of("redsm5_nli", bidirectional=False)
+    model = build_model(config, torch.device("cpu"), torch.float32).eval().decoder
+    ids = torch.randint(1, 200, (1, 12))
+    states, changed = (model(torch.cat([ids[:, :-1], last], 1)).last_hidden_state for last in (ids[:, -1:], ids[:, :1]))
+    assert torch.equal(states[:, :-1], changed[:, :-1]) and not torch.equal(states[:, -1], changed[:, -1])
+    with pytest.raises(ValueError, match="pooler"):
+        config_of("redsm5_nli", bidirectional=False, share_post=False, pooler="cls")
+
+
 def test_the_self_check_finds_a_causal_model_one_causal_layer_and_padding_that_is_seen():
     model = decoder()
     with pytest.raises(RuntimeError, match="layer 0, no padding"):

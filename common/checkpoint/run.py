@@ -34,7 +34,7 @@ except ImportError:  # Windows
     fcntl = None
     import msvcrt
 
-FORMAT = 3  # of a run; raised by any change that moves a number or a name. Runs older than this number have none
+FORMAT = 4  # of a run; raised by any change that moves a number or a name. Runs older than this number have none
 
 # Settings that say where something lies: a run may move, so the content is compared instead
 PLACES = ("model", "data_dir", "criteria_file", "dev_beir")

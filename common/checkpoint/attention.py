@@ -36,7 +36,7 @@ def attention(
 
     B, H, T, D = query.shape
     K, S = key.shape[1:3]
-    if attention_mask is None and T > 1 and (module.is_causal if is_causal is None else is_causal):
+    if attention_mask is None and T > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         attention_mask = torch.ones(T, S, dtype=torch.bool).tril()
     with torch.autocast("cpu", enabled=False):
         scaled = (query * (D**-0.5 if scaling is None else scaling)).reshape(B, K, H // K * T, D)

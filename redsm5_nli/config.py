@@ -78,6 +78,7 @@ PRESETS = {
     "gemma-3-270m": {
         "model": "google/gemma-3-270m",
         "share_post": True,
+        "bidirectional": False,
         "learning_rate": 5e-4,
         "epochs": 3,
         "gradient_checkpointing": False,

@@ -55,7 +55,7 @@ class Config(BaseModel, frozen=True, extra="forbid", strict=True, validate_defau
     warmup_steps: int = Field(100, ge=0, description="optimizer steps with a rising learning rate")
     max_grad_norm: float = Field(1.0, ge=0, description="gradient clipping; 0: off")
     batch_size: int = Field(60, ge=1, description="rows in an optimizer step of all processes: its negatives")
-    chunk_tokens: int = Field(4096, ge=1, description="padded tokens of one forward and backward (grad_cache.py)")
+    chunk_tokens: int = Field(4096, ge=1, description="padded tokens with activations at a time (grad_cache.py)")
     max_steps: int = Field(1000, ge=1, description="optimizer steps of the run")
 
     # Choosing and stopping, by sts-dev.csv (Spearman), dev.jsonl (MRR@10) or dev_beir (nDCG@10).

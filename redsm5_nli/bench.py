@@ -291,13 +291,13 @@ def main(config: Config, part: str, rounds: int, memory_of: str, **given) -> Non
             bench_layer(dtype, tokens, rounds, config)
     if part != "layer":
         decoder = make_decoder(*sizes) if sizes[0] else prepare(load_encoder(find_model(config), dtype)[0], sizes[3])
-        print("{} layers, vocabulary {}, {}, checkpointing {}\n".format(*sizes))
+        shape = decoder.config
+        print(f"{shape.num_hidden_layers} layers, vocabulary {shape.vocab_size}, {dtype}, checkpointing {sizes[3]}\n")
     if part in ("step", "all"):
         bench_step(decoder, batch, rounds, config)
     if part in ("whole", "all"):
         lengths = given["post_tokens"], given["criterion_tokens"]
-        vocab = decoder.config.vocab_size
-        batches = make_batches(given["posts"], lengths, given["criteria"], vocab, config.eval_batch_size)
+        batches = make_batches(given["posts"], lengths, given["criteria"], shape.vocab_size, config.eval_batch_size)
         bench_whole(decoder, batches, rounds, config)
 
 

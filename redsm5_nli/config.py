@@ -71,9 +71,9 @@ class Config(BaseModel, frozen=True, extra="forbid", strict=True, validate_defau
         return self
 
 
-# 270m was measured (RESULTS.md). The others are recipes, unmeasured; their GPU memory is estimated (weights, W' of
-# the adapted layers, checkpointed activations of a micro-batch): 1b at 4 x 512 tokens 4 GB, 4b at 4 x 512 13 GB, 12b at
-# 2 x 512 32 GB. The multimodal 4b and 12b are loaded whole into main memory before the text part goes to the GPU.
+# 270m follows the contrasts in RESULTS.md. The others are recipes, unmeasured; their GPU memory is estimated (weights,
+# W' of the adapted layers, checkpointed activations of a micro-batch): 1b at 4 x 512 tokens 4 GB, 4b at 4 x 512 13 GB,
+# 12b at 2 x 512 32 GB. The multimodal 4b and 12b are loaded whole into main memory before their text part goes on.
 PRESETS = {
     "gemma-3-270m": {
         "model": "google/gemma-3-270m",

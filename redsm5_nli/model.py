@@ -1,4 +1,4 @@
-"""The matcher: a frozen decoder, made bidirectional, adapters, a pooler and a linear head; and its files.
+"""The matcher: a frozen decoder, as a rule made bidirectional, adapters, a pooler and a linear head; and its files.
 
 B batch, C criteria read with one post, T tokens, D hidden
 """
@@ -81,7 +81,7 @@ def find_collator(config: Config, criteria: tuple[Criterion, ...]) -> Collator:
 
 
 def build_model(config: Config, device: torch.device, dtype: torch.dtype) -> Matcher:
-    """The frozen decoder in dtype, bidirectional and checked, with new adapters, pooler and head. Raises UserError.
+    """The frozen decoder in dtype, bidirectional and checked if asked, new adapters, pooler and head. Raises UserError.
 
     A multimodal checkpoint is loaded whole and its text part taken: its own text class would find none of its names
     there and start at random.

@@ -69,14 +69,15 @@ def test_dropout_is_of_the_weights_and_leaves_the_mean():
     assert (outputs.float().mean(0) - plain.float()).abs().max() < 0.15
 
 
-@pytest.mark.parametrize("kind", ["fp32", "additive mask"])
+@pytest.mark.parametrize("kind", ["fp32", "additive mask", "position bias"])
 def test_elsewhere_it_is_sdpa(kind):
     dtype = torch.float32 if kind == "fp32" else torch.bfloat16
     query, key, value = (tensor.detach().to(dtype) for tensor in make(4, 1))
     mask = (
         None if kind == "fp32" else torch.zeros(B, 1, T, T, dtype=dtype).index_fill_(3, torch.tensor([2]), -torch.inf)
     )
-    output, _ = attention(Module(False, 4), query, key, value, mask, scaling=0.3)
+    more = {"position_bias": mask} if kind == "position bias" else {}
+    output, _ = attention(Module(False, 4), query, key, value, None if more else mask, scaling=0.3, **more)
     expected = F.scaled_dot_product_attention(query, key, value, mask, scale=0.3, enable_gqa=True)
     tolerance = 0 if kind == "fp32" else 1e-2
     torch.testing.assert_close(output, expected.transpose(1, 2), atol=tolerance, rtol=tolerance)

@@ -15,33 +15,18 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from common.checkpoint import UserError
-from common.checkpoint.pretrained import check_ids, check_texts
+from common.checkpoint.tokens import Tokens
+from common.checkpoint.tokens import tokenize as tokenize_texts
 from common.seed import epoch_generator
 from embeddings.config import Config
 from embeddings.dataset import identity
 from embeddings.rows import Triplet
 
-TOKENIZED_TEXTS = 10_000  # at a time
 SORTED_BATCHES = 20  # among which rows are sorted by length
 WAITING_BATCHES = 4  # batches' worth of the waiting rows that are tried for each new batch
 FAILED_BATCHES = 1000  # in a row that were not full, after which no more are made of what waits
 
 Waiting = dict[int, deque[int]]  # a text, and the rows that wait for a batch without it
-
-
-class Tokens(NamedTuple):
-    """The ids of N texts, one text after another."""
-
-    ids: np.ndarray  # (sum of lengths,)
-    starts: np.ndarray  # (N + 1,), of each text and the end
-    pad_token_id: int
-
-    @property
-    def lengths(self) -> np.ndarray:
-        return np.diff(self.starts)
-
-    def lengths_of(self, chosen: np.ndarray) -> np.ndarray:
-        return self.starts[chosen + 1] - self.starts[chosen]
 
 
 class Rows(NamedTuple):
@@ -73,51 +58,61 @@ def tokenize(
     name: says where the text of that place is from. Raises UserError for a text without a token, and where pooling is
     last and a text does not end in EOS: its vector would be that of another token.
     """
-    check_texts(tokenizer, texts)
-    blocks, lengths = [], []
-    firsts = range(0, len(texts), TOKENIZED_TEXTS)
-    for first in tqdm(firsts, desc="tokenizing", leave=False, disable=None if progress else True):
-        block = list(texts[first : first + TOKENIZED_TEXTS])
-        input_ids = tokenizer(block, truncation=True, max_length=config.max_length)["input_ids"]
-        check_ids(input_ids, tokenizer, lambda row, first=first: f"{name(first + row)}, {texts[first + row][:60]!r}")
-        blocks.append(np.fromiter(chain.from_iterable(input_ids), np.int32))
-        lengths.extend(map(len, input_ids))
-    ids, starts = np.concatenate(blocks or [np.zeros(0, np.int32)]), np.cumsum([0, *lengths])
-
-    if 0 in lengths and not (may_lack_tokens and config.pooling != "last"):
-        empty = lengths.index(0)
+    tokens = tokenize_texts(
+        texts,
+        tokenizer,
+        lambda place: f"{name(place)}, {texts[place][:60]!r}",
+        config.max_length,
+        silent=not progress,
+    )
+    if not tokens.whole.all() and not (may_lack_tokens and config.pooling != "last"):
+        empty = int(tokens.whole.argmin())
         raise UserError(f"{name(empty)}: the tokenizer of {config.model} makes no token of {texts[empty][:60]!r}")
-    if config.pooling == "last" and (wrong := np.flatnonzero(ids[starts[1:] - 1] != tokenizer.eos_token_id)).size:
-        text = texts[wrong[0]][:40]
-        raise UserError(f"{tokenizer.name_or_path}: this tokenizer does not end {text!r} in {tokenizer.eos_token}")
-    return Tokens(ids, starts, tokenizer.pad_token_id)
+    if config.pooling == "last":
+        last = tokens.ids[tokens.starts[1:] - 1]
+        if (wrong := np.flatnonzero(last != tokenizer.eos_token_id)).size:
+            text = texts[wrong[0]][:40]
+            raise UserError(f"{tokenizer.name_or_path}: this tokenizer does not end {text!r} in {tokenizer.eos_token}")
+    return tokens
 
 
-def tokenize_rows(triplets: list[Triplet], tokenizer: PreTrainedTokenizerFast, config: Config) -> tuple[Tokens, Rows]:
-    """The triplets' distinct texts with their prompts, each tokenised once, and the rows that name them."""
+def number_texts(triplets: list[Triplet], config: Config) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """The triplets' distinct texts with their prompts; Rows' texts and identities."""
     width = 2 + max(len(row.negatives) for row in triplets)
     texts: dict[str, int] = {}
     identities: dict[str, int] = {}
-    lines = []  # where each text stands first
     numbers, same = np.full((2, len(triplets), width), -1, dtype=np.int32)
     for place, row in enumerate(triplets):
         for column, text in enumerate(row.texts):
             prompt = config.document_prompt if column else config.query_prompt
             numbers[place, column] = texts.setdefault(prompt + text, len(texts))
             same[place, column] = identities.setdefault(identity(text), len(identities))
-            lines += [row.line] * (len(texts) - len(lines))
     identity.cache_clear()
-    name = "training file, line {}".format
-    tokens = tokenize(list(texts), tokenizer, config, True, lambda place: name(lines[place]))
+    return list(texts), numbers, same
+
+
+def tokenize_rows(triplets: list[Triplet], tokenizer: PreTrainedTokenizerFast, config: Config) -> tuple[Tokens, Rows]:
+    """The triplets' distinct texts with their prompts, each tokenised once, and the rows that name them."""
+    texts, numbers, same = number_texts(triplets, config)
+
+    def name(text: int) -> str:
+        row = (numbers == text).any(1).argmax()  # where the text stands first
+        return f"training file, line {triplets[row].line}"
+
+    tokens = tokenize(texts, tokenizer, config, True, name)
     return tokens, Rows(numbers, same, np.where(numbers < 0, 0, tokens.lengths[numbers]).max(1))
+
+
+def lengths_of(tokens: Tokens, texts: np.ndarray) -> np.ndarray:
+    return tokens.starts[texts + 1] - tokens.starts[texts]
 
 
 def pad(tokens: Tokens, chosen: np.ndarray) -> dict[str, Tensor]:
     """The chosen texts' input_ids and attention_mask (B, T), padded on the right to the longest of them."""
-    lengths = tokens.lengths_of(chosen)
+    lengths = lengths_of(tokens, chosen)
     mask = np.arange(lengths.max()) < lengths[:, None]
     input_ids = np.full(mask.shape, tokens.pad_token_id, dtype=np.int64)
-    input_ids[mask] = np.concatenate([tokens.ids[tokens.starts[n] : tokens.starts[n + 1]] for n in chosen])
+    input_ids[mask] = np.concatenate([tokens[n] for n in chosen])
     return {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(mask.astype(np.int64))}
 
 
@@ -143,7 +138,7 @@ def chunk_texts(tokens: Tokens, texts: np.ndarray, budget: int) -> tuple[list[np
     -1 is no text and has no place: -1.
     """
     there, order = texts >= 0, np.full_like(texts, -1, dtype=np.int64)
-    places = make_chunks(tokens.lengths_of(texts[there]), budget)
+    places = make_chunks(lengths_of(tokens, texts[there]), budget)
     order[there] = np.argsort(np.concatenate(places))
     return [texts[there][part] for part in places], order
 
@@ -158,11 +153,11 @@ def draw_epochs(rows: Rows, batch_size: int, seed: int) -> Iterator[Epoch]:
         raise UserError(f"the training file holds {size} rows, fewer than a batch: lower batch_size {batch_size}")
     there = rows.identities[rows.identities >= 0]
     repeat = len(np.unique(there)) < there.size
-    identities, first = rows.identities.tolist(), []
+    first = []
     for number in count():
-        epoch = draw_epoch(rows, identities, batch_size, seed, number, first)
+        epoch = draw_epoch(rows, batch_size, seed, number, first)
         if not epoch.batches and first:  # an order that fills none: in another one some may be full
-            epoch = draw_epoch(rows, identities, batch_size, seed, number, [])
+            epoch = draw_epoch(rows, batch_size, seed, number, [])
         if not epoch.batches:
             what = f"no batch of {batch_size} rows without a repeated text was found among the {size} rows"
             raise UserError(f"{what} of the training file in epoch {number + 1}: lower batch_size")
@@ -170,9 +165,7 @@ def draw_epochs(rows: Rows, batch_size: int, seed: int) -> Iterator[Epoch]:
         first = epoch.left_out if repeat else []
 
 
-def draw_epoch(
-    rows: Rows, identities: list[list[int]], batch_size: int, seed: int, number: int, first: list[int]
-) -> Epoch:
+def draw_epoch(rows: Rows, batch_size: int, seed: int, number: int, first: list[int]) -> Epoch:
     """Batches of exactly batch_size rows of like length; those of first are the first that are looked at.
 
     No row's anchor or positive stands in another row of the batch, where it would be a false negative, or make the same
@@ -187,7 +180,7 @@ def draw_epoch(
     new, waiting = chain(first, *parts), {}
 
     batches, rests, failed = [], [], 0
-    while failed < FAILED_BATCHES and (batch := fill_batch(new, waiting, identities, batch_size)):
+    while failed < FAILED_BATCHES and (batch := fill_batch(new, waiting, rows.identities, batch_size)):
         failed = 0 if len(batch) == batch_size else failed + 1
         (rests if failed else batches).append(batch)
     shuffled = torch.randperm(len(batches), generator=generator).tolist()
@@ -196,7 +189,7 @@ def draw_epoch(
     return Epoch([np.array(batches[place]) for place in shuffled], left_out)
 
 
-def fill_batch(new: Iterator[int], waiting: Waiting, identities: list[list[int]], size: int) -> list[int]:
+def fill_batch(new: Iterator[int], waiting: Waiting, identities: np.ndarray, size: int) -> list[int]:
     """Rows that wait and then new ones, as far as they go together; at most size of them.
 
     A new row that does not, waits by the text for which it does not. Once a text is an anchor or positive of the batch
@@ -207,7 +200,7 @@ def fill_batch(new: Iterator[int], waiting: Waiting, identities: list[list[int]]
 
     def add(row: int) -> int | None:
         """Let the row join the batch, or tell for which text it cannot."""
-        texts = identities[row]
+        texts = identities[row].tolist()
         if not every.isdisjoint(texts[:2]) or not meant.isdisjoint(texts):
             return next(text for text in texts if text in every and (text in meant or text in texts[:2]))
         batch.append(row)

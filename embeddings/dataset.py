@@ -6,7 +6,6 @@ own file; SICK's is read too), dev.jsonl (triplets that are not trained on), or 
 """
 
 import math
-import re
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -48,14 +47,15 @@ def read_triplets(path: Path, unread: Counter[str] | None = None) -> list[Triple
     one that stands there twice counts once. In a table an empty cell is none.
     """
     rows, unread, first_gives = [], Counter() if unread is None else unread, None
+    is_table = path.suffix.lower() in TABLES
     for number, row in tqdm(read_rows(path), desc="reading", unit=" rows", leave=False, disable=None):
-        if path.suffix.lower() in TABLES:
+        if is_table:
             row = {key: cell or None for key, cell in row.items()}
             if "positive" in row and any(key.startswith("negative") for key in row):
                 row["negatives"] = []
-        numbered = tuple(key for key in row if re.fullmatch(r"negative_\d+", key))
+        numbered = tuple([key for key in row if key.startswith("negative_") and key[9:].isdecimal()])
         parsed = parse_row(triplet_row(numbered), path, number, row, unread)
-        anchor, positive, *single, several = (value for _, value in parsed)
+        anchor, positive, *single, several = vars(parsed).values()
         anchor, positive, *negatives = map(normalize, (anchor, positive, *filter(None, single), *(several or ())))
         negatives = {identity(text): text for text in negatives}
         if own := negatives.keys() & {identity(anchor), identity(positive)}:

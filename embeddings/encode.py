@@ -91,10 +91,8 @@ def encode(
     texts, numbers = [front + text for text in lines.values()], [*lines]
     with lock:
         tokens = tokenize(texts, tokenizer, config, name=lambda place: name(numbers[place]))
-        full = [texts[number] for number in np.flatnonzero(tokens.lengths == config.max_length)]
-        longer = tokenizer(full, verbose=False)["input_ids"] if full else []
     vectors = embed_tokens(model, tokens, np.arange(len(texts)), config).numpy()
-    return vectors, sum(len(ids) > config.max_length for ids in longer)
+    return vectors, int((tokens.whole > config.max_length).sum())
 
 
 def read_lines(stream: BinaryIO, name: str) -> Iterator[tuple[int, str | ValueError]]:

@@ -23,7 +23,8 @@ from common.checkpoint import UserError
 from common.checkpoint.files import write_text
 from common.checkpoint.identity import file_digest
 from common.checkpoint.run import Run, best_folder, read_run
-from embeddings.batching import Tokens, tokenize
+from common.checkpoint.tokens import Tokens
+from embeddings.batching import tokenize
 from embeddings.cli import displayed, run_path, run_script
 from embeddings.config import Config
 from embeddings.dataset import Splits, data_digests, load_splits, read_triplets

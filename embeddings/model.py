@@ -27,8 +27,9 @@ from common.checkpoint.pretrained import (
 )
 from common.checkpoint.probe import check_architecture
 from common.checkpoint.run import compare_model, read_best
+from common.checkpoint.tokens import Tokens
 from common.seed import seed_everything
-from embeddings.batching import Tokens, forward_tokens, make_chunks, pad, tokenize
+from embeddings.batching import forward_tokens, lengths_of, make_chunks, pad, tokenize
 from embeddings.bidirectional import make_bidirectional
 from embeddings.cli import run_path
 from embeddings.config import Config
@@ -222,7 +223,7 @@ def embed_tokens(model: Embedder, tokens: Tokens, chosen: np.ndarray, config: Co
     device = next(model.parameters()).device
     dtype = autocast_dtype(config.amp, device)
     vectors = torch.zeros(len(chosen), model.encoder.config.hidden_size)
-    batches = make_chunks(tokens.lengths_of(chosen), config.eval_tokens or forward_tokens(device))
+    batches = make_chunks(lengths_of(tokens, chosen), config.eval_tokens or forward_tokens(device))
     bar = tqdm(batches, desc="encoding", leave=False, disable=None if progress else True)
     training = model.training
     model.eval()

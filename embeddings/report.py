@@ -6,6 +6,7 @@ from itertools import groupby
 
 import numpy as np
 
+from common.checkpoint.tokens import Tokens
 from embeddings.batching import Epoch, Rows
 from embeddings.config import Config
 from embeddings.dataset import Splits, repeated_in_test
@@ -56,19 +57,16 @@ def few_rows(rows: int) -> str | None:
     return (few := too_few(rows, {})) and f"validation has {few}"
 
 
-def print_summary(
-    splits: Splits, lengths: np.ndarray, dev_lengths: np.ndarray, rows: Rows, missed: int, config: Config
-) -> None:
+def print_summary(splits: Splits, tokens: Tokens, dev_tokens: Tokens, rows: Rows, missed: int, config: Config) -> None:
     """The data as the run sees it.
 
-    lengths, dev_lengths: of the distinct training texts, and of validation's; missed: rows that no step takes.
+    tokens, dev_tokens: of the distinct training texts, and of validation's; missed: rows that no step takes.
     """
-    percentiles = np.percentile(lengths, (50, 95, 100)).astype(int).tolist()
+    percentiles = np.percentile(tokens.lengths, (50, 95, 100)).astype(int).tolist()
     kind = "triplets" if rows.texts.shape[1] > 2 else "pairs"
-    columns = [f"training {kind}", "distinct texts", "tokens p50", "p95", "max"]
-    columns.append(f"cut to {config.max_length}, or as long")
-    cut, cut_dev = (int((some == config.max_length).sum()) for some in (lengths, dev_lengths))
-    print("\n".join(table(columns, [[len(splits.train), len(lengths), *percentiles, cut]])[:-1]))
+    columns = [f"training {kind}", "distinct texts", "tokens p50", "p95", "max", f"cut to {config.max_length}"]
+    cut, cut_dev = (int((some.whole > config.max_length).sum()) for some in (tokens, dev_tokens))
+    print("\n".join(table(columns, [[len(splits.train), len(tokens), *percentiles, cut]])[:-1]))
     negatives = (rows.texts[:, 2:] >= 0).sum(1)
     if rows.texts.shape[1] > 3:
         print(f"negatives of a row: {negatives.min()} to {negatives.max()}, {negatives.mean():.1f} in the mean")
@@ -79,7 +77,7 @@ def print_summary(
     print("\n".join(tables({name: {"data": split.data} | split.summary for name, split in judged.items()})[:-1]))
     print(f"validation chooses the step, by {splits.validation.metric}")
     if cut_dev:
-        print(f"{cut_dev} of its {len(dev_lengths)} texts are cut to {config.max_length} tokens, or as long")
+        print(f"{cut_dev} of its {len(dev_tokens)} texts are cut to {config.max_length} tokens")
     if not splits.test:
         print("no sts-test.csv: no test figure will be reported")
     elif repeated := repeated_in_test(splits):

@@ -44,6 +44,8 @@ def normalize(text: str) -> str:
 # Characters that nobody sees, those that tell no texts apart, and those that somebody sees
 UNSEEN = regex.compile(r"[\p{Cf}\p{DI}]")
 NOT_COMPARED = regex.compile(r"(?<!\p{N})[.,٫٬]|[.,٫٬](?!\p{N})|[^\p{L}\p{Mn}\p{Mc}\p{N}\p{S}.,٫٬]")
+BETWEEN_DIGITS = regex.compile(r"[0-9][.,][0-9]")  # of ASCII, where all others of them are not compared
+ASCII_NOT_COMPARED = {code: None for code in range(128) if NOT_COMPARED.match(chr(code))}
 SEEN = regex.compile(r"[^\p{Z}\p{Cc}\p{Cf}\p{DI}\u2800]")
 
 
@@ -52,6 +54,8 @@ def same_text(text: str) -> str:
 
     NFKC and casefold; format characters and variation selectors go. Where nothing is left, the NFKC text.
     """
+    if text.isascii() and not BETWEEN_DIGITS.search(text):  # the same in a third of the time
+        return text.lower().translate(ASCII_NOT_COMPARED) or text
     text = unicodedata.normalize("NFKC", UNSEEN.sub("", text))
     return NOT_COMPARED.sub("", unicodedata.normalize("NFKC", text.casefold())) or text
 

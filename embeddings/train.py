@@ -29,12 +29,13 @@ from common.checkpoint import UserError
 from common.checkpoint.environment import autocast_dtype, environment
 from common.checkpoint.progress import Best, Progress, StopSignal, TrainedParameters
 from common.checkpoint.run import Run, read_results
+from common.checkpoint.tokens import Tokens
 from common.seed import seed_everything, seed_micro_batch
 from embeddings.batching import (
-    Tokens,
     chunk_texts,
     draw_epochs,
     forward_tokens,
+    lengths_of,
     make_chunks,
     pad,
     rows_missed,
@@ -108,7 +109,7 @@ def embed_chunk(
     seed, step, rank = seeds
     seed_micro_batch(seed, step, number, rank)
     texts, device, vectors = chunks[number], model.encoder.device, []
-    for part in make_chunks(tokens.lengths_of(texts), forward_tokens(device)):  # longest first, as the texts are
+    for part in make_chunks(lengths_of(tokens, texts), forward_tokens(device)):  # longest first, as the texts are
         batch = pad(tokens, texts[part])
         with autocast():
             vectors.append(model(**{name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}))
@@ -153,7 +154,7 @@ def main(config: Config, check: bool = False) -> int | None:
     if splits.test:  # a text that cannot be scored is said now
         tokenize(splits.test.texts, tokenizer, config, True, splits.test.place)
     missed = rows_missed(rows, config.batch_size, config.seed, config.max_steps)
-    print_summary(splits, tokens.lengths, dev_tokens.lengths, rows, missed, config)
+    print_summary(splits, tokens, dev_tokens, rows, missed, config)
 
     # Model
     model = build_model(config, device, dtype)
@@ -214,7 +215,7 @@ def main(config: Config, check: bool = False) -> int | None:
 
                 # Log
                 texts = rows.texts[batch]  # of all processes
-                seen_tokens = int(tokens.lengths_of(texts[texts >= 0]).sum())
+                seen_tokens = int(lengths_of(tokens, texts[texts >= 0]).sum())
                 progress.add_step(loss * len(batch), len(batch), seen_tokens, skipped)
                 bar.update()
                 if progress.step % config.logging_steps == 0:

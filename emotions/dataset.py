@@ -2,8 +2,8 @@
 
 A row: {"text": "...", "labels": ["joy", "love"], "known": [...], "source": "goemotions", "id": "..."}. known names the
 labels that the row's source can express: the others are neither present nor absent and count nowhere. Without it all
-are known. In a table | stands between labels. labels.txt names all there are. prepare.py writes these files.
-sampling.py chooses the rows of an epoch.
+are known. In a table | stands between labels. labels.txt names all there are. prepare.py writes these files. Texts are
+tokenised once. sampling.py chooses the rows of an epoch.
 
 N rows, B draws in a batch, M of them with a partner, T tokens, L labels
 """
@@ -21,16 +21,16 @@ import regex
 import torch
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, StringConstraints, ValidationError
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from common.checkpoint import ROOT, UserError
 from common.checkpoint.files import unread_keys
 from common.checkpoint.identity import file_digest
-from common.checkpoint.pretrained import check_ids, check_texts
 from common.checkpoint.rows import data_file
 from common.checkpoint.rows import read_rows as read_fields
+from common.checkpoint.tokens import Tokens, tokenize
 from common.seed import epoch_generator
 from emotions.config import Config
 from emotions.labels import clean_name, label_numbers, load_labels
@@ -83,17 +83,22 @@ class Split:
     names: tuple[str, ...]  # (L,) of the labels
     labels: np.ndarray  # (N, L) bool
     known: np.ndarray  # (N, L) bool
-    lengths: np.ndarray  # (N,) tokens with the special ones, before truncation
+    tokens: Tokens  # of the N texts, with the special ones, cut to max_length
 
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """(N,) tokens with the special ones, before truncation."""
+        return self.tokens.whole
+
 
 class Draw(NamedTuple):
-    """A row as an epoch uses it: its text, which may be augmented, and the row it is interpolated with, if any."""
+    """A row as an epoch uses it: its augmented text, if it is one, and the row it is interpolated with, if any."""
 
     row: int
-    text: str
+    text: str = ""
     partner: int | None = None
     share: float = 0.0  # of the partner
 
@@ -119,12 +124,12 @@ def parse_row(fields: dict, number: int, names: tuple[str, ...]) -> Row:
     if is_empty(row.text):
         raise ValueError(f"text is {row.text!a:.80}, expected something that can be seen")
     numbers = {}
-    for field, given in (("labels", row.labels), ("known", names if row.known is None else row.known)):
+    for field, given in (("labels", row.labels), ("known", row.known or ())):
         try:
             numbers[field] = label_numbers(given, names)
         except ValueError as error:
             raise ValueError(f"{field} holds {error}") from error
-    labels, known = numbers.values()
+    labels, known = numbers["labels"], tuple(range(len(names))) if row.known is None else numbers["known"]
     if not known:
         raise ValueError("known is empty: nothing could be learned from the row")
     if not set(labels) <= set(known):
@@ -173,18 +178,13 @@ def multi_hot(labels: Sequence[tuple[int, ...]], count: int) -> np.ndarray:
 
 
 def make_split(
-    rows: list[Row], names: tuple[str, ...], tokenizer: PreTrainedTokenizerFast, silent: bool = False
+    rows: list[Row], names: tuple[str, ...], tokenizer: PreTrainedTokenizerFast, max_length: int, silent: bool = False
 ) -> Split:
-    """The rows, tokenised 1,000 at a time for their lengths. Raises UserError for a token without an embedding."""
-    check_texts(tokenizer, [row.text for row in rows])
-    lengths = []
-    for start in tqdm(range(0, len(rows), 1000), delay=5, leave=False, disable=silent or None, desc="tokenizing"):
-        part = rows[start : start + 1000]
-        ids = tokenizer([row.text for row in part], verbose=False)["input_ids"]  # verbose warns of what will be cut
-        check_ids(ids, tokenizer, lambda row, part=part: f"line {part[row].line}")
-        lengths += map(len, ids)
+    """The rows with their tokens. Raises UserError for a token without an embedding."""
+    texts = [row.text for row in rows]
+    tokens = tokenize(texts, tokenizer, lambda row: f"line {rows[row].line}", max_length, silent=silent)
     labels, known = (multi_hot([getattr(row, field) for row in rows], len(names)) for field in ("labels", "known"))
-    return Split(rows, names, labels, known, np.array(lengths, dtype=np.int64))
+    return Split(rows, names, labels, known, tokens)
 
 
 # Characters that nobody sees, those that tell no texts apart, and those that somebody sees
@@ -232,7 +232,7 @@ def load_splits(
                     f"{files[name]}, line {row.line}: its text is also in {files['train'].name}, line {line}; "
                     "a text that is scored must not be trained on: remove one"
                 )
-    return {name: make_split(part, labels, tokenizer) for name, part in read.items()}
+    return {name: make_split(part, labels, tokenizer, config.max_length) for name, part in read.items()}
 
 
 def repeated_in_test(splits: dict[str, Split]) -> int:
@@ -259,8 +259,15 @@ def collate(draws: list[Draw], split: Split, tokenizer: PreTrainedTokenizerFast,
     too and known where both sides are. anchors (M,) says which draws have the partners, shares (M,) how much of them.
     """
     pairs = [(place, draw.partner, draw.share) for place, draw in enumerate(draws) if draw.partner is not None]
-    texts = [draw.text for draw in draws] + [split.rows[partner].text for _, partner, _ in pairs]
-    batch = dict(tokenizer(texts, truncation=True, max_length=max_length, padding=True, return_tensors="pt"))
+    given = [draw.text for draw in draws if draw.text]
+    augmented = iter(tokenizer(given, truncation=True, max_length=max_length)["input_ids"] if given else ())
+    ids = [next(augmented) if draw.text else split.tokens[draw.row] for draw in draws]
+    ids += [split.tokens[partner] for _, partner, _ in pairs]
+    ids = [torch.as_tensor(row, dtype=torch.long) for row in ids]
+    batch = {"input_ids": pad_sequence(ids, batch_first=True, padding_value=split.tokens.pad_token_id)}
+    batch["attention_mask"] = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
+    if "token_type_ids" in tokenizer.model_input_names:
+        batch["token_type_ids"] = torch.zeros_like(batch["input_ids"])
     rows = [draw.row for draw in draws]
     labels, known = torch.from_numpy(split.labels[rows]).float(), torch.from_numpy(split.known[rows])
     if not pairs:
@@ -299,7 +306,7 @@ def ignore_signals(worker: int) -> None:
 def make_loader(
     batches: list[list[Draw]], split: Split, tokenizer: PreTrainedTokenizerFast, config: Config
 ) -> DataLoader:
-    """Batches in the given order, tokenised as they are needed; pinned where a GPU will take them."""
+    """Batches in the given order; pinned where a GPU will take them."""
     return DataLoader(
         batches,
         batch_size=None,

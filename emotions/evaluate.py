@@ -66,7 +66,7 @@ def predict_logits(
     device = next(model.parameters()).device
     processes = processes or Processes(0, 1, device)
     own = rank_batches(sorted_batches(split.lengths, config.eval_batch_size), processes.rank, processes.world)
-    draws = [[Draw(number, split.rows[number].text) for number in numbers] for numbers, _ in own]
+    draws = [[*map(Draw, numbers)] for numbers, _ in own]
 
     logits = torch.zeros(len(split), model.config.num_labels)
     model.eval()
@@ -234,7 +234,7 @@ def score_file(config: Config, file: Path) -> list[str]:
     """The scores of a run's best model on another labelled file, as Markdown; nothing is written."""
     path, device = run_path(config), pick_device()
     model, tokenizer, tuned = read_best(path, partial(load_best, config))
-    split = make_split(read_rows(file, names := label_names(model.config)), names, tokenizer)
+    split = make_split(read_rows(file, names := label_names(model.config)), names, tokenizer, config.max_length)
     dtype, recorded = autocast_dtype(config.amp, device), read_run(path)["environment"].get("data") or {}
     warn_of_use(path, dtype)
     logits = predict_logits(model.to(device), split, tokenizer, config, dtype)

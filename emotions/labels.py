@@ -78,4 +78,4 @@ def label_numbers(given: Collection[str], names: tuple[str, ...]) -> tuple[int, 
         if {*map(str.strip, re.split(r"[\s,;/'\"\[\]]+", unknown[0]))} & {*names}:
             hint = " (between the labels of a row stands |)"
         raise ValueError(f"{unknown[0]!r:.80}, expected one of {', '.join(names[:30])}{more}{hint}")
-    return tuple(sorted({names.index(name) for name in given}))
+    return tuple(sorted({*map(names.index, given)}))

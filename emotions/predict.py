@@ -81,7 +81,7 @@ def predict(classifier: Classifier, rows: Iterable[str | dict], threshold: float
     names = label_names(model.config)
     thresholds = tuned.per_label if threshold is None else np.full(len(names), threshold)
     with lock:
-        split = make_split(texts, names, tokenizer, silent=True)
+        split = make_split(texts, names, tokenizer, config.max_length, silent=True)
         found = probabilities(predict_logits(model, split, tokenizer, config, dtype, silent=True))
     answers = []
     for row, length, probability in zip(texts, split.lengths.tolist(), found):

@@ -98,16 +98,17 @@ def epoch_draws(split: Split, weights: np.ndarray, config: Config, epoch: int) -
     shares the rarest of their labels, and a share of it between 0 and 1.
     """
     rows = split.rows
-    draws = [Draw(number, rows[number].text) for number in draw_rows(weights, config.seed, epoch).tolist()]
+    draws = [*map(Draw, draw_rows(weights, config.seed, epoch).tolist())]
     if not (config.augment_words or config.augment_features):
         return draws
 
     counts, rare = split.labels.sum(axis=0), rare_labels(split, config)
     partners = {label: np.flatnonzero(split.labels[:, label] & (weights > 0)).tolist() for label in rare}
     alike = {label: equal_texts([rows[other].text for other in partners[label]]) for label in rare}
-    for place, (number, text, *_) in enumerate(draws):
+    for place, (number, *_) in enumerate(draws):
         if not (own := rare.intersection(rows[number].labels)):
             continue
+        text = rows[number].text
         generator = np.random.default_rng(mix(config.seed, epoch, 1, place))
         words, features, share = generator.random(3)
         if words < config.augment_words:

@@ -1,4 +1,4 @@
-"""Posts -> splits with their labels and lengths -> batches of token ids.
+"""Posts -> splits with their labels and tokens -> batches of token ids. Posts are tokenised once.
 
 P posts, C criteria, N examples (a post with one criterion, or with all), B of them in a batch, T tokens
 """
@@ -6,6 +6,7 @@ P posts, C criteria, N examples (a post with one criterion, or with all), B of t
 import signal
 from collections import Counter, defaultdict
 from collections.abc import Iterable
+from functools import partial
 from itertools import chain
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from common.checkpoint import ROOT, UserError
 from common.checkpoint.identity import file_digest
-from common.checkpoint.pretrained import check_ids, check_texts
+from common.checkpoint.tokens import Tokens, tokenize
 from common.seed import epoch_generator
 from redsm5_nli.config import Config
 from redsm5_nli.criteria import Criterion
@@ -30,20 +31,13 @@ LABELS = ("no", "yes")  # yes: the post shows the criterion
 BUCKET = 100  # batches that are sorted by length together
 
 
-class Example(NamedTuple):
-    """What the model reads at once: a post, and the numbers of one criterion or of all."""
-
-    post: Post
-    input_ids: list[int]  # of the post, before cutting
-    criteria: tuple[int, ...]
-
-
 class Split(NamedTuple):
-    """Posts as the model reads them; examples stand post by post."""
+    """Posts as the model reads them: of G groups of criteria, example n is post n // G with group n % G."""
 
     posts: list[Post]
     labels: np.ndarray  # (P, C) of 0 and 1; (P, 0) where unknown
-    examples: list[Example]
+    tokens: Tokens  # of the posts, without special ones
+    groups: list[tuple[int, ...]]  # numbers of the criteria that are read at once: all, or one
     lengths: np.ndarray  # (N,) tokens, after cutting
     cut: int  # how many posts lose their tail
 
@@ -73,32 +67,33 @@ class Collator:
                 f"criterion {criteria[longest].id} leaves {self.room} tokens of max_length {max_length} for a post"
             )
 
-    def make_split(self, posts: list[Post]) -> Split:
+    def make_split(self, posts: list[Post], silent: bool = False) -> Split:
         """Each post once with all criteria, or once with each. Raises UserError for a token without an embedding."""
-        texts = [post.text for post in posts]
-        check_texts(self.tokenizer, texts)
-        rows = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]  # it warns of long ones
-        check_ids(rows, self.tokenizer, lambda row: f"post {posts[row].id}")
-        rows = [self.start + ids for ids in rows]
+        texts, name = [post.text for post in posts], lambda number: f"post {posts[number].id}"
+        tokens = tokenize(texts, self.tokenizer, name, self.max_length, special=False, silent=silent)
         numbers = range(len(self.criteria))
         groups = [tuple(numbers)] if self.share_post else [(number,) for number in numbers]
-        examples = [Example(post, ids, group) for post, ids in zip(posts, rows) for group in groups]
-        lengths = np.array([sum(map(len, self.parts(example))) for example in examples])
-        labels = np.array([post.labels for post in posts])
-        return Split(posts, labels, examples, lengths, sum(len(ids) > self.room for ids in rows))
+        sizes = [[len(self.segments[number]) for number in group] for group in groups]
+        longest, together = np.array([[max(group), sum(group)] for group in sizes]).T  # (G,) each
+        whole = len(self.start) + tokens.whole[:, None]  # (P, 1)
+        lengths = (np.minimum(whole, self.max_length - longest) + together).ravel()
+        labels, cut = np.array([post.labels for post in posts]), int((whole > self.room).sum())
+        return Split(posts, labels, tokens, groups, lengths, cut)
 
-    def parts(self, example: Example) -> list[list[int]]:
+    def parts(self, split: Split, number: int) -> list[list[int]]:
         """The ids of the post, cut so that the longest of its criteria fits behind it, and those of each criterion."""
-        segments = [self.segments[number] for number in example.criteria]
-        return [example.input_ids[: self.max_length - max(map(len, segments))], *segments]
+        post, group = divmod(number, len(split.groups))
+        segments = [self.segments[criterion] for criterion in split.groups[group]]
+        ids = self.start + split.tokens[post].tolist()
+        return [ids[: self.max_length - max(map(len, segments))], *segments]
 
-    def __call__(self, examples: list[Example]) -> dict[str, Tensor]:
+    def __call__(self, numbers: list[int], split: Split) -> dict[str, Tensor]:
         """join's batch, and labels (B, C) where they are known; a pair needs neither segments nor position_ids."""
-        batch = join([self.parts(example) for example in examples], self.tokenizer.pad_token_id)
+        batch = join([self.parts(split, number) for number in numbers], split.tokens.pad_token_id)
         if not self.share_post:
             batch = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        if examples[0].post.labels:
-            batch["labels"] = torch.tensor([[post.labels[c] for c in criteria] for post, _, criteria in examples])
+        if split.labels.size:
+            batch["labels"] = torch.from_numpy(split.labels.reshape(len(split.lengths), -1)[numbers])
         return batch
 
 
@@ -152,7 +147,7 @@ def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -
     buckets = np.split(order, range(size, len(order), size))
     order = np.concatenate([bucket[np.argsort(lengths[bucket], kind="stable")] for bucket in buckets])
     batches = np.split(order, range(batch_size, len(order), batch_size))
-    return [batches[index].tolist() for index in torch.randperm(len(batches), generator=generator)]
+    return [batches[index].tolist() for index in torch.randperm(len(batches), generator=generator).tolist()]
 
 
 def epoch_steps(
@@ -175,14 +170,12 @@ def ignore_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def make_loader(
-    examples: list[Example], batches: Iterable[list[int]], collator: Collator, config: Config
-) -> DataLoader:
-    """Batches in the given order; pinned where a GPU will take them."""
+def make_loader(split: Split, batches: Iterable[list[int]], collator: Collator, config: Config) -> DataLoader:
+    """Batches of examples in the given order; pinned where a GPU will take them."""
     return DataLoader(
-        examples,
+        range(len(split.lengths)),
         batch_sampler=batches,
-        collate_fn=collator,
+        collate_fn=partial(collator, split=split),
         num_workers=config.num_workers,
         worker_init_fn=ignore_signals,
         pin_memory=torch.cuda.is_available(),

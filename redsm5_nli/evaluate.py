@@ -47,8 +47,8 @@ def predict_logits(
     batches = sorted_batches(split.lengths, config.eval_batch_size)
     device = next(model.parameters()).device
     model.eval()
-    logits = torch.empty(len(split.examples), len(split.examples[0].criteria), len(LABELS))
-    loader = make_loader(split.examples, batches, collator, config)
+    logits = torch.empty(len(split.lengths), len(split.groups[0]), len(LABELS))
+    loader = make_loader(split, batches, collator, config)
     with torch.inference_mode():
         for rows, batch in zip(batches, tqdm(loader, leave=False, disable=None if bar else True, desc="evaluating")):
             batch.pop("labels", None)

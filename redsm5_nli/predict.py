@@ -71,7 +71,7 @@ def predict(model: Predictor, rows: Iterable[dict], verbose: bool = False) -> li
     if not posts:
         return []
     with model.lock:  # of the tokenizer, and of what the adapters form at their first call
-        split = model.collator.make_split(posts)
+        split = model.collator.make_split(posts, silent=not verbose)
         logits = predict_logits(model.model, split, model.collator, model.config, verbose)
     if verbose and split.cut:
         ends = f"longer than max_length {model.config.max_length}: their ends were not read"

@@ -55,17 +55,17 @@ def read_table(path: Path, columns: tuple[str, ...], not_read: tuple[str, ...] =
     for line, row in parse_table(path.read_bytes(), str(path)):
         if isinstance(row, ValueError):
             raise UserError(f"{path}, line {line}: {row}") from row
-        cells = {OTHER_NAMES.get(name, name): text.strip() for name, text in row.items()}
         if not rows:
+            own = {OTHER_NAMES.get(name, name): name for name in row}
             try:
-                if missing := [name for name in columns if name not in cells]:
+                if missing := [name for name in columns if name not in own]:
                     raise ValueError(f"no column {missing[0]}, found {' and '.join(row)}")
                 if repeated := first_repeated([OTHER_NAMES.get(name, name) for name in row]):
                     raise ValueError(f"the column {repeated} stands there twice")
-                unread = unread_keys(cells, columns + not_read, near=OTHER_NAMES)
+                unread = unread_keys(own, columns + not_read, near=OTHER_NAMES)
             except ValueError as error:
                 raise UserError(f"{path}, line 1: {error}") from error
-        rows.append((line, [cells[name] for name in columns]))
+        rows.append((line, [row[own[name]].strip() for name in columns]))
     return rows, Counter({name: len(rows) for name in unread})
 
 

@@ -39,21 +39,35 @@ def rarest_criterion(posts: list[Post]) -> np.ndarray:
     return np.where(labels.any(1), counts.argmin(1), -1)
 
 
-def best_fold(y_counts_per_fold: np.ndarray, y_cnt: np.ndarray, group_y_counts: np.ndarray) -> int:
-    """The fold for a group: where the classes are then spread most evenly, and of such folds the smallest.
+class FoldChooser:
+    """The fold for each group: where the classes are then spread most evenly, and of such folds the smallest.
 
-    The choice of scikit-learn's _find_best_fold to the bit, of all folds at once. Posts of each class: (F, K) in the
-    folds so far, (K,) of all and (K,) of the group.
+    The choice of scikit-learn's _find_best_fold to the bit, of all folds at once. The spread of a class that a group
+    lacks stays as it was.
     """
-    folds = len(y_counts_per_fold)
-    shares = (y_counts_per_fold + np.eye(folds)[:, :, None] * group_y_counts) / y_cnt  # (F, F, K), first its fold
-    spread, sizes = shares.std(axis=1).mean(axis=1).tolist(), y_counts_per_fold.sum(axis=1).tolist()
-    best = 0
-    for fold in range(1, folds):
-        equal = abs(spread[fold] - spread[best]) <= 1e-8 + 1e-5 * spread[best]  # np.isclose
-        if spread[fold] < spread[best] or (equal and sizes[fold] < sizes[best]):
-            best = fold
-    return best
+
+    spread: np.ndarray | None = None  # (F, K) of each class's posts over the folds, were the group in that fold
+
+    def __call__(self, y_counts_per_fold: np.ndarray, y_cnt: np.ndarray, group_y_counts: np.ndarray) -> int:
+        """Posts of each class: (F, K) in the folds so far, (K,) of all and (K,) of the group."""
+        folds, classes = y_counts_per_fold.shape
+        changed = np.flatnonzero(group_y_counts)
+        if self.spread is None:
+            self.spread, changed = np.empty((folds, classes)), np.arange(classes)
+        alone = int(classes == 1)  # then NumPy adds in another order, as it does along rows
+        for number in changed:
+            without, total = y_counts_per_fold[:, number], y_cnt[number]
+            shares = (without if alone else without[:, None]) / total  # (F, F): what is in a fold, where the group goes
+            shares = np.where(np.eye(folds, dtype=bool), (without + group_y_counts[number]) / total, shares)
+            self.spread[:, number] = shares.std(axis=alone)
+        spread, sizes = self.spread.mean(axis=1).tolist(), y_counts_per_fold.sum(axis=1).tolist()
+        best = 0
+        for fold in range(1, folds):
+            equal = abs(spread[fold] - spread[best]) <= 1e-8 + 1e-5 * spread[best]  # np.isclose
+            if spread[fold] < spread[best] or (equal and sizes[fold] < sizes[best]):
+                best = fold
+        self.spread[:, changed] = self.spread[best, changed]
+        return best
 
 
 def group_folds(posts: list[Post], groups: np.ndarray, folds: int, seed: int) -> np.ndarray:
@@ -68,7 +82,7 @@ def group_folds(posts: list[Post], groups: np.ndarray, folds: int, seed: int) ->
     if np.unique(classes, return_counts=True)[1].max() < folds:
         classes = classes >= 0
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
-    splitter._find_best_fold = best_fold  # its own takes the folds one by one: ten times the seconds
+    splitter._find_best_fold = FoldChooser()  # its own takes the folds one by one: twenty times the seconds
     fold_of = np.empty(len(posts), dtype=int)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The least populated class")  # rarer than folds: not in each

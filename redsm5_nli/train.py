@@ -28,7 +28,7 @@ from common.seed import seed_everything, seed_micro_batch
 from redsm5_nli.cli import displayed, run_path, run_script, run_settings
 from redsm5_nli.config import Config
 from redsm5_nli.criteria import load_criteria
-from redsm5_nli.dataset import Example, data_digests, epoch_steps, load_splits, make_loader
+from redsm5_nli.dataset import Split, data_digests, epoch_steps, load_splits, make_loader
 from redsm5_nli.evaluate import evaluate_run, validate
 from redsm5_nli.loss import class_weights, pair_loss
 from redsm5_nli.model import Matcher, build_model, decoder_dtype, find_collator, save_model
@@ -59,13 +59,13 @@ def update(optimizer: Optimizer, scheduler: LRScheduler) -> None:
 
 
 def refuse_non_finite(
-    losses: list[float], grad_norm: float, micro_batches: list[list[int]], examples: list[Example], step: int
+    losses: list[float], grad_norm: float, micro_batches: list[list[int]], split: Split, step: int
 ) -> None:
     """End the run, naming the batch, before a loss or gradient that is not a number reaches the weights."""
     checks = [("loss", loss, rows) for loss, rows in zip(losses, micro_batches)]
     for what, value, rows in [*checks, ("gradient norm", grad_norm, chain(*micro_batches))]:
         if not math.isfinite(value):
-            posts = ", ".join(dict.fromkeys(examples[row].post.id for row in rows))
+            posts = ", ".join(dict.fromkeys(split.posts[row // len(split.groups)].id for row in rows))
             raise UserError(
                 f"the {what} is {value} at step {step + 1}, in the batch of posts {posts}; best/ is untouched. "
                 "A lower learning_rate or amp off may help"
@@ -93,7 +93,7 @@ def main(config: Config, check: bool = False) -> int | None:
     print_summary(splits, kinds, unread, criteria, config)
     train = splits["train"]
     accumulation = 1 if check else config.gradient_accumulation_steps
-    steps_per_epoch = math.ceil(math.ceil(len(train.examples) / config.batch_size) / accumulation)
+    steps_per_epoch = math.ceil(math.ceil(len(train.lengths) / config.batch_size) / accumulation)
     total_steps = min(config.epochs * steps_per_epoch, config.max_steps or math.inf)
 
     # Model
@@ -127,11 +127,11 @@ def main(config: Config, check: bool = False) -> int | None:
             # What is left of the epoch: for each optimizer step its micro-batches, lists of row numbers
             steps = epoch_steps(train.lengths, config.batch_size, accumulation, config.seed, epoch)
             steps = steps[progress.step_in_epoch : total_steps - epoch * steps_per_epoch]
-            loader = iter(make_loader(train.examples, chain(*steps), collator, config))
+            loader = iter(make_loader(train, chain(*steps), collator, config))
 
             for micro_batches in steps:
                 model.train()
-                pairs = sum(len(train.examples[row].criteria) for row in chain(*micro_batches))
+                pairs = sum(map(len, micro_batches)) * len(train.groups[0])
                 tokens, losses = 0, []
                 for micro_step in range(len(micro_batches)):
                     batch = next(loader)
@@ -148,7 +148,7 @@ def main(config: Config, check: bool = False) -> int | None:
                 # Clip the gradient and step
                 losses = torch.stack(losses).tolist()
                 grad_norm = clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf).item()
-                refuse_non_finite(losses, grad_norm, micro_batches, train.examples, progress.step)
+                refuse_non_finite(losses, grad_norm, micro_batches, train, progress.step)
                 if check:
                     print(f"check passed | loss of one batch {losses[0] / pairs:.4f} | nothing was written")
                     return None

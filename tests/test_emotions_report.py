@@ -78,7 +78,7 @@ def test_an_emotion_that_no_row_knows_is_not_absent():
         {"text": str(number), "labels": labels, "known": known}
         for number, labels in enumerate([["joy"], ["joy", "love"]])
     ]
-    split = make_split([parse_row(row, 1, EMOTIONS) for row in rows], EMOTIONS, find_tokenizer(SAMPLE))
+    split = make_split([parse_row(row, 1, EMOTIONS) for row in rows], EMOTIONS, find_tokenizer(SAMPLE), 64)
     assert positives(split) == {"fear": 0, "joy": 2, "love": 1} and absent(split) == ["fear"]
 
 

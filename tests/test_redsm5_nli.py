@@ -17,10 +17,11 @@ from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, Gemma3Config
 
-from redsm5_nli import dora, train
+from common.checkpoint.tokens import tokenize
+from redsm5_nli import dataset, dora, train
 from redsm5_nli.bidirectional import check_bidirectional, make_bidirectional
 from redsm5_nli.criteria import CRITERIA, load_criteria
-from redsm5_nli.dataset import join
+from redsm5_nli.dataset import join, make_loader
 from redsm5_nli.evaluate import predict_logits
 from redsm5_nli.loss import class_weights, pair_loss
 from redsm5_nli.model import Matcher, build_model, find_collator, load_weights, save_model
@@ -298,7 +299,7 @@ def test_best_gives_its_logits_in_plain_transformers_and_again(base, adapter, po
     assert load_criteria(best / "criteria.json") == CRITERIA and split.cut == 3
 
     # Checkpointed activations move no gradient, whatever is dropped
-    batch = collator(split.examples)
+    batch = collator([*range(len(split.lengths))], split)
     labels = batch.pop("labels")
     assert labels.view(4, 9).tolist() == split.labels.tolist() == [list(post.labels) for post in posts]
     calls = []
@@ -310,6 +311,36 @@ def test_best_gives_its_logits_in_plain_transformers_and_again(base, adapter, po
     assert all(layer.dropout == pytest.approx(0.2, abs=1e-4) for layer in dora.adapters(again).values())
     for one, other in zip(model.parameters(), again.parameters()):
         assert not one.requires_grad or torch.allclose(one.grad, other.grad, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("share_post, count", [(True, 9), (False, 9), (False, 1)])
+def test_posts_are_tokenised_once_and_batches_are_as_the_tokenizer_joins_pairs(share_post, count, few_rows, monkeypatch):
+    config, criteria = config_of("redsm5_nli", max_length=86, share_post=share_post), CRITERIA[:count]
+    posts = read_posts(few_rows("redsm5_nli"), criteria)[0][:8]
+    posts.append(Post("long", " ".join(post.text for post in posts), (1,) * count))
+    collator, seen = find_collator(config, criteria), []
+    monkeypatch.setattr(dataset, "tokenize", lambda texts, *a, **k: [seen.extend(texts), tokenize(texts, *a, **k)][1])
+    split = collator.make_split(posts)
+    assert seen == [post.text for post in posts]
+    tokenizer, collator.tokenizer = collator.tokenizer, None  # batches have no need of it
+    assert split.tokens.ids.dtype == np.int32 and split.tokens.ids.shape == (split.tokens.starts[-1],)
+
+    expected, labels, cut = [], [], set()
+    for post in posts:
+        ids = tokenizer(post.text)["input_ids"]
+        segments = [tokenizer(post.text, criterion.text)["input_ids"][len(ids) :] for criterion in criteria]
+        groups = [segments] if share_post else [[segment] for segment in segments]
+        for group in groups:
+            expected.append(ids[: 86 - max(map(len, group))] + sum(group, []))
+        labels += [[*post.labels]] if share_post else [[label] for label in post.labels]
+        cut |= {post.id} if len(ids) + max(map(len, segments)) > 86 else set()
+    assert split.lengths.tolist() == [len(ids) for ids in expected] and split.cut == len(cut) > 0
+    order = np.random.default_rng(0).permutation(len(expected)).tolist()
+    (batch,) = make_loader(split, [order], collator, config)
+    assert [row[mask.bool()].tolist() for row, mask in zip(batch["input_ids"], batch["attention_mask"])] == [
+        expected[number] for number in order
+    ]
+    assert batch["labels"].tolist() == [labels[number] for number in order] and ("segments" in batch) == share_post
 
 
 @pytest.mark.parametrize("base, adapter", [("sample", "dora"), ("sample", "lora"), ("multimodal", "dora")])

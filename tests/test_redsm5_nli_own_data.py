@@ -128,7 +128,7 @@ def test_thirty_errors_are_shown_whatever_their_texts_hold(wrong):
         probability = 0.3 + 0.1 * np.random.default_rng(0).random(labels.shape)
         probability[0, 0], probability[1, 4], probability[2, 8] = 0.01, 0.98, 0.03
     probability[5, 5], probability[6, 6] = limit, 0.45  # both are yes, which is right
-    split, limits = Split(posts, labels, [], np.array([]), 0), {c.id: limit for c in CRITERIA}
+    split, limits = Split(posts, labels, None, [], np.array([]), 0), {c.id: limit for c in CRITERIA}
     logits = torch.from_numpy(np.log(np.stack([1 - probability, probability], -1)))
     scores = score_split(logits, labels, {"global": limit, "criteria": limits}, None)
     errors = worst_errors(split, probability, limit, CRITERIA)

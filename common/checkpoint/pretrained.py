@@ -198,8 +198,8 @@ def choose_token_types(
     given = set(tokenizer("a", "b" if pairs else None, return_token_type_ids=True)["token_type_ids"])
     if types and pairs and given != {0, 1}:
         raise UserError(f"{source}: the model tells two texts by token types 0 and 1, its tokenizer does not")
-    if types and max(given) >= (1 if decoder else shape.type_vocab_size):
-        known = "which no batch holds here" if decoder else f"the model has {shape.type_vocab_size}"
+    if types and max(given) >= (shape.type_vocab_size if pairs else 1):
+        known = f"the model has {shape.type_vocab_size}" if pairs else "which no batch holds here"
         raise UserError(f"{source}: its tokenizer gives the token type {max(given)}, {known}")
     tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names
 

@@ -75,4 +75,5 @@ def tokenize(
             edges += [np.array(encoding.offsets, np.int32).reshape(-1, 2) for encoding in encodings]
     lengths = whole if max_length is None else whole.clip(max=max_length)
     starts = np.append(0, lengths.cumsum())
-    return Tokens(np.concatenate(ids), starts, whole, tokenizer.pad_token_id, np.concatenate(edges) if offsets else None)
+    edges = np.concatenate(edges) if offsets else None
+    return Tokens(np.concatenate(ids), starts, whole, tokenizer.pad_token_id, edges)

@@ -35,6 +35,7 @@ if not __package__:  # run as a script: import from the repository root, not fro
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import AutoModelForSequenceClassification, BertConfig, Trainer, TrainingArguments
 from transformers.utils.logging import disable_progress_bar
@@ -60,10 +61,12 @@ def run_ours(side: str, config: Config, counts: list[int]) -> float:
     """train.py: the seconds of its optimizer steps."""
     collate = dataset.collate
 
-    def collate_and_count(pairs, tokenizer, max_length):
-        batch = collate(pairs, tokenizer, max_length)
+    def collate_and_count(rows, split, max_length):
+        batch = collate(rows, split, max_length)
         if side == "padded to max_length":
-            batch = dict(tokenizer.pad(batch, padding="max_length", max_length=max_length))
+            values = {"input_ids": split.tokens.pad_token_id}
+            room = max_length - batch["input_ids"].shape[1]
+            batch = {name: F.pad(column, (0, room), value=values.get(name, 0)) for name, column in batch.items()}
         return count(batch, counts)
 
     with tempfile.TemporaryDirectory() as folder, patch.object(dataset, "collate", collate_and_count):

@@ -1,8 +1,8 @@
 """Pairs of sentences: JSON lines, CSV or TSV -> Pair rows -> splits with their lengths -> batches of token ids.
 
 Format (CLUE, arXiv 2004.05986): {"sentence1": "...", "sentence2": "...", "label": "0" or "1"}; test.json has an id
-and no label. Own labels are texts or whole numbers, and those of train.json are all that there are. Texts are tokenised
-once for their lengths, and again, a batch in one call, when a batch is made.
+and no label. Own labels are texts or whole numbers, and those of train.json are all that there are. Each sentence is
+tokenised once; a batch joins two as the tokenizer does.
 
 N pairs, B batch, T tokens
 """
@@ -20,16 +20,16 @@ from typing import NamedTuple
 import numpy as np
 import regex
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from afqmc.config import Config
 from common.checkpoint import ROOT, UserError
 from common.checkpoint.files import unread_keys
 from common.checkpoint.identity import file_digest
-from common.checkpoint.pretrained import check_ids, check_texts
 from common.checkpoint.rows import data_file, read_rows
+from common.checkpoint.tokens import Tokens, tokenize
 from common.seed import epoch_generator
 
 LABELS = ("0", "1")  # AFQMC's; 1: the two sentences mean the same
@@ -81,17 +81,35 @@ class Pair(NamedTuple):
         return pair_key(self.sentence1, self.sentence2)
 
 
+class Frame(NamedTuple):
+    """The tokens before, between and after two texts that the tokenizer joins.
+
+    types: token types of these three and of the texts, from left to right; None where the model takes none.
+    """
+
+    before: np.ndarray
+    between: np.ndarray
+    after: np.ndarray
+    types: tuple[int, ...] | None
+
+    @property
+    def size(self) -> int:
+        return len(self.before) + len(self.between) + len(self.after)
+
+
 class Split(NamedTuple):
     """Pairs, the tokens (N,) of each before truncation, the labels (N,), numbers in names, and all labels' names.
 
-    unknown: how many of the tokens are [UNK].
+    tokens: of the 2 N sentences, pair n has 2 n and 2 n + 1; frame: what joins them; unknown: how many are [UNK].
     """
 
     pairs: list[Pair]
     lengths: np.ndarray
     labels: torch.Tensor
-    names: tuple[str, ...] = LABELS
-    unknown: int = 0
+    names: tuple[str, ...]
+    tokens: Tokens
+    frame: Frame
+    unknown: int
 
 
 def label_name(value: object) -> str:
@@ -227,18 +245,26 @@ def load_splits(config: Config, tokenizer: PreTrainedTokenizerFast) -> dict[str,
 
 
 def make_split(pairs: list[Pair], tokenizer: PreTrainedTokenizerFast, names: tuple[str, ...] = LABELS) -> Split:
-    """The pairs, tokenised 1,000 at a time for their lengths. Raises UserError for a token without an embedding."""
-    check_texts(tokenizer, [text for pair in pairs for text in pair[:2]])
-    lengths, unknown = [], 0
-    for start in tqdm(range(0, len(pairs), 1000), "counting tokens", leave=False, disable=None, delay=5):
-        part = pairs[start : start + 1000]
-        first, second = zip(*(pair[:2] for pair in part))
-        ids = tokenizer(list(first), list(second), verbose=False)["input_ids"]  # verbose warns of what will be cut
-        check_ids(ids, tokenizer, lambda row, part=part: f"line {part[row].line}")
-        lengths += map(len, ids)
-        unknown += sum(row.count(tokenizer.unk_token_id) for row in ids)
-    labels = [-1 if pair.label is None else names.index(pair.label) for pair in pairs]
-    return Split(pairs, np.array(lengths, dtype=np.int64), torch.tensor(labels), names, unknown)
+    """The pairs with their tokens. Raises UserError for a token without an embedding."""
+    texts = [text for pair in pairs for text in pair[:2]]
+    tokens = tokenize(texts, tokenizer, lambda text: f"line {pairs[text // 2].line}", special=False)
+    frame = find_frame(tokenizer)
+    lengths = tokens.lengths.reshape(-1, 2).sum(axis=1) + frame.size
+    labels = torch.tensor([-1 if pair.label is None else names.index(pair.label) for pair in pairs])
+    unknown = int((tokens.ids == tokenizer.unk_token_id).sum())
+    return Split(pairs, lengths, labels, names, tokens, frame, unknown)
+
+
+def find_frame(tokenizer: PreTrainedTokenizerFast) -> Frame:
+    """How the tokenizer joins two texts."""
+    pair = tokenizer("a", "a")
+    sides = pair.sequence_ids()  # 0, 1 or, of a special token, None
+    edges = [edge for side in (0, 1) for edge in (sides.index(side), len(sides) - sides[::-1].index(side))]
+    before, _, between, _, after = np.split(np.array(pair["input_ids"], dtype=np.int32), edges)
+    if "token_type_ids" not in pair:
+        return Frame(before, between, after, None)
+    types = (part[:1] for part in np.split(np.array(pair["token_type_ids"]), edges))
+    return Frame(before, between, after, tuple(int(part.sum()) for part in types))
 
 
 def count_unread(pairs: Iterable[Pair]) -> Counter:
@@ -252,36 +278,33 @@ def repeated_in_test(splits: dict[str, Split]) -> int:
     return sum(pair.key in known for pair in splits["test"].pairs)
 
 
-def collate(pairs: list[Pair], tokenizer: PreTrainedTokenizerFast, max_length: int) -> dict[str, torch.Tensor]:
-    """A batch, padded to its own longest pair: [CLS] a [SEP] b [SEP], each (B, T).
+def collate(rows: list[int], split: Split, max_length: int) -> dict[str, torch.Tensor]:
+    """A batch of the split's pairs, padded to its own longest: [CLS] a [SEP] b [SEP], each (B, T).
 
-    Holds whatever the tokenizer gives its model, so BERT gets token_type_ids. A pair that is too long loses tokens
-    from the end of its longer side, as by truncation="longest_first", which takes seconds for two texts of 10,000
-    characters.
+    input_ids, attention_mask, and token_type_ids where the model takes them, as the tokenizer gives them for pairs. One
+    that is too long loses tokens from the end of its longer side, as by truncation="longest_first".
     """
-    first, second = zip(*(pair[:2] for pair in pairs))
-    batch = tokenizer(list(first), list(second), verbose=False)
-    for row, ids in enumerate(batch["input_ids"]):
-        if len(ids) > max_length:
-            kept = kept_tokens(batch.sequence_ids(row), max_length)
-            for values in batch.values():
-                values[row] = [values[row][place] for place in kept]
-    return dict(tokenizer.pad(batch, return_tensors="pt", verbose=False))
+    before, between, after, types = split.frame
+    columns = defaultdict(list)
+    for row in rows:
+        texts = cut_pair(split.tokens[2 * row], split.tokens[2 * row + 1], max_length - split.frame.size)
+        parts = before, texts[0], between, texts[1], after
+        columns["input_ids"].append(torch.from_numpy(np.concatenate(parts)).long())
+        columns["attention_mask"].append(torch.ones_like(columns["input_ids"][-1]))
+        if types is not None:
+            columns["token_type_ids"].append(torch.from_numpy(np.repeat(types, [*map(len, parts)])))
+    padding = {"input_ids": split.tokens.pad_token_id}
+    return {name: pad_sequence(column, True, padding.get(name, 0)) for name, column in columns.items()}
 
 
-def kept_tokens(sides: list[int | None], max_length: int) -> list[int]:
-    """Places of the tokens that stay of a pair. sides: 0, 1 or, of a special token, None for each."""
-    room, counts = max_length - sides.count(None), [sides.count(0), sides.count(1)]
-    shorter = min(*counts, room // 2)
-    limits = {None: max_length, 0: shorter, 1: room - shorter}
-    if counts[0] > counts[1]:
-        limits[0], limits[1] = limits[1], limits[0]
-    seen, kept = Counter(), []
-    for place, side in enumerate(sides):
-        seen[side] += 1
-        if seen[side] <= limits[side]:
-            kept.append(place)
-    return kept
+def cut_pair(first: np.ndarray, second: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarray]:
+    """Two texts' tokens, room of them at most: the longer one is cut until both are equally long, then both."""
+    if len(first) + len(second) <= room:
+        return first, second
+    shorter = min(len(first), len(second), room // 2)
+    if len(first) > len(second):
+        return first[: room - shorter], second[:shorter]
+    return first[:shorter], second[: room - shorter]
 
 
 def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
@@ -319,14 +342,12 @@ def ignore_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def make_loader(
-    pairs: list[Pair], batches: Iterable[list[int]], tokenizer: PreTrainedTokenizerFast, config: Config
-) -> DataLoader:
-    """Batches in the given order, tokenised as they are needed; pinned where a GPU will take them."""
+def make_loader(split: Split, batches: Iterable[list[int]], config: Config) -> DataLoader:
+    """Batches of the split's pairs in the given order; pinned where a GPU will take them."""
     return DataLoader(
-        pairs,
+        range(len(split.pairs)),
         batch_sampler=batches,
-        collate_fn=partial(collate, tokenizer=tokenizer, max_length=config.max_length),
+        collate_fn=partial(collate, split=split, max_length=config.max_length),
         num_workers=config.num_workers,
         worker_init_fn=ignore_signals,
         pin_memory=torch.cuda.is_available(),

@@ -41,19 +41,13 @@ from common.checkpoint.identity import file_digest
 from common.checkpoint.run import Run, best_folder, read_best, read_run, warn_of_use
 
 
-def predict_logits(
-    model: PairClassifier,
-    split: Split,
-    tokenizer: PreTrainedTokenizerFast,
-    config: Config,
-    dtype: torch.dtype | None,
-) -> Tensor:
+def predict_logits(model: PairClassifier, split: Split, config: Config, dtype: torch.dtype | None) -> Tensor:
     """Logits (N, K) in fp32 on the CPU, in the order of the pairs; batches are sorted by length."""
     batches = sorted_batches(split.lengths, config.eval_batch_size)
     logits = torch.empty(len(split.pairs), len(model.names))
     device = next(model.parameters()).device
     model.eval()
-    loader = make_loader(split.pairs, batches, tokenizer, config)
+    loader = make_loader(split, batches, config)
     bar = tqdm(loader, "evaluating", leave=False, disable=None, delay=5)
     with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype is not None):
         for rows, batch in zip(batches, bar):
@@ -126,15 +120,10 @@ def score_split(
 
 
 def validate(
-    model: PairClassifier,
-    split: Split,
-    tokenizer: PreTrainedTokenizerFast,
-    weights: Tensor | None,
-    config: Config,
-    dtype: torch.dtype | None,
+    model: PairClassifier, split: Split, weights: Tensor | None, config: Config, dtype: torch.dtype | None
 ) -> dict:
     """Validation scores at .5, which choose the epoch, and, of two labels, the threshold that is best on these rows."""
-    logits = predict_logits(model, split, tokenizer, config, dtype)
+    logits = predict_logits(model, split, config, dtype)
     if not torch.isfinite(logits).all():
         raise UserError("the validation logits are not finite; best/ is untouched. A lower learning_rate may help")
     is_binary = len(split.names) == 2
@@ -162,13 +151,7 @@ def read_threshold(folder: Path, model: PairClassifier) -> float | None:
     return threshold
 
 
-def evaluate_run(
-    run: Run,
-    splits: dict[str, Split],
-    tokenizer: PreTrainedTokenizerFast,
-    config: Config,
-    dtype: torch.dtype | None,
-) -> dict:
+def evaluate_run(run: Run, splits: dict[str, Split], config: Config, dtype: torch.dtype | None) -> dict:
     """Scores of the best model on every split but train; writes predictions/, report.md and .html into the run."""
     model, _, threshold = read_best(run.path, partial(load_best, config))
     model.to(pick_device())
@@ -176,7 +159,7 @@ def evaluate_run(
     scores, errors = {"threshold": threshold, "test": None}, []
     (run.path / "predictions").mkdir(exist_ok=True)
     for name in [name for name in splits if name != "train"]:
-        logits = predict_logits(model, splits[name], tokenizer, config, dtype)
+        logits = predict_logits(model, splits[name], config, dtype)
         scores[name] = score_split(logits, splits[name], threshold, weights, config)
         errors, lines = worst_errors(splits[name], probabilities(logits), threshold), []
         for pair, answer in zip(splits[name].pairs, answers(probabilities(logits), threshold, model.names)):
@@ -204,7 +187,7 @@ def evaluate_file(config: Config, file: Path, dtype: torch.dtype | None) -> None
     model, tokenizer, threshold = read_best(path, partial(load_best, config))
     warn_of_use(path, dtype)
     split = make_split(read_pairs(file, names=model.names), tokenizer, model.names)
-    logits = predict_logits(model.to(pick_device()), split, tokenizer, config, dtype)
+    logits = predict_logits(model.to(pick_device()), split, config, dtype)
     scores = score_split(logits, split, threshold, None, config)
 
     # What it is to the run
@@ -233,7 +216,7 @@ def main(config: Config, data: str = "") -> None:
     tokenizer = read_best(path, partial(find_tokenizer, config))
     splits = load_splits(config, tokenizer)
     warn_of_use(path, dtype)
-    evaluate_run(run, splits, tokenizer, config, dtype)
+    evaluate_run(run, splits, config, dtype)
     run.close()
     print((path / "report.md").read_text(encoding="utf-8"))
 

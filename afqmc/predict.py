@@ -80,7 +80,7 @@ def label_pairs(labeller: Labeller, pairs: list[Pair]) -> tuple[list[dict], int]
     model, tokenizer, threshold, config, dtype, lock = labeller
     with lock:
         split = make_split(pairs, tokenizer)
-        logits = predict_logits(model, split, tokenizer, config, dtype)
+        logits = predict_logits(model, split, config, dtype)
     said = zip(pairs, answers(probabilities(logits), threshold, model.names))
     rows = [({} if pair.id is None else {"id": pair.id}) | answer for pair, answer in said]
     return rows, int((split.lengths > config.max_length).sum())

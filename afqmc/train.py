@@ -129,7 +129,7 @@ def main(config: Config, check: bool = False) -> int | None:
             # What is left of the epoch: for each optimizer step its micro-batches, lists of row numbers
             steps = epoch_steps(lengths, config.batch_size, accumulation, config.seed, epoch)
             steps = steps[progress.step_in_epoch : total_steps - epoch * steps_per_epoch]
-            loader = iter(make_loader(train.pairs, chain(*steps), tokenizer, config))
+            loader = iter(make_loader(train, chain(*steps), config))
 
             for micro_batches in steps:
                 model.train()
@@ -178,7 +178,7 @@ def main(config: Config, check: bool = False) -> int | None:
                 # Evaluate at the epoch's end
                 if epoch_ended := micro_batches is steps[-1]:
                     progress.end_epoch()
-                    scores = validate(model, validation, tokenizer, weights, config, dtype)
+                    scores = validate(model, validation, weights, config, dtype)
                     scores["train_loss"] = progress.mean_loss()
                     run.log({"event": "evaluation", "epoch": epoch + 1, "step": progress.step, **scores})
                     if better := best.update(scores[config.metric], epoch + 1, progress.step):
@@ -197,7 +197,7 @@ def main(config: Config, check: bool = False) -> int | None:
                     return 128 + stopped
 
     # Final evaluation
-    scores = evaluate_run(run, splits, tokenizer, config, dtype)
+    scores = evaluate_run(run, splits, config, dtype)
     progress.note_memory(device)
     print(last_line(run.finish(config.metric, best, progress, **scores), displayed(path)))
 

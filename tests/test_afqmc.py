@@ -100,21 +100,20 @@ def test_dev_is_the_test_split(tokenizer, splits, config, few_rows, tmp_path):
 
 def test_a_batch_is_cls_a_sep_b_sep_with_types_and_is_cut_on_its_longer_side(tokenizer):
     pairs = [Pair("还款日", "提前还清", "1", 1), Pair("注销", "怎么提高额度呢", "0", 2)]
-    batch = collate(pairs, tokenizer, 64)
+    split = make_split(pairs, tokenizer)
+    batch = collate([0, 1], split, 64)
     assert tokenizer.decode(batch["input_ids"][0]) == "[CLS] 还 款 日 [SEP] 提 前 还 清 [SEP] [PAD] [PAD]"
     assert batch["token_type_ids"][0].tolist() == [0] * 5 + [1] * 5 + [0] * 2
-    split = make_split(pairs, tokenizer)
     assert batch["attention_mask"].sum(dim=1).tolist() == split.lengths.tolist() == [10, 12]
     assert split.labels.tolist() == [1, 0]
     for first, second, length in product((1, 5, 6, 7, 40), (1, 5, 6, 7, 40), (12, 15, 16)):
         settings = {"truncation": "longest_first", "max_length": length, "return_tensors": "pt"}
         expected = tokenizer("还" * first, "款" * second, **settings)["input_ids"]
-        assert torch.equal(
-            collate([Pair("还" * first, "款" * second, None, 1)], tokenizer, length)["input_ids"], expected
-        )
+        pair = make_split([Pair("还" * first, "款" * second, None, 1)], tokenizer)
+        assert torch.equal(collate([0], pair, length)["input_ids"], expected)
     short, long = "提高额度", "还" * 100
     for pair in (Pair(short, long, None, 1), Pair(long, short, None, 1)):
-        batch = collate([pair], tokenizer, 16)
+        batch = collate([0], make_split([pair], tokenizer), 16)
         first, second = ("".join(sentence[:9]) for sentence in pair[:2])
         assert tokenizer.decode(batch["input_ids"][0]).replace(" ", "") == f"[CLS]{first}[SEP]{second}[SEP]"
 
@@ -158,7 +157,7 @@ def test_best_is_what_transformers_has_in_weights_logits_and_dropout(kind, token
     reference, info = AutoModelForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
     assert not (info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"])
 
-    batch = collate(splits["test"].pairs, tokenizer, 64)
+    batch = collate(range(len(splits["test"].pairs)), splits["test"], 64)
     ids = batch.pop("input_ids")
     assert not batch["attention_mask"].all()
     for training in (True, False):
@@ -218,7 +217,8 @@ def test_a_steps_gradient_is_autograds_at_once(weights, gamma, smoothing, epsilo
     science |= {"loss": "focal" if gamma else "cross_entropy", "focal_gamma": gamma, "fgm_epsilon": epsilon}
     technique = {"batch_size": 25, "gradient_accumulation_steps": 3, "gradient_checkpointing": epsilon > 0}
     step = first_step(train, config(max_grad_norm=0.0, **science, **technique), prepare=without_dropout)
-    batch, labels = collate(splits["train"].pairs, tokenizer, 64), splits["train"].labels
+    labels = splits["train"].labels
+    batch = collate(range(len(labels)), splits["train"], 64)
     model = step.model
     assert model.encoder.encoder.layer[0].gradient_checkpointing == (epsilon > 0) and 50 < len(labels) < 75
 
@@ -293,17 +293,17 @@ def test_a_run_is_scored_at_half_and_at_the_best_threshold_of_validation(config,
     save_model(model, tokenizer, 0.5, tmp_path)
     reference = AutoModelForSequenceClassification.from_pretrained(tmp_path)
 
-    cut = train.validate(model, splits["validation"], tokenizer, None, settings, None)["threshold"]
+    cut = train.validate(model, splits["validation"], None, settings, None)["threshold"]
     run = Run(tmp_path / "run", settings.model_dump(exclude={"run_dir"}), {})
     run.save_best(partial(save_model, model, tokenizer, cut))
     run.log({"event": "evaluation", "epoch": 1, "step": 9, "train_loss": 0, "loss": 2, "f1_macro": 0.6, "accuracy": 1})
-    scores = evaluate_run(run, splits, tokenizer, settings, None)
+    scores = evaluate_run(run, splits, settings, None)
     run.close()
     report = (tmp_path / "run/report.md").read_text(encoding="utf-8")
     for name in ("validation", "test"):
-        pairs, labels = splits[name].pairs, splits[name].labels
+        labels = splits[name].labels
         with torch.no_grad():
-            logits = torch.cat([reference(**collate([pair], tokenizer, 64)).logits for pair in pairs])
+            logits = torch.cat([reference(**collate([row], splits[name], 64)).logits for row in range(len(labels))])
         p, loss = logits.softmax(dim=1)[:, 1].numpy(), expected_loss(logits, labels, weights).mean()
         assert 0 < sum(p >= cut) < len(p) and sum(p >= cut) != sum(p >= 0.5)
         assert scores[name]["loss"] == pytest.approx(loss.item())
@@ -313,7 +313,7 @@ def test_a_run_is_scored_at_half_and_at_the_best_threshold_of_validation(config,
         assert name == "test" or scores[name]["at_threshold"]["f1_macro"] == pytest.approx(best)
 
         rows = read_lines(tmp_path / f"run/predictions/{name}_predictions.jsonl")
-        assert [row["line"] for row in rows] == [pair.line for pair in pairs]
+        assert [row["line"] for row in rows] == [pair.line for pair in splits[name].pairs]
         assert [row["probability"] for row in rows] == pytest.approx(p.tolist(), abs=1e-5)
         assert [int(row["predicted"]) for row in rows] == (p >= cut).tolist()
     for label, row in enumerate(confusion_matrix(labels, p >= cut)):  # of test

@@ -80,7 +80,9 @@ def plain_split(pairs: list[Pair], fraction: float, seed: int) -> list[list[Pair
 def as_splits(train: list[Pair], validation: list[Pair], test: list[Pair]) -> dict[str, Split]:
     named = {"train": train, "validation": validation, "test": test}
     labels = {name: torch.tensor([LABELS.index(pair.label) for pair in pairs]) for name, pairs in named.items()}
-    return {name: Split(pairs, np.full(len(pairs), 9), labels[name]) for name, pairs in named.items()}
+    return {
+        name: Split(pairs, np.full(len(pairs), 9), labels[name], LABELS, None, None, 0) for name, pairs in named.items()
+    }
 
 
 @pytest.mark.parametrize("first, second", WRITINGS.values(), ids=WRITINGS)
@@ -243,7 +245,7 @@ def scored(few_rows, tmp_path):
         run.log(line)
         changed = {"test": make_split([pair for pair in splits["test"].pairs if int(pair.label) in rows], tokenizer)}
         changed["validation"] = make_split(splits["validation"].pairs[validation], tokenizer)
-        scores = evaluate.evaluate_run(run, splits | changed, tokenizer, config, None)
+        scores = evaluate.evaluate_run(run, splits | changed, config, None)
         run.close()
         print_summary(splits | changed, config)
         return scores, (tmp_path / "run/report.md").read_text(encoding="utf-8")
@@ -306,7 +308,7 @@ def test_threshold_and_weights_are_of_one_epoch_though_training_swaps_best(
 
     monkeypatch.setattr(evaluate, "load_model", load_and_swap)
     if script is evaluate:
-        scores = evaluate.evaluate_run(run, splits, tokenizer, config, None)
+        scores = evaluate.evaluate_run(run, splits, config, None)
         labels = splits["test"].labels.tolist()
         expected = f1_score(labels, [0] * len(labels), average="macro", zero_division=0)
         assert (scores["threshold"], scores["test"]["at_threshold"]["f1_macro"]) == (0.9, pytest.approx(expected))

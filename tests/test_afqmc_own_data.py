@@ -83,7 +83,7 @@ def test_focal_loss_and_class_weights_of_three_labels_are_those_of_the_formula()
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(40, 3, generator=generator, dtype=torch.float32, requires_grad=True)
     labels = torch.randint(0, 3, (40,), generator=generator)
-    train = Split([], np.zeros(40), labels, NAMES)
+    train = Split([], np.zeros(40), labels, NAMES, None, None, 0)
     balanced = compute_class_weight("balanced", classes=np.arange(3), y=labels.numpy())
     for setting, weights in (("balanced", balanced), ("0.5,2,3.25", [0.5, 2, 3.25]), ("off", [1, 1, 1])):
         config = config_of("afqmc", loss="focal", focal_gamma=1.5, label_smoothing=0.1)
@@ -292,7 +292,7 @@ def test_the_worst_errors_are_the_wrong_answers_by_the_probability_of_their_labe
     labels = torch.tensor([i % 2 for i in range(80)])
     for threshold, second in ((0.3, torch.rand(80)), (0.5, labels.float())):
         p = torch.stack([1 - second, second], 1).numpy()
-        errors = worst_errors(Split(pairs, np.zeros(80), labels, ("1", "2")), p, threshold)
+        errors = worst_errors(Split(pairs, np.zeros(80), labels, ("1", "2"), None, None, 0), p, threshold)
         wrong = [i for i in range(80) if (p[i, 1] >= threshold) != labels[i]]
         order = sorted(wrong, key=lambda i: p[i, labels[i]])
         assert [[line, answer] for line, _, _, _, answer, _ in errors] == [[i, "21"[i % 2]] for i in order]

@@ -48,13 +48,15 @@ def read_file(path: Path, ids: dict[str, Path], unread: Counter) -> list[Example
 
     ids: those of all files so far; unread: counts the keys that nobody reads.
     """
-    examples = []
+    examples, post, last = [], "", None
     for place, context, row in read_questions(path, unread):
         name, question, answers = read_question(row, context, place, unread)
         if name in ids:
             raise UserError(f"{place}: id {name!r} stands in {ids[name]} already")
         ids[name] = path
-        post, kind = hashlib.sha256(context.encode()).hexdigest()[:16], "answered" if answers else "unanswerable"
+        if context is not last:  # of all questions of a paragraph it is the same object
+            post, last = hashlib.sha256(context.encode()).hexdigest()[:16], context
+        kind = "answered" if answers else "unanswerable"
         examples.append(Example(name, post, question, context, answers, kind, together=False))
     if not examples:
         raise UserError(f"{path} holds no question")

@@ -11,7 +11,8 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from common.checkpoint import UserError
-from common.checkpoint.pretrained import check_ids, check_texts
+from common.checkpoint.pretrained import check_ids
+from common.checkpoint.tokens import Tokens, tokenize
 from evidence_spans.config import Config
 from evidence_spans.formats import Example, character_edges
 
@@ -42,13 +43,6 @@ class Window(NamedTuple):
     is_last: bool = True
 
 
-class Tokens(NamedTuple):
-    """A text's tokens: (N,) ids and (N, 2) offsets as Window has them."""
-
-    ids: np.ndarray
-    offsets: np.ndarray
-
-
 class Frame(NamedTuple):
     """A question joined with some context, which stands at first:end: (T,) ids, and token types or None."""
 
@@ -61,16 +55,19 @@ class Frame(NamedTuple):
 class Windows(Sequence):
     """All windows of some examples, example by example and from left to right, each put together when it is asked for.
 
-    contexts, frames: of each example, equal ones shared; owners, lengths: (W,) each window's example and number of
-    tokens; parts: (W, 2) the first and, exclusive, the last of its context's tokens; labels: of each, as Window's.
+    tokens: of each text, its offsets as Window has them; texts: of each example its context's number in tokens; frames:
+    of each example; owners, lengths: (W,) each window's example and number of tokens; parts: (W, 2) the first and,
+    exclusive, the last of its context's tokens; labels: of each, as Window's.
     """
 
-    def __init__(self, examples: Sequence[Example], contexts: list[Tokens], frames: list[Frame], config: Config):
-        self.contexts, self.frames = contexts, frames
+    def __init__(
+        self, examples: Sequence[Example], tokens: Tokens, texts: np.ndarray, frames: list[Frame], config: Config
+    ):
+        self.tokens, self.texts, self.frames = tokens, texts, frames
         owners, parts = [], []
-        for number, (context, frame) in enumerate(zip(contexts, frames)):
+        for number, (length, frame) in enumerate(zip(tokens.lengths[texts].tolist(), frames)):
             room = config.max_length - len(frame.ids) + frame.end - frame.first
-            step, length = room - config.doc_stride, len(context.ids)
+            step = room - config.doc_stride
             for start in range(0, max(length - room, 0) + step, step):
                 owners.append(number)
                 parts.append((start, min(start + room, length)))
@@ -89,13 +86,14 @@ class Windows(Sequence):
         if isinstance(row, slice):
             return [self[number] for number in range(*row.indices(len(self)))]
         owner, (start, end) = self.owners[row], self.parts[row].tolist()
-        context, frame = self.contexts[owner], self.frames[owner]
-        ids, types = np.concatenate([frame.ids[: frame.first], context.ids[start:end], frame.ids[frame.end :]]), None
+        text, frame = self.texts[owner], self.frames[owner]
+        context, offsets = self.tokens[text], self.tokens.offsets[slice(*self.tokens.starts[text : text + 2])]
+        ids, types = np.concatenate([frame.ids[: frame.first], context[start:end], frame.ids[frame.end :]]), None
         if frame.types is not None:
             inside = np.full(end - start, frame.types[frame.first])
             types = np.concatenate([frame.types[: frame.first], inside, frame.types[frame.end :]])
-        edges = start == 0, end == len(context.ids)
-        return Window(int(owner), ids, types, frame.first, context.offsets[start:end], self.labels[row], *edges)
+        edges = start == 0, end == len(context)
+        return Window(int(owner), ids, types, frame.first, offsets[start:end], self.labels[row], *edges)
 
 
 def make_windows(examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast, config: Config) -> Windows:
@@ -105,17 +103,13 @@ def make_windows(examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast
     """
     frames = join_questions((example.question for example in examples), tokenizer, config)
     named = {example.context: example.id for example in reversed(examples)}  # by the first example with it
-    texts, tokens = list(named), {}
-    check_texts(tokenizer, texts)
-    for start in tqdm(range(0, len(texts), 100), "tokenising", leave=False, disable=None, delay=5):
-        block = texts[start : start + 100]
-        encoded = tokenizer(block, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        check_ids(encoded["input_ids"], tokenizer, lambda row, b=block: f"example {named[b[row]]}")
-        for text, ids, offsets in zip(block, encoded["input_ids"], encoded["offset_mapping"]):
-            offsets = whole_characters(without_blanks(np.array(offsets, dtype=np.int32).reshape(-1, 2), text), text)
-            tokens[text] = Tokens(np.array(ids, dtype=np.int32), offsets)
-    contexts = [tokens[example.context] for example in examples]
-    return Windows(examples, contexts, [frames[example.question] for example in examples], config)
+    texts = list(named)
+    tokens = tokenize(texts, tokenizer, lambda text: f"example {named[texts[text]]}", special=False, offsets=True)
+    for text, offsets in zip(texts, np.split(tokens.offsets, tokens.starts[1:-1])):  # views
+        offsets[:] = whole_characters(without_blanks(offsets, text), text)
+    numbers = {text: number for number, text in enumerate(texts)}
+    contexts = np.array([numbers[example.context] for example in examples], dtype=int)
+    return Windows(examples, tokens, contexts, [frames[example.question] for example in examples], config)
 
 
 def join_questions(questions: Iterable[str], tokenizer: PreTrainedTokenizerFast, config: Config) -> dict[str, Frame]:

@@ -22,8 +22,9 @@ from torch.nn import functional as F
 from transformers import AutoModel, AutoTokenizer, BertConfig, LlamaConfig, LlamaTokenizer, PreTrainedTokenizerFast
 
 from common.checkpoint import UserError
-from embeddings import train
-from embeddings.batching import Rows, Tokens, chunk_texts, epoch_batches, tokenize, tokenize_rows
+from common.checkpoint.tokens import Tokens
+from embeddings import batching, train
+from embeddings.batching import Rows, chunk_texts, epoch_batches, lengths_of, tokenize, tokenize_rows
 from embeddings.bidirectional import check_bidirectional, make_bidirectional
 from embeddings.dataset import Splits, load_splits, read_pairs, read_triplets, repeated_in_test
 from embeddings.dev import sts_dev
@@ -60,7 +61,7 @@ def random_tokens(count: int) -> Tokens:
     """Texts of 2 to 12 ids below 50."""
     generator = np.random.default_rng(0)
     lengths = generator.integers(2, 13, count)
-    return Tokens(generator.integers(3, 50, lengths.sum()), np.cumsum([0, *lengths]), 0)
+    return Tokens(generator.integers(3, 50, lengths.sum()), np.cumsum([0, *lengths]), lengths, 0)
 
 
 # Data
@@ -156,11 +157,21 @@ def test_an_epoch_has_every_row_once_in_batches_of_like_length_by_seed_and_epoch
     assert not any(np.array_equal(draw(*other), batches) for other in ((1, 3), (2, 2), (2, 1)))
 
 
-def test_texts_are_the_same_in_any_case_and_tokenized_once_and_chunks_keep_to_their_budget(few_rows):
+def test_texts_are_the_same_in_any_case_and_tokenized_once_and_chunks_keep_to_their_budget(few_rows, monkeypatch):
     rows = read_triplets(few_rows("embeddings") / "train.jsonl")[:50]
     rows.append(rows[0]._replace(positive=rows[0].positive.upper()))
-    tokens, numbers = tokenize_rows(rows, find_tokenizer(sample()), sample())
-    assert len(tokens.lengths) == len({text for row in rows for text in row.texts})
+    given, tokenize_texts = [], batching.tokenize_texts
+    monkeypatch.setattr(
+        batching, "tokenize_texts", lambda texts, *a, **k: given.extend(texts) or tokenize_texts(texts, *a, **k)
+    )
+    config, tokenizer = sample(max_length=9), find_tokenizer(sample())
+    tokens, numbers = tokenize_rows(rows, tokenizer, config)
+    assert len(given) == len(set(given)) == len(tokens) and set(given) == {text for row in rows for text in row.texts}
+    assert tokens.ids.dtype == numbers.texts.dtype == np.int32 and tokens.ids.ndim == 1
+    whole = [tokenizer(text)["input_ids"] for text in given]
+    cut = [ids if len(ids) <= 9 else [*ids[:8], tokenizer.eos_token_id] for ids in whole]
+    assert [tokens[n].tolist() for n in range(len(given))] == cut and tokens.whole.tolist() == [*map(len, whole)]
+    assert lengths_of(tokens, numbers.texts[:, 1]).tolist() == [len(cut[given.index(row.positive)]) for row in rows]
     assert numbers.texts[-1, 1] != numbers.texts[0, 1] and (numbers.identities[-1] == numbers.identities[0]).all()
     assert np.array_equal(numbers.lengths, tokens.lengths[numbers.texts].max(1))
     chunks, order = chunk_texts(tokens, numbers.texts, 100)

@@ -1,6 +1,7 @@
 """embeddings: keys that nobody reads, texts that are the same, texts that show nothing, and splits that are small."""
 
 import json
+import random
 import shutil
 import unicodedata
 from collections import Counter
@@ -20,8 +21,11 @@ from embeddings import train
 from embeddings.beir import Document, Query, read_texts
 from embeddings.dataset import Splits, load_splits, read_pairs, read_triplets, repeated_in_test
 from embeddings.dev import sts_dev
+from embeddings.encode import encode, load
+from embeddings.model import find_tokenizer
 from embeddings.mteb_encoder import TextEncoder
 from embeddings.nli import read_source
+from embeddings.rows import same_text
 
 ROW = {"anchor": "u", "positive": "v", "negative": "w"}
 STS = "g\tf\ty\t3\t{}\t{}\t{}"
@@ -141,6 +145,15 @@ def test_a_judged_text_in_another_writing_is_not_trained_on(text, other, data, t
     assert repeated_in_test(Splits([], *judged)) == 1
     out = ran("embeddings/prepare.py", "--nli", folder / "train.jsonl", "--sts", folder, "--data_dir", tmp_path / "out")
     assert "| text of the STS files | 1 |" in out and "| kept | 1 |" in out
+
+
+def test_ascii_texts_are_the_same_by_the_rules_of_all_others():
+    draw, letters = random.Random(0), [*map(chr, range(128)), *"0123456789,.,.,.,."]
+    for text in ("".join(draw.choices(letters, k=draw.randint(1, 12))) for _ in range(20_000)):
+        assert same_text(text) == (same_text(text + "\u00e9")[:-1] or text), text
+    assert (
+        same_text("\u00c9 1,5. A$") == "\u00e91,5a$" and same_text("E 1,5. A$") == "e1,5a$" and same_text("?!") == "?!"
+    )
 
 
 @pytest.mark.parametrize("text, other", OTHER)
@@ -270,6 +283,28 @@ def test_only_documents_may_be_empty_and_a_prompt_fills_none(task, kind, score, 
     settings = {"task_metadata": mteb.get_task(task).metadata, "hf_split": "test", "hf_subset": "default"}
     vectors = encoder.encode([{"text": ["a cat", ""]}], **settings, prompt_type=PromptType(kind))
     assert np.allclose(np.linalg.norm(vectors, axis=1), [1, score]) and encoder.empty_documents == 1 - score
+
+
+# Texts that are cut
+
+
+def test_texts_that_are_cut_are_counted_and_those_that_just_fit_are_not(few_rows, short_run, capsys):
+    config = config_of("embeddings", data_dir=str(few_rows("embeddings")))
+    tokenizer, splits = find_tokenizer(config), load_splits(config)
+    texts = [{text for row in splits.train for text in row.texts}, splits.validation.texts]
+    lengths = [[len(tokenizer(text)["input_ids"]) for text in some] for some in texts]
+    most = int(np.median(lengths[1]))
+    assert all(most in some for some in lengths)
+    cut, cut_dev = (sum(length > most for length in some) for some in lengths)
+    train.main(config.model_copy(update={"max_length": most}), check=True)
+    out = capsys.readouterr().out
+    assert (
+        f" | {most} | {cut} |" in out and f"\n{cut_dev} of its {len(texts[1])} texts are cut to {most} tokens\n" in out
+    )
+
+    encoder = load(short_run("embeddings"))
+    encoder = encoder._replace(config=encoder.config.model_copy(update={"max_length": most}))
+    assert encode(encoder, dict(enumerate(texts[1])), "none", str)[1] == cut_dev
 
 
 # Small splits

@@ -54,11 +54,12 @@ class FoldChooser:
         changed = np.flatnonzero(group_y_counts)
         if self.spread is None:
             self.spread, changed = np.empty((folds, classes)), np.arange(classes)
-        alone = int(classes == 1)  # then NumPy adds in another order, as it does along rows
+        alone = int(classes == 1)  # a lone column NumPy adds up in the order of a row's numbers
         for number in changed:
-            without, total = y_counts_per_fold[:, number], y_cnt[number]
-            shares = (without if alone else without[:, None]) / total  # (F, F): what is in a fold, where the group goes
-            shares = np.where(np.eye(folds, dtype=bool), (without + group_y_counts[number]) / total, shares)
+            counts, total = y_counts_per_fold[:, number], y_cnt[number]
+            shares = np.empty((folds, folds))  # of the class in each fold, and were the group in each
+            shares[:] = counts / total if alone else (counts / total)[:, None]
+            shares.flat[:: folds + 1] = (counts + group_y_counts[number]) / total
             self.spread[:, number] = shares.std(axis=alone)
         spread, sizes = self.spread.mean(axis=1).tolist(), y_counts_per_fold.sum(axis=1).tolist()
         best = 0

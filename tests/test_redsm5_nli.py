@@ -5,6 +5,7 @@ import json
 import shutil
 import statistics
 import warnings
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -314,7 +315,7 @@ def test_best_gives_its_logits_in_plain_transformers_and_again(base, adapter, po
 
 
 @pytest.mark.parametrize("share_post, count", [(True, 9), (False, 9), (False, 1)])
-def test_posts_are_tokenised_once_and_batches_are_as_the_tokenizer_joins_pairs(share_post, count, few_rows, monkeypatch):
+def test_posts_are_tokenised_once_and_joined_as_the_tokenizer_joins_pairs(share_post, count, few_rows, monkeypatch):
     config, criteria = config_of("redsm5_nli", max_length=86, share_post=share_post), CRITERIA[:count]
     posts = read_posts(few_rows("redsm5_nli"), criteria)[0][:8]
     posts.append(Post("long", " ".join(post.text for post in posts), (1,) * count))
@@ -331,7 +332,7 @@ def test_posts_are_tokenised_once_and_batches_are_as_the_tokenizer_joins_pairs(s
         segments = [tokenizer(post.text, criterion.text)["input_ids"][len(ids) :] for criterion in criteria]
         groups = [segments] if share_post else [[segment] for segment in segments]
         for group in groups:
-            expected.append(ids[: 86 - max(map(len, group))] + sum(group, []))
+            expected.append([*ids[: 86 - max(map(len, group))], *chain(*group)])
         labels += [[*post.labels]] if share_post else [[label] for label in post.labels]
         cut |= {post.id} if len(ids) + max(map(len, segments)) > 86 else set()
     assert split.lengths.tolist() == [len(ids) for ids in expected] and split.cut == len(cut) > 0

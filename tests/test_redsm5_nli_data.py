@@ -7,7 +7,7 @@ import shutil
 import unicodedata
 import warnings
 from collections import Counter
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 
 import numpy as np
@@ -332,11 +332,11 @@ def test_the_split_is_scikit_learns_own_to_the_post(trial, monkeypatch):
 def test_a_groups_fold_is_scikit_learns_choice_among_thousands_of_posts():
     """Where folds are as good as equal (np.isclose) the smallest is chosen, not the better."""
     random = np.random.default_rng(0)
-    for folds, classes in [(2, 3), (5, 3), (20, 3), (20, 1)] * 40:
-        counts = random.integers(2_000, 3_000, (folds, classes)).astype(float)
+    for folds, classes, unlike in [*product((2, 5, 20), (1, 3), (0, 1_000))] * 3:
+        counts = random.integers(2_000, 2_000 + unlike, (folds, classes), endpoint=True).astype(float)
         choose, total = FoldChooser(), counts.sum(0)
-        for _ in range(5):  # one group after another: what it keeps of the last one serves the next
-            group = random.permuted([1.0, 0.0, 2.0])[:classes]
+        for _ in range(60):  # one group after another: what it keeps of the last one serves the next
+            group = random.multinomial(2, [1 / classes] * classes).astype(float)
             fold = StratifiedGroupKFold(folds)._find_best_fold(counts, total, group)
             assert choose(counts, total, group) == fold
             counts[fold] += group

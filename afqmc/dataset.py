@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import regex
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
@@ -29,32 +28,13 @@ from common.checkpoint import ROOT, UserError
 from common.checkpoint.files import unread_keys
 from common.checkpoint.identity import file_digest
 from common.checkpoint.rows import data_file, read_rows
+from common.checkpoint.texts import is_empty, same_text
 from common.checkpoint.tokens import Tokens, tokenize
 from common.seed import epoch_generator
 
 LABELS = ("0", "1")  # AFQMC's; 1: the two sentences mean the same
 KEYS = ("sentence1", "sentence2", "label", "id")  # of a row, that are read
 BUCKET = 100  # batches that are sorted by length together: leaves .8 % of padding on AFQMC
-
-
-# Characters that nobody sees, those that tell no texts apart, and those that somebody sees
-UNSEEN = regex.compile(r"[\p{Cf}\p{DI}]")
-NOT_COMPARED = regex.compile(r"(?<!\p{N})[.,٫٬]|[.,٫٬](?!\p{N})|[^\p{L}\p{Mn}\p{Mc}\p{N}\p{S}.,٫٬]")
-SEEN = regex.compile(r"[^\p{Z}\p{Cc}\p{Cf}\p{DI}\u2800]")
-
-
-def same_text(text: str) -> str:
-    """What equal texts have in common: letters, marks, digits with the . and , between them, and symbols.
-
-    NFKC and casefold; format characters and variation selectors go. Where nothing is left, the NFKC text.
-    """
-    text = unicodedata.normalize("NFKC", UNSEEN.sub("", text))
-    return NOT_COMPARED.sub("", unicodedata.normalize("NFKC", text.casefold())) or text
-
-
-def is_empty(text: str) -> bool:
-    """Whether a text shows nothing: blanks, control and format characters, variation selectors and fillers alone."""
-    return not SEEN.search(text)
 
 
 @cache  # the split, the data table and the report ask for it

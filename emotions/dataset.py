@@ -9,7 +9,6 @@ N rows, B draws in a batch, M of them with a partner, T tokens, L labels
 """
 
 import signal
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import numpy as np
-import regex
 import torch
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, StringConstraints, ValidationError
 from torch import Tensor
@@ -30,6 +28,7 @@ from common.checkpoint.files import unread_keys
 from common.checkpoint.identity import file_digest
 from common.checkpoint.rows import data_file
 from common.checkpoint.rows import read_rows as read_fields
+from common.checkpoint.texts import is_empty, same_text
 from common.checkpoint.tokens import Tokens, tokenize
 from common.seed import epoch_generator
 from emotions.config import Config
@@ -185,26 +184,6 @@ def make_split(
     tokens = tokenize(texts, tokenizer, lambda row: f"line {rows[row].line}", max_length, silent=silent)
     labels, known = (multi_hot([getattr(row, field) for row in rows], len(names)) for field in ("labels", "known"))
     return Split(rows, names, labels, known, tokens)
-
-
-# Characters that nobody sees, those that tell no texts apart, and those that somebody sees
-UNSEEN = regex.compile(r"[\p{Cf}\p{DI}]")
-NOT_COMPARED = regex.compile(r"(?<!\p{N})[.,٫٬]|[.,٫٬](?!\p{N})|[^\p{L}\p{Mn}\p{Mc}\p{N}\p{S}.,٫٬]")
-SEEN = regex.compile(r"[^\p{Z}\p{Cc}\p{Cf}\p{DI}\u2800]")
-
-
-def same_text(text: str) -> str:
-    """What equal texts have in common: letters, marks, digits with the . and , between them, and symbols.
-
-    NFKC and casefold; format characters and variation selectors go. Where nothing is left, the NFKC text.
-    """
-    text = unicodedata.normalize("NFKC", UNSEEN.sub("", text))
-    return NOT_COMPARED.sub("", unicodedata.normalize("NFKC", text.casefold())) or text
-
-
-def is_empty(text: str) -> bool:
-    """Whether a text shows nothing: blanks, control and format characters, variation selectors and fillers alone."""
-    return not SEEN.search(text)
 
 
 def load_splits(

@@ -31,9 +31,10 @@ from common.checkpoint import UserError
 from common.checkpoint.environment import autocast_dtype, pick_device
 from common.checkpoint.rows import SUFFIXES, decode, parse_rows
 from common.checkpoint.run import read_best, warn_of_use
+from common.checkpoint.texts import is_empty
 from emotions.cli import run_config, run_path, run_script
 from emotions.config import Config
-from emotions.dataset import Row, is_empty, make_split
+from emotions.dataset import Row, make_split
 from emotions.evaluate import answer, load_best, predict_logits, probabilities
 from emotions.model import EmotionClassifier, label_names
 from emotions.thresholds import Thresholds

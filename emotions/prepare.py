@@ -28,9 +28,10 @@ import numpy as np
 from common.checkpoint import ROOT, UserError
 from common.checkpoint.files import first_repeated, write_text
 from common.checkpoint.rows import data_file, decode
+from common.checkpoint.texts import is_empty, same_text
 from emotions.cli import displayed, run_script
 from emotions.config import Config
-from emotions.dataset import Row, is_empty, multi_hot, same_text
+from emotions.dataset import Row, multi_hot
 from emotions.labels import EMOTIONS, label_numbers
 from emotions.report import table
 

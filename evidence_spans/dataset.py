@@ -19,7 +19,7 @@ from common.checkpoint import ROOT, UserError
 from common.checkpoint.identity import file_digest
 from common.seed import epoch_generator, mix
 from evidence_spans.config import Config
-from evidence_spans.formats import Example, Source, is_empty, merge_questions, same_text  # noqa: F401
+from evidence_spans.formats import Example, Source, merge_questions
 from evidence_spans.redsm5 import read_redsm5
 from evidence_spans.splits import split_examples
 from evidence_spans.squad import read_squad

@@ -4,7 +4,6 @@ redsm5.py and squad.py read the two formats. Offsets are Python's: characters of
 end exclusive.
 """
 
-import unicodedata
 from collections import Counter
 from itertools import accumulate
 from pathlib import Path
@@ -64,26 +63,6 @@ def merge_questions(examples: list[Example]) -> list[Example]:
             kind = min(kind, merged[post].kind, key=KINDS.index)
         merged[post] = Example(post, post, "", context, answers, kind, together=True)
     return list(merged.values())
-
-
-# Characters that nobody sees, those that tell no texts apart, and those that somebody sees
-UNSEEN = regex.compile(r"[\p{Cf}\p{DI}]")
-NOT_COMPARED = regex.compile(r"(?<!\p{N})[.,٫٬]|[.,٫٬](?!\p{N})|[^\p{L}\p{Mn}\p{Mc}\p{N}\p{S}.,٫٬]")
-SEEN = regex.compile(r"[^\p{Z}\p{Cc}\p{Cf}\p{DI}\u2800]")
-
-
-def same_text(text: str) -> str:
-    """What equal texts have in common: letters, marks, digits with the . and , between them, and symbols.
-
-    NFKC and casefold; format characters and variation selectors go. Where nothing is left, the NFKC text.
-    """
-    text = unicodedata.normalize("NFKC", UNSEEN.sub("", text))
-    return NOT_COMPARED.sub("", unicodedata.normalize("NFKC", text.casefold())) or text
-
-
-def is_empty(text: str) -> bool:
-    """Whether a text shows nothing: blanks, control and format characters, variation selectors and fillers alone."""
-    return not SEEN.search(text)
 
 
 def character_edges(text: str) -> list[int]:

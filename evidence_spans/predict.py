@@ -35,11 +35,12 @@ from common.checkpoint.files import parse_object, unread_keys, write_text
 from common.checkpoint.pretrained import check_ids
 from common.checkpoint.rows import parse_rows
 from common.checkpoint.run import warn_of_use
+from common.checkpoint.texts import is_empty
 from evidence_spans import evaluate
 from evidence_spans.answers import Decoding, answer_row
 from evidence_spans.cli import FREE, displayed, run_config, run_path, run_script
 from evidence_spans.config import Config
-from evidence_spans.dataset import is_empty, make_split
+from evidence_spans.dataset import make_split
 from evidence_spans.formats import Example
 from evidence_spans.html_report import page
 from evidence_spans.marks import marked, section

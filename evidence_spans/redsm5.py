@@ -19,8 +19,9 @@ from tqdm import tqdm
 from common.checkpoint import UserError
 from common.checkpoint.files import first_repeated, unread_keys
 from common.checkpoint.rows import parse_table
+from common.checkpoint.texts import is_empty
 from evidence_spans.config import Config
-from evidence_spans.formats import KINDS, Example, Source, character_edges, is_empty
+from evidence_spans.formats import KINDS, Example, Source, character_edges
 
 OTHER_NAMES = {"symptom_label": "DSM5_symptom"}  # of columns, in redsm5_annotations_long.csv
 SPECIAL_CASE = "SPECIAL_CASE"  # the label of what an expert marked but is none of the nine

@@ -7,8 +7,9 @@ import re
 from tqdm import tqdm
 
 from common.checkpoint import UserError
+from common.checkpoint.texts import same_text
 from evidence_spans.config import Config
-from evidence_spans.formats import Example, Source, same_text
+from evidence_spans.formats import Example, Source
 
 AUTHOR = re.compile(r"s_\d+_")  # posts that share the prefix are probably one author's
 

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from common.checkpoint import UserError
 from common.checkpoint.files import unique_keys, unread_keys
+from common.checkpoint.texts import is_empty, same_text
 from evidence_spans.config import Config
-from evidence_spans.formats import Example, Source, is_empty, read_text, same_text
+from evidence_spans.formats import Example, Source, read_text
 
 # The keys that SQuAD's objects have, from the outermost to the innermost
 FILE, ARTICLE, PARAGRAPH = ("version", "data"), ("title", "paragraphs"), ("context", "qas")

@@ -27,6 +27,7 @@ from common.checkpoint import UserError
 from common.checkpoint.environment import autocast_dtype, pick_device
 from common.checkpoint.files import write_json, write_text
 from common.checkpoint.run import Run, best_folder, read_best, read_run, warn_of_use
+from common.checkpoint.texts import same_text
 from evidence_spans.answers import Decoding, answer, answer_row, no_answer_probability, several_answers
 from evidence_spans.cli import FREE, displayed, run_path, run_script
 from evidence_spans.config import Config
@@ -38,7 +39,6 @@ from evidence_spans.dataset import (
     make_loader,
     make_split,
     read_source,
-    same_text,
     sorted_batches,
 )
 from evidence_spans.errors import error_lines, error_page, worst_errors

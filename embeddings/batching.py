@@ -77,7 +77,7 @@ def tokenize(
 
 
 def number_texts(triplets: list[Triplet], config: Config) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """The triplets' distinct texts with their prompts; Rows' texts and identities."""
+    """The triplets' distinct texts with their prompts, and the texts and identities of Rows, (N, 2 + K) each."""
     width = 2 + max(len(row.negatives) for row in triplets)
     texts: dict[str, int] = {}
     identities: dict[str, int] = {}
@@ -104,6 +104,7 @@ def tokenize_rows(triplets: list[Triplet], tokenizer: PreTrainedTokenizerFast, c
 
 
 def lengths_of(tokens: Tokens, texts: np.ndarray) -> np.ndarray:
+    """Of the texts of these numbers, in their shape."""
     return tokens.starts[texts + 1] - tokens.starts[texts]
 
 

@@ -40,9 +40,7 @@ from redsm5_nli.text import same_text
 from redsm5_nli.thresholds import read_thresholds, tune_thresholds
 
 
-def predict_logits(
-    model: Matcher, split: Split, collator: Collator, config: Config, bar: bool = True
-) -> Tensor:
+def predict_logits(model: Matcher, split: Split, collator: Collator, config: Config, bar: bool = True) -> Tensor:
     """Logits (P, C, 2) in fp32 on the CPU, in the order of the posts; batches are sorted by length."""
     batches = sorted_batches(split.lengths, config.eval_batch_size)
     device = next(model.parameters()).device
@@ -90,9 +88,7 @@ def validate(
     return {"loss": scores["loss"], **at_half, "auprc": scores["auprc"]}, thresholds
 
 
-def evaluate_run(
-    run: Run, model: Matcher, splits: dict[str, Split], collator: Collator, config: Config
-) -> dict:
+def evaluate_run(run: Run, model: Matcher, splits: dict[str, Split], collator: Collator, config: Config) -> dict:
     """Scores of the best weights, loaded into model, on validation and test; writes predictions/ and the report."""
 
     def load(folder: Path) -> dict:

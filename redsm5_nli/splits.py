@@ -5,6 +5,7 @@ P posts, C criteria, F folds, K classes to stratify by
 
 import re
 import warnings
+from functools import partial
 from itertools import compress
 
 import numpy as np
@@ -39,36 +40,30 @@ def rarest_criterion(posts: list[Post]) -> np.ndarray:
     return np.where(labels.any(1), counts.argmin(1), -1)
 
 
-class FoldChooser:
-    """The fold for each group: where the classes are then spread most evenly, and of such folds the smallest.
+def best_fold(
+    spread: np.ndarray, y_counts_per_fold: np.ndarray, y_cnt: np.ndarray, group_y_counts: np.ndarray
+) -> int:
+    """The fold for a group: where the classes are then spread most evenly, and of such folds the smallest.
 
-    The choice of scikit-learn's _find_best_fold to the bit, of all folds at once. The spread of a class that a group
-    lacks stays as it was.
+    The choice of scikit-learn's _find_best_fold to the bit, of all folds at once. Posts of each class: (F, K) in the
+    folds so far, (K,) of all and (K,) of the group. spread: (F, K), how unevenly each class is spread with the last
+    group, in every row; only that of the group's own classes changes.
     """
-
-    spread: np.ndarray | None = None  # (F, K) of each class's posts over the folds, were the group in that fold
-
-    def __call__(self, y_counts_per_fold: np.ndarray, y_cnt: np.ndarray, group_y_counts: np.ndarray) -> int:
-        """Posts of each class: (F, K) in the folds so far, (K,) of all and (K,) of the group."""
-        folds, classes = y_counts_per_fold.shape
-        changed = np.flatnonzero(group_y_counts)
-        if self.spread is None:
-            self.spread, changed = np.empty((folds, classes)), np.arange(classes)
-        alone = int(classes == 1)  # a lone column NumPy adds up in the order of a row's numbers
-        for number in changed:
-            counts, total = y_counts_per_fold[:, number], y_cnt[number]
-            shares = np.empty((folds, folds))  # of the class in each fold, and were the group in each
-            shares[:] = counts / total if alone else (counts / total)[:, None]
-            shares.flat[:: folds + 1] = (counts + group_y_counts[number]) / total
-            self.spread[:, number] = shares.std(axis=alone)
-        spread, sizes = self.spread.mean(axis=1).tolist(), y_counts_per_fold.sum(axis=1).tolist()
-        best = 0
-        for fold in range(1, folds):
-            equal = abs(spread[fold] - spread[best]) <= 1e-8 + 1e-5 * spread[best]  # np.isclose
-            if spread[fold] < spread[best] or (equal and sizes[fold] < sizes[best]):
-                best = fold
-        self.spread[:, changed] = self.spread[best, changed]
-        return best
+    folds, classes = spread.shape
+    own, alone = np.flatnonzero(group_y_counts), int(classes == 1)  # NumPy adds up a lone column as it does a row
+    for number in own:
+        counts, total = y_counts_per_fold[:, number], y_cnt[number]
+        shares = np.full((folds, folds), (counts if alone else counts[:, None]) / total)  # in each fold, and were
+        shares.flat[:: folds + 1] = (counts + group_y_counts[number]) / total  # the group in each
+        spread[:, number] = shares.std(axis=alone)
+    means, sizes = spread.mean(axis=1).tolist(), y_counts_per_fold.sum(axis=1).tolist()
+    best = 0
+    for fold in range(1, folds):
+        equal = abs(means[fold] - means[best]) <= 1e-8 + 1e-5 * means[best]  # np.isclose
+        if means[fold] < means[best] or (equal and sizes[fold] < sizes[best]):
+            best = fold
+    spread[:, own] = spread[best, own]
+    return best
 
 
 def group_folds(posts: list[Post], groups: np.ndarray, folds: int, seed: int) -> np.ndarray:
@@ -83,7 +78,8 @@ def group_folds(posts: list[Post], groups: np.ndarray, folds: int, seed: int) ->
     if np.unique(classes, return_counts=True)[1].max() < folds:
         classes = classes >= 0
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
-    splitter._find_best_fold = FoldChooser()  # its own takes the folds one by one: twenty times the seconds
+    # Its own takes the folds one by one, and all classes: twenty times the seconds
+    splitter._find_best_fold = partial(best_fold, np.zeros((folds, len(np.unique(classes)))))
     fold_of = np.empty(len(posts), dtype=int)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The least populated class")  # rarer than folds: not in each

@@ -70,4 +70,20 @@ PRESETS = {
         "amp": "off",
         "logging_steps": 20,
     },
+    # Where there are no weights: pretrain.py on the training pairs, then train.py on what it made. See RESULTS.md.
+    "pretrain": {
+        "init": "random",
+        "learning_rate": 1e-3,
+        "batch_size": 64,
+        "gradient_accumulation_steps": 1,
+        "epochs": 5,
+        "logging_steps": 100,
+    },
+    "scratch": {
+        "learning_rate": 2e-4,
+        "batch_size": 64,
+        "gradient_accumulation_steps": 1,
+        "epochs": 6,
+        "fgm_epsilon": 0.0,
+    },
 }

@@ -33,7 +33,7 @@ class Rows(NamedTuple):
     """N rows as numbers of distinct texts: anchor, positive and K negatives, -1 where a row has fewer."""
 
     texts: np.ndarray  # (N, 2 + K), places in Tokens
-    identities: np.ndarray  # the same shape: equal numbers are the same text (dataset.same_text)
+    identities: np.ndarray  # the same shape: equal numbers are the same text (same_text)
     lengths: np.ndarray  # (N,) of a row's longest text, in tokens
 
 

@@ -17,10 +17,11 @@ from tqdm import tqdm
 from common.checkpoint import ROOT, UserError
 from common.checkpoint.identity import file_digest
 from common.checkpoint.rows import TABLES, data_file, read_rows
+from common.checkpoint.texts import is_empty, same_text
 from embeddings.beir import beir_files
 from embeddings.config import Config
 from embeddings.dev import Dev, beir_dev, sts_dev, triplets_dev
-from embeddings.rows import Pair, Text, Triplet, is_empty, normalize, parse_row, read_header, read_lines, same_text
+from embeddings.rows import Pair, Text, Triplet, normalize, parse_row, read_header, read_lines
 
 TEST = "sts-test.csv"
 identity = cache(same_text)  # of training texts, which are compared more than once

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from common.checkpoint import UserError
+from common.checkpoint.texts import is_empty, same_text
 from embeddings.beir import read_beir
 from embeddings.config import Config
-from embeddings.rows import Pair, Triplet, is_empty, same_text
+from embeddings.rows import Pair, Triplet
 
 LEFT_OUT = -1  # the relevance of a document that is the query itself
 RANKED = 100  # documents of a query: what recall@100 needs

@@ -34,11 +34,11 @@ from transformers import PreTrainedTokenizerFast
 from common.checkpoint import UserError
 from common.checkpoint.files import write_atomically
 from common.checkpoint.rows import SUFFIXES, decode, parse_rows
+from common.checkpoint.texts import is_empty
 from embeddings.batching import tokenize
 from embeddings.cli import run_config, run_script
 from embeddings.config import Config
 from embeddings.model import Embedder, embed_tokens, load_embedder, warn_of_use
-from embeddings.rows import is_empty
 
 BLOCK = 10_000  # lines that are sorted by length, encoded and written together
 

@@ -23,6 +23,7 @@ from common.checkpoint import UserError
 from common.checkpoint.files import write_text
 from common.checkpoint.identity import file_digest
 from common.checkpoint.run import Run, best_folder, read_run
+from common.checkpoint.texts import same_text
 from common.checkpoint.tokens import Tokens
 from embeddings.batching import tokenize
 from embeddings.cli import displayed, run_path, run_script
@@ -33,7 +34,6 @@ from embeddings.html_report import page
 from embeddings.model import Embedder, embed_texts, embed_tokens, load_embedder, warn_of_use
 from embeddings.parallel import Processes, all_reduce
 from embeddings.report import errors_table, report, tables
-from embeddings.rows import same_text
 
 
 def validate(model: Embedder, tokens: Tokens, dev: Dev, config: Config, processes: Processes) -> dict:

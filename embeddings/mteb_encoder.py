@@ -35,12 +35,12 @@ from transformers import PreTrainedTokenizerFast
 from common.checkpoint import UserError
 from common.checkpoint.environment import autocast_dtype
 from common.checkpoint.files import read_json, write_json, write_text
+from common.checkpoint.texts import is_empty
 from embeddings.batching import tokenize
 from embeddings.cli import displayed, run_path
 from embeddings.config import Config
 from embeddings.model import Embedder, embed_tokens, load_embedder, warn_of_use
 from embeddings.report import table
-from embeddings.rows import is_empty
 
 LOADED_TEXTS = 1000  # that mteb's loader hands over at a time; embed_tokens sorts and batches them anew
 SETTINGS = ("pooling", "bidirectional", "max_length", "query_prompt", "document_prompt")  # of the vectors

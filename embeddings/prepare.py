@@ -28,12 +28,13 @@ import numpy as np
 
 from common.checkpoint import ROOT, UserError
 from common.checkpoint.files import write_atomically, write_text
+from common.checkpoint.texts import same_text
 from embeddings.cli import displayed, run_script
 from embeddings.config import Config
 from embeddings.dataset import read_pairs
 from embeddings.nli import READY, TRIPLET, Source, read_source
 from embeddings.report import table, unread_line
-from embeddings.rows import Triplet, same_text
+from embeddings.rows import Triplet
 
 TITLE = "# Prepared triplets"  # of summary.md
 STS_FILES = ("sts-dev.csv", "sts-test.csv")

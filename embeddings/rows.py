@@ -1,17 +1,16 @@
 """Lines of files as rows, with what every reader here refuses, and when two texts are the same."""
 
-import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, NamedTuple, TypeVar
 
-import regex
 from pydantic import BaseModel, BeforeValidator, ValidationError
 
 from common.checkpoint import UserError
 from common.checkpoint.files import first_repeated, unread_keys
 from common.checkpoint.rows import NO_NAME, decode
+from common.checkpoint.texts import is_empty
 
 
 class Triplet(NamedTuple):
@@ -39,30 +38,6 @@ class Pair(NamedTuple):
 def normalize(text: str) -> str:
     """A text with single spaces."""
     return " ".join(text.split())
-
-
-# Characters that nobody sees, those that tell no texts apart, and those that somebody sees
-UNSEEN = regex.compile(r"[\p{Cf}\p{DI}]")
-NOT_COMPARED = regex.compile(r"(?<!\p{N})[.,٫٬]|[.,٫٬](?!\p{N})|[^\p{L}\p{Mn}\p{Mc}\p{N}\p{S}.,٫٬]")
-BETWEEN_DIGITS = regex.compile(r"[0-9][.,][0-9]")  # of ASCII, where all others of them are not compared
-ASCII_NOT_COMPARED = {code: None for code in range(128) if NOT_COMPARED.match(chr(code))}
-SEEN = regex.compile(r"[^\p{Z}\p{Cc}\p{Cf}\p{DI}\u2800]")
-
-
-def same_text(text: str) -> str:
-    """What equal texts have in common: letters, marks, digits with the . and , between them, and symbols.
-
-    NFKC and casefold; format characters and variation selectors go. Where nothing is left, the NFKC text.
-    """
-    if text.isascii() and not BETWEEN_DIGITS.search(text):  # the same, in a fifth of the time
-        return text.lower().translate(ASCII_NOT_COMPARED) or text
-    text = unicodedata.normalize("NFKC", UNSEEN.sub("", text))
-    return NOT_COMPARED.sub("", unicodedata.normalize("NFKC", text.casefold())) or text
-
-
-def is_empty(text: str) -> bool:
-    """Whether a text shows nothing: blanks, control and format characters, variation selectors and fillers alone."""
-    return not SEEN.search(text)
 
 
 def filled(value: object) -> str:

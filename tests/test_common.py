@@ -4,7 +4,6 @@ import errno
 import os
 import random
 import signal
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -98,8 +97,11 @@ def test_equal_texts_are_equal_in_letters_marks_digits_and_symbols_alone():
     for first, second in DIFFERENT:
         assert same_text(first) != same_text(second), (first, second)
     assert all(map(is_empty, EMPTY)) and not any(map(is_empty, ["a", ".", "😂", "١", "ः", "\u200bक"]))
-    for first, second in product(map(chr, range(128)), repeat=2):  # ASCII's short cut, with a letter that bars it
-        text = f"{first}1,{second}.A$"
+
+
+def test_ascii_texts_are_the_same_by_the_rules_of_all_others():
+    draw, letters = random.Random(0), [*map(chr, range(128)), *"0123456789,.,.,.,."]
+    for text in ("".join(draw.choices(letters, k=draw.randint(1, 12))) for _ in range(20_000)):
         assert same_text(text) == (same_text(f"{text}é")[:-1] or text), text
 
 

@@ -25,7 +25,6 @@ from embeddings.encode import encode, load
 from embeddings.model import find_tokenizer
 from embeddings.mteb_encoder import TextEncoder
 from embeddings.nli import read_source
-from embeddings.rows import same_text
 
 ROW = {"anchor": "u", "positive": "v", "negative": "w"}
 STS = "g\tf\ty\t3\t{}\t{}\t{}"
@@ -145,15 +144,6 @@ def test_a_judged_text_in_another_writing_is_not_trained_on(text, other, data, t
     assert repeated_in_test(Splits([], *judged)) == 1
     out = ran("embeddings/prepare.py", "--nli", folder / "train.jsonl", "--sts", folder, "--data_dir", tmp_path / "out")
     assert "| text of the STS files | 1 |" in out and "| kept | 1 |" in out
-
-
-def test_ascii_texts_are_the_same_by_the_rules_of_all_others():
-    draw, letters = random.Random(0), [*map(chr, range(128)), *"0123456789,.,.,.,."]
-    for text in ("".join(draw.choices(letters, k=draw.randint(1, 12))) for _ in range(20_000)):
-        assert same_text(text) == (same_text(text + "\u00e9")[:-1] or text), text
-    assert (
-        same_text("\u00c9 1,5. A$") == "\u00e91,5a$" and same_text("E 1,5. A$") == "e1,5a$" and same_text("?!") == "?!"
-    )
 
 
 @pytest.mark.parametrize("text, other", OTHER)

@@ -64,7 +64,7 @@ def parse_object(text: str) -> dict:
     surrogate pair, which JSON can hold but no text.
     """
     try:
-        row = json.loads(text, object_pairs_hook=unique_keys)
+        row = DECODER.decode(text)
         if "\\ud" in text.lower():
             json.dumps(row, ensure_ascii=False).encode()  # UnicodeEncodeError is a ValueError
     except (json.JSONDecodeError, RecursionError) as error:
@@ -79,6 +79,9 @@ def unique_keys(pairs: list[tuple[str, object]]) -> dict:
         repeated = first_repeated([key for key, _ in pairs])
         raise ValueError(f"{repeated!r} stands twice in {json.dumps(row)[:80]}")
     return row
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=unique_keys)  # json.loads would make one for each line
 
 
 def first_repeated(names: list[str]) -> str | None:

@@ -6,8 +6,8 @@
 One to four words in a row are masked, 80 % by a similar word, 10 % by any word, 10 % stay as they are, and the model
 says what stood there. There is no [MASK], which fine-tuning would never see; masking.py finds words and similar ones.
 Both sentences of a pair are read at once, in either order: what is masked in one can be found in the other. Pairs with
-a sentence of validation or test are left out. MacBERT's order of sentences is not predicted: a pair has none. Killed and
-started again, it goes on where it was. best/ is a BertForMaskedLM. The settings that --help shows are those that count.
+a sentence of validation or test are left out. MacBERT's order of sentences is not predicted: a pair has none. Killed
+and started again, it goes on where it was. best/ is a BertForMaskedLM. What --help shows are the settings that count.
 """
 
 import math

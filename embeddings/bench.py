@@ -1,7 +1,7 @@
 """Speed and memory against sentence-transformers, with the same weights, precision and texts. No run is needed.
 
-    python embeddings/bench.py --parts whole --model gemma --targets all-linear --rank 16 --data_dir nli --texts 300
-    python embeddings/bench.py --parts encode step memory --sample --batch_size 256
+    python embeddings/bench.py --part whole --model gemma --targets all-linear --rank 16 --data_dir nli --texts 300
+    python embeddings/bench.py --part encode step memory --sample --batch_size 256
 
 whole: a step as train.py makes it and a prediction as encode.py does, each beside what one would use otherwise: in a
 step, batches of like length beside random ones, as SentenceTransformerTrainer draws them, of the same triplets.
@@ -309,7 +309,7 @@ def bench_memory(task: Task, sizes: list[int]) -> None:
 
 
 def main(
-    config: Config, parts: list[str], texts: int, steps: int, rounds: int,
+    config: Config, part: list[str], texts: int, steps: int, rounds: int,
     encode_sizes: list[int], batches: list[str], memory_sizes: list[int],
 ) -> None:
     device, cpu = pick_device(), Path("/proc/cpuinfo")
@@ -321,26 +321,26 @@ def main(
     print(" | ".join(f"{name} {value}" for name, value in info.items()), end="\n\n")
 
     task = Task(config, find_tokenizer(config), read_triplets(data_file(ROOT / config.data_dir, "train")))
-    if {*parts} != {"memory"}:
+    if {*part} != {"memory"}:
         check_agreement(task)
     measured = {}
-    if "whole" in parts:
+    if "whole" in part:
         measured["step"] = step_sides(task, steps, {OURS: "like_length", PLAIN: "random"})
         measured["predict"] = encode_sides(task, texts, [32])
-    if "encode" in parts:
+    if "encode" in part:
         measured["encode"] = encode_sides(task, texts, encode_sizes)
-    for order in batches if "step" in parts else []:
+    for order in batches if "step" in part else []:
         measured[f"step, {order}"] = step_sides(task, steps, dict.fromkeys(STEP_SIDES, order))
     if measured:
         compare(measured, rounds, config)
-    if "memory" in parts:
+    if "memory" in part:
         bench_memory(task, memory_sizes)
 
 
 if __name__ == "__main__":
     every, sizes = ["whole", "encode", "step", "memory"], {"nargs": "+", "type": int}
     flags = {
-        "parts": {"nargs": "+", "choices": every, "default": every, "help": "what to measure"},
+        "part": {"nargs": "+", "choices": every, "default": every, "help": "what to measure"},
         "texts": {"type": int, "default": 2000, "help": "predictions: texts"},
         "steps": {"type": int, "default": 3, "help": "optimizer steps in a round, on rows that share no text"},
         "rounds": {"type": int, "default": 5, "help": "rounds after the warm-up"},

@@ -15,16 +15,8 @@ from pydantic import BaseModel, create_model
 from common.checkpoint import UserError
 from common.checkpoint.rows import TABLES
 from common.checkpoint.rows import read_rows as rows_of
-from embeddings.rows import (
-    Triplet,
-    decoded_lines,
-    is_empty,
-    normalize,
-    parse_row,
-    read_header,
-    read_lines,
-    same_text,
-)
+from common.checkpoint.texts import is_empty, same_text
+from embeddings.rows import Triplet, decoded_lines, normalize, parse_row, read_header, read_lines
 
 TRIPLET = ("anchor", "positive", "negative")
 SIMCSE = ("sent0", "sent1", "hard_neg")

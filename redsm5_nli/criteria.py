@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field, StringConstraints, TypeAdapter, Vali
 
 from common.checkpoint import ROOT, UserError
 from common.checkpoint.files import unique_keys, unread_keys
-from redsm5_nli.text import is_empty
+from common.checkpoint.texts import is_empty
 
 SPECIAL_CASE = "SPECIAL_CASE"  # ReDSM5's label for what an expert marked but is none of the nine
 

@@ -25,7 +25,6 @@ from redsm5_nli.config import Config
 from redsm5_nli.criteria import Criterion
 from redsm5_nli.redsm5 import ANNOTATIONS_FILES, POSTS_FILES, Post, find_file, read_posts
 from redsm5_nli.splits import split_posts
-from redsm5_nli.text import is_empty, same_text  # noqa: F401 - where every project has them
 
 LABELS = ("no", "yes")  # yes: the post shows the criterion
 BUCKET = 100  # batches that are sorted by length together

@@ -25,6 +25,7 @@ from common.checkpoint.environment import pick_device
 from common.checkpoint.files import write_text
 from common.checkpoint.identity import file_digest
 from common.checkpoint.run import Run, best_folder, compare_model, read_best, read_run, warn_of_use
+from common.checkpoint.texts import same_text
 from redsm5_nli.cli import displayed, run_path, run_script
 from redsm5_nli.config import Config
 from redsm5_nli.criteria import Criterion, load_criteria
@@ -36,7 +37,6 @@ from redsm5_nli.model import Matcher, build_model, decoder_dtype, find_collator,
 from redsm5_nli.redsm5 import ANNOTATIONS_FILES, POSTS_FILES, Post, find_file, read_posts
 from redsm5_nli.report import COLUMNS, criterion_tables, pair_tables, report, unread_line
 from redsm5_nli.splits import split_posts
-from redsm5_nli.text import same_text
 from redsm5_nli.thresholds import read_thresholds, tune_thresholds
 
 

@@ -28,6 +28,7 @@ from common.checkpoint.environment import pick_device
 from common.checkpoint.files import unread_keys
 from common.checkpoint.rows import decode
 from common.checkpoint.run import best_folder, warn_of_use
+from common.checkpoint.texts import is_empty
 from redsm5_nli.cli import run_config, run_path, run_script
 from redsm5_nli.config import Config
 from redsm5_nli.dataset import LABELS, Collator
@@ -35,7 +36,6 @@ from redsm5_nli.evaluate import load_best, predict_logits, probabilities
 from redsm5_nli.model import Matcher, decoder_dtype
 from redsm5_nli.redsm5 import Post, read_texts
 from redsm5_nli.report import unread_line
-from redsm5_nli.text import is_empty
 
 NO_DIAGNOSIS = "This is no diagnosis: a classifier's guess about a text. Speak with a professional about symptoms."
 

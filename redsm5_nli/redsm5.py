@@ -13,8 +13,8 @@ from typing import NamedTuple
 from common.checkpoint import UserError
 from common.checkpoint.files import first_repeated, unread_keys
 from common.checkpoint.rows import parse_table
+from common.checkpoint.texts import is_empty
 from redsm5_nli.criteria import CRITERIA, SPECIAL_CASE, Criterion
-from redsm5_nli.text import is_empty
 
 POSTS_FILES = ("redsm5_posts.csv", "redsm5_full_posts.csv")  # names that the files were seen under
 ANNOTATIONS_FILES = ("redsm5_annotations.csv", "redsm5_annotations_long.csv")

@@ -11,9 +11,9 @@ from itertools import compress
 import numpy as np
 
 from common.checkpoint import UserError
+from common.checkpoint.texts import same_text
 from redsm5_nli.config import Config
 from redsm5_nli.redsm5 import Post
-from redsm5_nli.text import same_text
 
 AUTHOR = re.compile(r"s_\d+_")  # posts that share the prefix are probably one author's
 SPLIT_FOLDS = 20  # the splits are made of so many folds: their shares come in steps of .05

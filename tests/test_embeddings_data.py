@@ -1,7 +1,6 @@
 """embeddings: keys that nobody reads, texts that are the same, texts that show nothing, and splits that are small."""
 
 import json
-import random
 import shutil
 import unicodedata
 from collections import Counter

@@ -267,7 +267,7 @@ def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -
     buckets = np.split(order, range(batch_size * BUCKET, len(order), batch_size * BUCKET))
     order = np.concatenate([bucket[np.argsort(lengths[bucket], kind="stable")] for bucket in buckets])
     batches = np.split(order, range(batch_size, len(order), batch_size))
-    return [batches[index].tolist() for index in torch.randperm(len(batches), generator=generator)]
+    return [batches[index].tolist() for index in torch.randperm(len(batches), generator=generator).tolist()]
 
 
 def sorted_batches(lengths: np.ndarray, batch_size: int) -> list[list[int]]:

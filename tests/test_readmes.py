@@ -140,6 +140,8 @@ def sample_form(script: str, flags: tuple[str, ...], offered: set[str], rows: Pa
             words.insert(0, "--sample")
             bert = "query" in values.get("targets", "")  # the name of a layer
             added["model"] = ROOT / ("evidence_spans" if bert else project) / "sample/model"
+            if "preset" in values and not [*added["model"].glob("*.safetensors")]:  # which --sample starts at random
+                added["init"] = "random"
     return [*words, *(str(word) for flag, value in added.items() for word in (f"--{flag}", value))]
 
 

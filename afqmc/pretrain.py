@@ -44,12 +44,14 @@ SETTINGS += ("seed", "deterministic", "amp", "logging_steps", "save_steps")
 
 
 def read_pairs(config: Config, tokenizer: PreTrainedTokenizerFast) -> Split:
-    """The training pairs in both orders, without those that have a sentence of another split."""
+    """The training pairs in both orders, without those that have a sentence of another split. Raises UserError."""
     splits = load_splits(config, tokenizer)
     train = splits.pop("train")
     held = {same_text(text) for split in splits.values() for pair in split.pairs for text in pair[:2]}
     pairs = [pair for pair in train.pairs if held.isdisjoint(map(same_text, pair[:2]))]
     print(f"{len(pairs)} pairs; left out, with a sentence of validation or test: {len(train.pairs) - len(pairs)}")
+    if not pairs:
+        raise UserError("no pair is left to pretrain on: each has a sentence that stands in validation or test")
     pairs += [pair._replace(sentence1=pair.sentence2, sentence2=pair.sentence1) for pair in pairs]
     return make_split(pairs, tokenizer, train.names)
 

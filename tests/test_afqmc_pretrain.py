@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from launch import ROOT, config_of, ran
+from launch import ROOT, config_of, ran, refused, run_here
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForMaskedLM
 
@@ -151,3 +151,11 @@ def test_a_stopped_run_ends_with_the_weights_of_one_that_was_not(few_rows, tmp_p
         tmp_path / "r",
     )
     assert "done" in ran("afqmc/train.py", *use, "--data_dir", few_rows("afqmc"), cwd=tmp_path)
+
+
+def test_pairs_that_all_have_a_sentence_of_validation_end_in_one_line(tmp_path):
+    rows = [{"sentence1": "怎么还款", "sentence2": f"第{n}句", "label": str(n % 2)} for n in range(60)]
+    (tmp_path / "train.json").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    flags = (*FLAGS, "--data_dir", tmp_path, "--run_dir", tmp_path / "run")
+    refused(run_here("afqmc/pretrain.py", *flags), "no pair is left")
+    assert not (tmp_path / "run").exists()

@@ -6,8 +6,8 @@
     python afqmc/bench.py --data_dir ../clue/afqmc --part whole   # a step and predict, beside the machine's peak
 
 A BERT-base-shaped model, the same random weights for all; the sides take turns on the same pairs in one process. Ours
-is an epoch of train.py itself, its batches' tokenisation included (the Trainer gets its pairs tokenised in advance);
-setting up, evaluations and saves are not counted. Medians over the rounds, ratios of ours to each side.
+is an epoch of train.py itself; both sides' pairs are tokenised in advance, and setting up, evaluations and saves are
+not counted. Medians over the rounds, ratios of ours to each side.
 epoch: the sides' speed, and peak memory from one process a side, over four optimizer steps.
 whole: step is that epoch without FGM against the Trainer's random batches; predict is predict.py's, from pairs to
 answers, against a loop over batches of 32 in the pairs' own order. Tokens are counted without padding, FLOPs with it:

@@ -9,8 +9,8 @@ attention: random models of DeBERTa-v3's shapes with fewer layers and 1000 token
 embedding does not matter; batches of 16 whose rows are padded by up to half; dropout 0.1, training mode. Medians over
 the rounds in milliseconds; the ratio is the median of the rounds' ratios, transformers to ours.
 whole: so many --rows of data_dir's training texts, the same weights: --model's, or (--shapes) random DeBERTa-v3s.
-step: the optimizer steps of train.py's epoch, which tokenizes as it goes, and of a Trainer as it is by default, whose
-rows are tokenized before. predict: predict.py's answers, and the loop of transformers' documentation. tokens/s leaves
+step: the optimizer steps of train.py's epoch, and of a Trainer as it is by default; both sides' rows are tokenized
+before. predict: predict.py's answers, and the loop of transformers' documentation. tokens/s leaves
 padding out; FLOPs hold it: the matrix products a side really does, so that one with a larger share of the peak can be
 the slower one. The peak is a product of a batch's size, hidden by intermediate, before and after each turn.
 """

@@ -75,7 +75,6 @@ PRESETS = {
         "init": "random",
         "learning_rate": 1e-3,
         "batch_size": 64,
-        "gradient_accumulation_steps": 1,
         "epochs": 5,
         "logging_steps": 100,
     },

@@ -178,6 +178,16 @@ def test_a_tokenizer_that_cannot_do_its_models_work_is_refused_when_it_is_loaded
         find_tokenizer(project, folder)
 
 
+def test_a_single_texts_token_types_are_all_0_as_its_batches_have_them(tmp_path):
+    folder = model_folder(tmp_path / "model", {}, {"tokenizer_class": "PreTrainedTokenizerFast"})
+    state = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    state["post_processor"]["single"][-1]["SpecialToken"]["type_id"] = 1  # which the model has
+    (folder / "tokenizer.json").write_text(json.dumps(state), encoding="utf-8")
+    find_tokenizer("afqmc", folder)  # of pairs
+    with pytest.raises(UserError, match="token type 1, which no batch holds"):
+        find_tokenizer("emotions", folder)
+
+
 OTHER_KINDS = {
     "bpe": {"model_type": "bpe"},
     "no dummy prefix": {"add_dummy_prefix": False},

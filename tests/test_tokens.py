@@ -38,6 +38,7 @@ def test_blocks_leave_no_seam_and_offsets_are_the_tokenizers(tokenizer):
     tokens = tokenize(texts, tokenizer, str, special=False, offsets=True)
     own = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     assert tokens.ids.tolist() == [token for row in own["input_ids"] for token in row]
+    assert tokens.lengths.tolist() == tokens.whole.tolist() == [*map(len, own["input_ids"])]
     assert tokens.offsets.tolist() == [[*edges] for row in own["offset_mapping"] for edges in row]
     assert tokenize([], tokenizer, str).starts.tolist() == [0]
 
